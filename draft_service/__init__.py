@@ -1,0 +1,1 @@
+"""The service that hosts the draft model and proposes tokens."""

@@ -1,0 +1,1 @@
+"""Protocol buffers and gRPC stubs of Outrider, generated from the .proto files beside them."""

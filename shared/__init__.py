@@ -1,0 +1,1 @@
+"""What more than one of Outrider's services uses."""

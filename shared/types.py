@@ -1,0 +1,155 @@
+"""The values that travel between Outrider's parts. Plain Python: no torch, no gRPC.
+
+``n`` is ``committed_len`` throughout: the number of tokens of a sequence that are
+final. The pending token is ``log[n-1]``; its KV is not written yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+
+class Rule(IntEnum):
+    """Acceptance rule; the numbers of ``outrider.v1.Rule``."""
+
+    GREEDY = 1
+    COUPLED = 2
+    REJECTION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How the tokens of one sequence are chosen, every default resolved.
+
+    Meanings are those of Hugging Face transformers' logits processors and warpers.
+    ``temperature`` 0 is argmax. Noise is a pure function of (``seed``, position, token id),
+    where position is the index of the chosen token in the sequence, prompt included.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    prompt_len: int = 0
+    seed: int = 0
+    rule: Rule = Rule.GREEDY
+    logprobs: int | None = None
+    draft_top: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRow:
+    """A truncated distribution over the vocabulary: entries not listed are zero."""
+
+    ids: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """Admission of one sequence: ``capacity`` token slots are reserved or it is refused."""
+
+    sequence_id: int
+    epoch: int
+    capacity: int
+    decoding: Decoding
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeItem:
+    """Ask the draft for ``k`` tokens after ``log[:base_len] + append``.
+
+    ``base_len``: tokens whose KV the draft may keep (it rolls back to this);
+    ``append`` = ``log[base_len:]``, ending in the pending token.
+    ``k`` = 0 takes in all of ``append`` and proposes nothing (a prefill chunk).
+    """
+
+    sequence_id: int
+    epoch: int
+    base_len: int
+    append: tuple[int, ...]
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What the draft offers at positions ``committed_len``, ``committed_len + 1``, …"""
+
+    sequence_id: int
+    epoch: int
+    committed_len: int
+    tokens: tuple[int, ...]
+    rows: tuple[SparseRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyItem:
+    """Ask the verifier to judge ``proposal`` after ``log[:base_len] + append``.
+
+    ``extend_only`` takes in all of ``append`` and chooses no token (a prefill chunk).
+    """
+
+    sequence_id: int
+    epoch: int
+    base_len: int
+    append: tuple[int, ...]
+    proposal: tuple[int, ...] = ()
+    rows: tuple[SparseRow, ...] = ()
+    extend_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Natural log-probabilities at one position, from the base's processed distribution."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the verifier answers: ``num_accepted`` proposed tokens stand, then ``next_token``.
+
+    ``committed_len`` is the log's new length; ``next_token`` is None for ``extend_only``.
+    ``logprobs`` has one entry for each emitted token, when asked for.
+    """
+
+    sequence_id: int
+    epoch: int
+    num_accepted: int
+    next_token: int | None
+    committed_len: int
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One sequence of a round was refused (``code`` is an ``errors.RefusalCode``)."""
+
+    sequence_id: int
+    epoch: int
+    code: int
+    message: str
+    held_len: int = 0
+
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class RoundResult(Generic[T]):
+    """A service's answer to one round: ``answers`` in item order, refused ones left out."""
+
+    answers: list[T] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    model_seconds: float = 0.0
+    rows: int = 0

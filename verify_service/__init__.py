@@ -1,0 +1,1 @@
+"""The service that hosts the base model and verifies proposals."""
