@@ -1,0 +1,144 @@
+"""From a folder or hub id to a ``Runner``: device, data type, arena, and which path forwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from outrider.shared.cache import layer_kinds
+from outrider.shared.config import ModelConfig
+from outrider.shared.errors import ConfigError
+from outrider.shared.hf_runner import HfRunner
+from outrider.shared.llama_runner import LlamaRunner, why_not
+from outrider.shared.models import load_model, model_path
+from outrider.shared.runner import ModelFacts, Runner
+from outrider.shared.storage import Storage, shared_pools
+from outrider.shared.vocabulary import fingerprint
+
+log = logging.getLogger(__name__)
+
+CPU_ARENA_BYTES = 512 << 20
+
+
+def load_runner(
+    config: ModelConfig, progress: Callable[[str], None] = lambda message: None
+) -> Runner:
+    """Loads a model and allocates its arena.
+
+    ``progress`` is told, in a few words, what is being done. Raises ``ConfigError``: no model
+    there, a model that can't work, a device that is missing, an arena that is too small.
+    """
+    device = choose_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path = model_path(config.path)
+    progress(f"loading {path}")
+    model = load_model(path, config.dtype, device)
+    try:
+        return make_runner(model, config, path, progress)
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error}") from error
+
+
+def make_runner(
+    model: Any,
+    config: ModelConfig,
+    path: str = "",
+    progress: Callable[[str], None] = lambda message: None,
+) -> Runner:
+    """A runner over a transformers module that is loaded already; see ``load_runner``."""
+    device, dtype = model.device, model.dtype
+    fast = _want_fast(model, config.runner)
+    facts = _facts(model, config.path, path, "llama" if fast else "generic")
+    kinds, index = layer_kinds(model)
+    slack = max(config.prefill_chunk, config.max_k + 1)
+    pools = shared_pools(
+        kinds,
+        budget=_budget(config, device),
+        itemsize=dtype.itemsize,
+        max_sequences=config.max_sequences,
+        slack=slack,
+        max_positions=facts.max_positions + config.max_k + 1,
+    )
+    progress(f"allocating the arena, {next(iter(pools.values())).tokens} tokens")
+    storage = Storage(kinds, pools, dtype=dtype, device=device)
+    runner: Runner = (
+        LlamaRunner(model, facts, storage) if fast else HfRunner(model, facts, storage, index)
+    )
+    log.info(
+        "%s (%s) on %s, %s: %s; arena of %d tokens, %d bytes",
+        config.path,
+        facts.architecture,
+        device,
+        facts.dtype,
+        type(runner).__name__,
+        storage.arena.tokens,
+        storage.nbytes,
+    )
+    return runner
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: CUDA, else MPS, else CPU. Raises ``ConfigError`` where it isn't there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device: got {name}; this machine has {count} CUDA devices")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device: got {name}; this machine has none")
+    return device
+
+
+def _want_fast(model: Any, wish: str) -> bool:
+    reason = why_not(model)
+    if wish == "llama" and reason is not None:
+        raise ConfigError(f"runner: got llama; {reason}")
+    return wish != "generic" and reason is None
+
+
+def _budget(config: ModelConfig, device: torch.device) -> int:
+    if config.arena_bytes is not None:
+        return config.arena_bytes
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * config.arena_share)
+    if device.type == "mps":
+        limit = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return int(limit * config.arena_share)
+    return CPU_ARENA_BYTES
+
+
+def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
+    config = model.config.get_text_config(decoder=True)
+    distinct = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if eos is None:
+        eos = config.eos_token_id
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    positions = getattr(config, "max_position_embeddings", None)
+    return ModelFacts(
+        model=name,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=sum(distinct.values()),
+        vocab_size=vocab_size,
+        vocab_fingerprint=fingerprint(path, vocab_size),
+        # Without a limit of its own (ALiBi), a model is as long as its arena.
+        max_positions=positions or getattr(config, "max_seq_len", None) or 1 << 20,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        eos_token_ids=ids,
+        runner=runner,
+    )
+
