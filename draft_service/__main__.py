@@ -1,0 +1,32 @@
+"""The draft service as a program: ``python -m outrider.draft_service``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from outrider.shared import model_service, tuning
+from outrider.shared.config import ModelConfig
+
+
+def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
+    """Loads the model and makes the engine; torch is imported here and no earlier."""
+    from outrider.draft_service.engine import DraftEngine
+    from outrider.shared.loading import load_runner
+
+    return DraftEngine(load_runner(config, progress), config.max_k)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the service; returns the exit status."""
+    tuning.before_grpc()
+    from outrider.draft_service.service import make_servicer
+
+    return model_service.main(
+        argv, section="draft", service="Draft", make_servicer=make_servicer, build=build
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

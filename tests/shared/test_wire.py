@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared import wire
+from outrider.shared.errors import RefusalCode, SequenceRefused
+from outrider.shared.types import (
+    Decoding,
+    OpenSequence,
+    PositionLogprobs,
+    Proposal,
+    ProposeItem,
+    Refusal,
+    RoundResult,
+    Rule,
+    SparseRow,
+    Verdict,
+    VerifyItem,
+)
+
+u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
+ids = st.lists(u32, max_size=6).map(tuple)
+real = st.floats(allow_nan=False, allow_infinity=False)
+single = st.floats(0, 1, width=32)
+
+
+@st.composite
+def sparse_row(draw: st.DrawFn) -> SparseRow:
+    tokens = draw(ids)
+    return SparseRow(tokens, tuple(draw(single) for _ in tokens))
+
+
+rows = st.lists(sparse_row(), max_size=3).map(tuple)
+decoding = st.builds(
+    Decoding,
+    temperature=real,
+    top_k=u32,
+    top_p=real,
+    min_p=real,
+    repetition_penalty=real,
+    presence_penalty=real,
+    frequency_penalty=real,
+    logit_bias=st.dictionaries(u32, real, max_size=3).map(lambda d: tuple(sorted(d.items()))),
+    bad_words=st.lists(ids, max_size=2).map(tuple),
+    eos_token_ids=ids,
+    min_new_tokens=u32,
+    prompt_len=u32,
+    seed=u64,
+    rule=st.sampled_from(Rule),
+    logprobs=st.none() | u32,
+    draft_top=u32,
+)
+opened = st.builds(OpenSequence, u64, u32, u32, decoding)
+propose = st.builds(ProposeItem, u64, u32, u32, ids, u32)
+verify = st.builds(VerifyItem, u64, u32, u32, ids, ids, rows, st.booleans())
+refusal = st.builds(
+    Refusal, u64, u32, st.sampled_from(RefusalCode).map(int), st.text(max_size=9), u32
+)
+logprobs = st.builds(
+    PositionLogprobs, real, st.lists(st.tuples(u32, real), max_size=3).map(tuple)
+)
+
+
+def results(answers: st.SearchStrategy[object]) -> st.SearchStrategy[RoundResult[object]]:
+    return st.builds(
+        RoundResult, st.lists(answers, max_size=3), st.lists(refusal, max_size=2), real, u32
+    )
+
+
+@given(u64, st.lists(opened, max_size=2), st.lists(propose, max_size=3), st.booleans())
+def test_wire_draft_requests_come_back_equal(
+    number: int, open_: list[OpenSequence], items: list[ProposeItem], goodbye: bool
+) -> None:
+    sent = wire.write_draft_request(
+        number, items, close=(1, 2), open=open_, goodbye=goodbye, traceparent="00-ab"
+    )
+    got = pb.DraftRequest.FromString(sent.SerializeToString())
+    assert (got.round, list(got.close), got.goodbye, got.traceparent) == (
+        number,
+        [1, 2],
+        goodbye,
+        "00-ab",
+    )
+    assert [wire.read_open(one) for one in got.open] == open_
+    assert wire.read_propose_items(got) == items
+
+
+@given(u64, st.lists(opened, max_size=2), st.lists(verify, max_size=3))
+def test_wire_verify_requests_come_back_equal(
+    number: int, open_: list[OpenSequence], items: list[VerifyItem]
+) -> None:
+    sent = wire.write_verify_request(number, items, open=open_)
+    got = pb.VerifyRequest.FromString(sent.SerializeToString())
+    assert [wire.read_open(one) for one in got.open] == open_
+    assert wire.read_verify_items(got) == items
+
+
+@given(u64, results(st.builds(Proposal, u64, u32, u32, ids, rows)))
+def test_wire_draft_responses_come_back_equal(number: int, result: RoundResult[Proposal]) -> None:
+    sent = wire.write_draft_response(number, result, 0.25)
+    got = pb.DraftResponse.FromString(sent.SerializeToString())
+    assert (got.round, got.timing.service_seconds) == (number, 0.25)
+    assert wire.read_draft_response(got) == result
+
+
+verdict = st.builds(
+    Verdict, u64, u32, u32, st.none() | u32, u32, st.lists(logprobs, max_size=2).map(tuple)
+)
+
+
+@given(u64, results(verdict))
+def test_wire_verify_responses_come_back_equal(number: int, result: RoundResult[Verdict]) -> None:
+    sent = wire.write_verify_response(number, result, 0.25)
+    got = pb.VerifyResponse.FromString(sent.SerializeToString())
+    assert wire.read_verify_response(got) == result
+
+
+def test_wire_probabilities_travel_in_single_precision() -> None:
+    item = VerifyItem(1, 1, 0, (1,), (2,), (SparseRow((2,), (0.1,)),))
+    (got,) = wire.read_verify_items(wire.write_verify_request(1, [item]))
+    assert got.rows[0].probabilities == struct.unpack("f", struct.pack("f", 0.1))
+
+
+def test_wire_zero_and_unset_next_token_differ() -> None:
+    for token in (0, None):
+        result = RoundResult([Verdict(1, 1, 0, token, 5)])
+        got = wire.read_verify_response(wire.write_verify_response(1, result, 0.0))
+        assert got.answers[0].next_token is token or got.answers[0].next_token == token
+
+
+@pytest.mark.parametrize("rule", [0, 9])
+def test_wire_unknown_rule_is_refused_as_invalid(rule: int) -> None:
+    message = wire.write_open(OpenSequence(1, 1, 8, Decoding()))
+    message.decoding.rule = rule  # type: ignore[assignment]
+    with pytest.raises(SequenceRefused, match="decoding.rule") as caught:
+        wire.read_open(message)
+    assert caught.value.code is RefusalCode.INVALID
