@@ -1,0 +1,308 @@
+"""The ``outrider`` command.
+
+Exit status: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted.
+Every command imports what it needs when it runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from outrider.coordinator import profile_command as profile
+from outrider.coordinator import report_command as report
+from outrider.shared import flags, lifecycle, telemetry_flags, tuning
+from outrider.shared.config import Config, load
+from outrider.shared.errors import ConfigError, InvalidRequest, OutriderError
+
+SERVICES = {"draft": "draft", "verify": "base"}
+"""Services that are programs of their own, with their section of the configuration."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to stop; ``status`` is the exit status it asks for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["serve"] and words[1:2] and words[1] in SERVICES:
+        _become_service(words[1], words[2:])
+    parser = make_parser(words)
+    args = parser.parse_args(words)
+    try:
+        return int(args.run(args))
+    except Interrupted as stop:
+        return stop.status
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (InvalidRequest, ConfigError) as error:
+        print(f"outrider: error: {error}", file=sys.stderr)
+        return 2
+    except (OutriderError, ConnectionError) as error:
+        print(f"outrider: error: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line; ``words`` are looked at to leave out what they do not need."""
+    parser = argparse.ArgumentParser(
+        prog="outrider", description="Speculative decoding as separate services."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"outrider {metadata.version('outrider')}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_serve(commands)
+    _add_up(commands)
+    _add_info(commands)
+    doctor = commands.add_parser("doctor", help="show versions, devices and what is missing")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+    _add_bench(commands, full="bench" in words)
+    profile.add_parser(commands)
+    report.add_parser(commands)
+    return parser
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    _add_models(parser)
+    _add_target(parser)
+    parser.add_argument("--k", type=_whole(0), help="draft tokens per proposal; unset adapts")
+    parser.add_argument("--no-draft", action="store_true", help="the base alone")
+    parser.add_argument("--rule", choices=("auto", "greedy", "coupled", "rejection"), default="auto")
+    parser.add_argument("--max-new-tokens", type=_whole(1))
+    parser.add_argument("--temperature", type=_number(0.0, math.inf), help="0 is greedy")
+    parser.add_argument("--top-k", type=_whole(0, 2**31 - 1), help="0 keeps all")
+    parser.add_argument("--top-p", type=_number(0.0, 1.0, low_open=True))
+    parser.add_argument("--min-p", type=_number(0.0, 1.0, high_open=True))
+    parser.add_argument("--seed", type=_whole(0, 2**64 - 1))
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
+    parser.add_argument("--echo", action="store_true", help="print the prompt too")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a message of a user")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--stats", action="store_true", help="show figures afterwards")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write where the time went, as JSON"
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.profile is not None:
+        vars(args)["telemetry.profile"] = True
+    config = _load(args)
+    _interruptible()
+    from outrider.coordinator.generate import run
+
+    return run(args, config)
+
+
+# --- serve and up ------------------------------------------------------------------------------
+
+
+def _become_service(name: str, words: Sequence[str]) -> None:
+    """Replaces this process by the service: its module is never imported here."""
+    module = f"outrider.{name}_service"
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *words])
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="run one service: draft, verify or coordinator")
+    services = parser.add_subparsers(metavar="SERVICE", required=True)
+    for name in SERVICES:
+        # For the help text; main has handed these over before they are parsed.
+        services.add_parser(name, help=f"the {name} service", add_help=False)
+    coordinator = services.add_parser("coordinator", help="the coordinator, which clients call")
+    coordinator.add_argument("--config", help="TOML file")
+    flags.add_section(coordinator, "coordinator")
+    telemetry_flags.add(coordinator, "coordinator")
+    lifecycle.add_flags(coordinator)
+    coordinator.set_defaults(run=_serve_coordinator)
+
+
+def _serve_coordinator(args: argparse.Namespace) -> int:
+    reporter = lifecycle.Reporter(args.status_fd)
+    tuning.before_grpc()
+    try:
+        config = _load(args)
+        from outrider.coordinator.serving import run
+
+        return run(config, reporter, watch_stdin=args.watch_stdin)
+    except OutriderError as error:
+        reporter.failed(str(error))
+        raise
+
+
+def _add_up(commands: Any) -> None:
+    parser = commands.add_parser(
+        "up", help="run and supervise all three services from one file, or the defaults"
+    )
+    _add_models(parser)
+    parser.add_argument("--listen", dest="coordinator.listen", help="where clients call")
+    parser.add_argument("--no-draft", action="store_true", help="the base alone")
+    telemetry_flags.add(parser, "coordinator", "base", "draft", log_level=False)
+    parser.set_defaults(run=_up)
+
+
+def _up(args: argparse.Namespace) -> int:
+    config = _load(args)
+    from outrider.coordinator.up import run
+
+    return run(config)
+
+
+# --- info, doctor, bench -----------------------------------------------------------------------
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="describe a running coordinator")
+    _add_target(parser)
+    parser.add_argument("--config", help="TOML file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from outrider.coordinator.info import run
+
+    return run(args, _load(args))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from outrider.coordinator.doctor import run
+
+    return run(args)
+
+
+def _add_bench(commands: Any, *, full: bool) -> None:
+    parser = commands.add_parser("bench", help="measure speculation against the base alone")
+    _add_models(parser)
+    _add_target(parser)
+    if full:
+        from outrider.coordinator.bench import command
+
+        command.add_arguments(parser)
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    config = _load(args)
+    _interruptible()
+    from outrider.coordinator import display
+    from outrider.coordinator.bench import command
+    from outrider.coordinator.private import deployment
+
+    if args.target is not None:
+        return command.run(args, args.target)
+    progress = display.Progress(sys.stderr)
+    with deployment(config, progress, sys.stderr if args.verbose else None) as target:
+        progress.clear()
+        return command.run(args, target)
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="TOML file")
+    parser.add_argument("--base", dest="base.path", help="folder or hub id of the base model")
+    parser.add_argument("--draft", dest="draft.path", help="folder or hub id of the draft model")
+    parser.add_argument("--device", help="of both models: auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--base-device", dest="base.device", help="of the base model")
+    parser.add_argument("--draft-device", dest="draft.device", help="of the draft model")
+    parser.add_argument("--dtype", help="of both models: auto, float32, float16 or bfloat16")
+    parser.add_argument("--log-level", dest="telemetry.log_level", help="show the services' logs")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="address of a running coordinator: host:port, unix:/path")
+    parser.add_argument("--ca", help="PEM file of the coordinator's CA; turns TLS on")
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """The configuration, with flags that stand for several settings taken apart."""
+    values = vars(args)
+    for name in ("device", "dtype"):
+        if values.get(name) is not None:
+            for section in ("base", "draft"):
+                if values.get(f"{section}.{name}") is None:
+                    values[f"{section}.{name}"] = values[name]
+    if values.get("no_draft"):
+        values["draft.enabled"] = False
+    if values.get("base.path") is not None and "coordinator.tokenizer" not in values:
+        values["coordinator.tokenizer"] = values["base.path"]
+    values["verbose"] = values.get("telemetry.log_level") is not None
+    return load(values.get("config"), flags=flags.settings(args))
+
+
+def _interruptible() -> None:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into ``Interrupted``; clean-up is left in peace."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(one, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handle)
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    span = f">= {low}" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number {span}")
+        return value
+
+    return read
+
+
+def _number(
+    low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> Callable[[str], float]:
+    span = f"{'>' if low_open else '>='} {low:g}"
+    if math.isfinite(high):
+        span += f" and {'<' if high_open else '<='} {high:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        good = math.isfinite(value) and low <= value <= high
+        if not good or (low_open and value == low) or (high_open and value == high):
+            raise argparse.ArgumentTypeError(f"got {text!r}; must be a number {span}")
+        return value
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())

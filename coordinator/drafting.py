@@ -1,0 +1,275 @@
+"""The draft's half of a round: proposals on the critical path, catching up beside it.
+
+What the draft holds is tracked ahead of its answers: messages of one stream are handled in
+order, so a proposal may be asked for right behind the chunk that it builds on. A refusal sets
+the record straight. The draft is never necessary: when it is away, late or refuses, the round
+goes on without its proposals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from outrider.coordinator.clients import DraftLink
+from outrider.coordinator.records import NOT_ASKED, ServiceTiming, WallClock
+from outrider.coordinator.sequence import Held
+from outrider.coordinator.sequence import Sequence as Seq
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.errors import RefusalCode, ServiceUnavailable
+from outrider.shared.wire import write_open
+
+MOST_STRIKES = 5
+LAG = 24
+"""Rows that a proposal takes along; more is caught up in the background first."""
+
+
+@dataclass(slots=True)
+class Proposals:
+    """What the draft offered in one round, by sequence id."""
+
+    by_id: dict[int, pb.Proposal] = field(default_factory=dict)
+    timing: ServiceTiming = NOT_ASKED
+    clean: bool = True
+    """Whether its time says what proposing costs: no prompt rows were taken along."""
+
+
+class Drafting:
+    """Talks to the draft service."""
+
+    def __init__(
+        self, link: DraftLink | None, *, chunk: int, patience: float, vocab_size: int
+    ) -> None:
+        """``chunk``: rows taken in per message; ``patience``: seconds to wait for proposals."""
+        self._link = link
+        self._chunk = chunk
+        self._patience = patience
+        self._vocab_size = vocab_size
+        self._close: list[int] = []
+        self._late: asyncio.Future[pb.DraftResponse] | None = None
+        self._clock = WallClock()
+        self._blocked: set[Seq] = set()
+
+    @property
+    def available(self) -> bool:
+        """Whether proposals can be asked for now."""
+        return self._link is not None and self._link.up and self._late is None
+
+    def usable(self, sequence: Seq) -> bool:
+        """Whether the draft can serve this sequence."""
+        held = sequence.draft
+        return not (held.given_up or held.blocked)
+
+    def select(self, sequences: Iterable[Seq]) -> set[Seq]:
+        """Those near enough to the log to have a proposal without a long wait."""
+        budget = self._chunk
+        near = set()
+        for sequence in sequences:
+            rows = len(sequence.log) - sequence.draft.base_len(len(sequence.log))
+            if rows > LAG:
+                if rows > budget:
+                    continue
+                budget -= rows
+            near.add(sequence)
+        return near
+
+    async def propose(self, wanted: Sequence[tuple[Seq, int]], traceparent: str = "") -> Proposals:
+        """Asks for ``k`` tokens each; comes back empty-handed rather than late."""
+        made = Proposals()
+        link = self._link
+        if not wanted or link is None or not self.available:
+            return made
+        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+        self._fill_close(request)
+        asked: dict[int, tuple[Seq, int]] = {}
+        for sequence, k in wanted:
+            n = len(sequence.log)
+            rows = self._append(request, sequence, n, k)
+            made.clean = made.clean and rows <= LAG
+            asked[sequence.sequence_id] = (sequence, n)
+        sent = self._clock()
+        try:
+            future = await link.send(request)
+            response = await self._patiently(future)
+        except ServiceUnavailable:
+            return made
+        if response is None:
+            self._late = future
+            future.add_done_callback(lambda done: self._came_late(done, asked))
+            return made
+        made.timing = ServiceTiming(
+            sent,
+            self._clock(),
+            response.timing.model_seconds,
+            response.timing.service_seconds,
+            response.timing.rows,
+        )
+        for proposal in response.proposals:
+            found = asked.get(proposal.sequence_id)
+            if found is not None and self._sound(proposal, *found):
+                found[0].draft.strikes = 0
+                made.by_id[proposal.sequence_id] = proposal
+        self._absorb(response, asked)
+        return made
+
+    async def catch_up(self, sequences: Iterable[Seq], traceparent: str = "") -> None:
+        """Sends one chunk of what the draft lacks, without waiting for the answer."""
+        link = self._link
+        if link is None or not link.up or link.waiting:
+            return
+        request: pb.DraftRequest | None = None
+        asked: dict[int, tuple[Seq, int]] = {}
+        budget = self._chunk
+        for sequence in sequences:
+            held = sequence.draft
+            n = len(sequence.log)
+            if budget <= 0:
+                break
+            if not self.usable(sequence) or (held.open and n - held.length <= LAG):
+                continue
+            if request is None:
+                request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+                self._fill_close(request)
+            upto = min(n, held.length + budget)
+            budget -= self._append(request, sequence, upto, 0)
+            asked[sequence.sequence_id] = (sequence, n)
+        if request is not None:
+            await self._send_and_absorb(request, asked)
+
+    async def flush(self) -> None:
+        """Sends what is to be closed, when no other message will carry it."""
+        link = self._link
+        if link is None or not link.up or not self._close:
+            return
+        request = pb.DraftRequest(round=link.next_number())
+        self._fill_close(request)
+        await self._send_and_absorb(request, {})
+
+    def settle(self, sequence: Seq, n: int, proposed: int, accepted: int) -> None:
+        """The verdict on a proposal: what of the draft's KV is of the log."""
+        sequence.draft.length = min(n + accepted, n + proposed - 1)
+
+    def forget(self, sequence: Seq) -> None:
+        """The sequence is over: its extent is freed with the next message."""
+        self._blocked.discard(sequence)
+        if sequence.draft.open:
+            sequence.draft.lose()
+            self._close.append(sequence.sequence_id)
+            for other in self._blocked:
+                other.draft.blocked = False
+            self._blocked.clear()
+
+    def lost(self, sequences: Iterable[Seq]) -> None:
+        """The stream is gone, and all that the draft held with it."""
+        self._close.clear()
+        self._blocked.clear()
+        self._late = None
+        for sequence in sequences:
+            held = sequence.draft
+            held.lose()
+            held.blocked = held.given_up = False
+            held.strikes = 0
+
+    # --- parts of a message ------------------------------------------------------------------
+
+    def _append(self, request: pb.DraftRequest, sequence: Seq, upto: int, k: int) -> int:
+        """Adds the item that brings the draft to ``log[:upto]``; returns its rows."""
+        held = sequence.draft
+        if not held.open:
+            request.open.append(write_open(sequence.opening(held)))
+        base = min(held.length, upto - 1)
+        request.items.append(
+            pb.ProposeItem(
+                sequence_id=sequence.sequence_id,
+                epoch=held.epoch,
+                base_len=base,
+                append=sequence.log[base:upto],
+                k=k,
+            )
+        )
+        held.length = upto
+        return upto - base
+
+    def _fill_close(self, request: pb.DraftRequest) -> None:
+        if self._close:
+            request.close.extend(self._close)
+            self._close.clear()
+
+    # --- answers -----------------------------------------------------------------------------
+
+    async def _patiently(self, future: asyncio.Future[pb.DraftResponse]) -> pb.DraftResponse | None:
+        """The answer, or None when patience is at an end; the future stays valid."""
+        if not future.done():
+            loop = asyncio.get_running_loop()
+            gate: asyncio.Future[None] = loop.create_future()
+
+            def open_gate(_: object = None) -> None:
+                if not gate.done():
+                    gate.set_result(None)
+
+            future.add_done_callback(open_gate)
+            timer = loop.call_later(self._patience, open_gate)
+            try:
+                await gate
+            finally:
+                timer.cancel()
+        return future.result() if future.done() else None
+
+    async def _send_and_absorb(
+        self, request: pb.DraftRequest, asked: dict[int, tuple[Seq, int]]
+    ) -> None:
+        assert self._link is not None
+        try:
+            future = await self._link.send(request)
+        except ServiceUnavailable:
+            return
+        future.add_done_callback(lambda done: self._absorb_if_answered(done, asked))
+
+    def _came_late(
+        self, done: asyncio.Future[pb.DraftResponse], asked: dict[int, tuple[Seq, int]]
+    ) -> None:
+        if self._late is done:
+            self._late = None
+        self._absorb_if_answered(done, asked)
+
+    def _absorb_if_answered(
+        self, done: asyncio.Future[pb.DraftResponse], asked: dict[int, tuple[Seq, int]]
+    ) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._absorb(done.result(), asked)
+
+    def _sound(self, proposal: pb.Proposal, sequence: Seq, n: int) -> bool:
+        """A draft may be wrong about tokens, but not about what it was asked."""
+        return (
+            proposal.epoch == sequence.draft.epoch
+            and proposal.committed_len == n
+            and len(proposal.tokens) > 0
+            and max(proposal.tokens) < self._vocab_size
+        )
+
+    def _absorb(self, response: pb.DraftResponse, asked: dict[int, tuple[Seq, int]]) -> None:
+        for error in response.errors:
+            found = asked.get(error.sequence_id)
+            if found is not None and found[0].draft.epoch == error.epoch:
+                self._refused(found[0], found[0].draft, error)
+
+    def _refused(self, sequence: Seq, held: Held, error: pb.SequenceError) -> None:
+        if not held.open:
+            return  # an item behind an open that was refused, or a sequence that is over
+        code = error.code
+        if code == RefusalCode.KV_MISSING:
+            held.length = min(held.length, error.held_len)
+        elif code == RefusalCode.NO_CAPACITY:
+            held.lose()
+            held.blocked = True
+            self._blocked.add(sequence)
+            return
+        else:
+            held.lose()
+            if code in (RefusalCode.INVALID, RefusalCode.MODEL):
+                self._close.append(sequence.sequence_id)
+            held.given_up = code == RefusalCode.INVALID
+        held.strikes += 1
+        if held.strikes >= MOST_STRIKES:
+            held.given_up = True

@@ -1,0 +1,345 @@
+"""The round loop: admission, rounds, ends and failures of all requests, in one task.
+
+Everything that changes a sequence happens in this task, so there are no locks. Clients' calls
+only set flags and drain queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+
+from outrider.coordinator.clients import DraftLink, VerifyLink
+from outrider.coordinator.drafting import Drafting
+from outrider.coordinator.job import Job
+from outrider.coordinator.output import Output
+from outrider.coordinator.pipeline import Outcome, Pipeline
+from outrider.coordinator.records import (
+    LinkRecord,
+    Observer,
+    RequestRecord,
+    RoundRecord,
+    WallClock,
+)
+from outrider.coordinator.requests import GenerationRequest
+from outrider.coordinator.scheduler import Plan, Scheduler
+from outrider.coordinator.sequence import Sequence
+from outrider.coordinator.speculation import Acceptance, Speculation
+from outrider.coordinator.statistics import Statistics
+from outrider.coordinator.stopping import Finish, FinishReason, TokenStops
+from outrider.coordinator.tokenizer import Tokenizer
+from outrider.coordinator.verifying import Verifying, never_fits
+from outrider.shared.errors import OutriderError, ServiceUnavailable
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.05
+"""Pause before room is asked for again that nobody here can free."""
+
+
+class Driver:
+    """Runs all requests over the links."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler[Sequence],
+        pipeline: Pipeline,
+        drafting: Drafting,
+        verifying: Verifying,
+        speculation: Speculation,
+        verify_link: VerifyLink,
+        draft_link: DraftLink | None,
+        tokenizer: Tokenizer | None,
+        observer: Observer,
+        clock: WallClock,
+        patience: float,
+        records: deque[RoundRecord],
+    ) -> None:
+        """``patience``: seconds that requests wait for a verifier that is away.
+
+        ``records`` is where the pipeline leaves the records of rounds.
+        """
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._drafting = drafting
+        self._verifying = verifying
+        self._speculation = speculation
+        self._verify_link = verify_link
+        self._draft_link = draft_link
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._clock = clock
+        self._patience = patience
+        self._records = records
+        self._wake = asyncio.Event()
+        self._ids = itertools.count(1)
+        self._jobs: dict[Sequence, Job] = {}
+        self._ended: list[Sequence] = []
+        self._ends: deque[RequestRecord] = deque()
+        self._away_since: float | None = None
+        self._last_ns = 0
+
+    @property
+    def running(self) -> int:
+        """Sequences running now."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences waiting for admission."""
+        return self._scheduler.waiting
+
+    # --- called from clients' calls ------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, arrived_ns: int) -> Job:
+        """Queues a request; raises ``CapacityError`` and ``ServiceUnavailable``."""
+        if self._away_since is not None and self._overdue():
+            raise self._away()
+        job = Job(request)
+        job.samples = [
+            self._sequence(request, index, arrived_ns, job) for index in range(request.num_samples)
+        ]
+        self._scheduler.submit(job.samples)
+        for sample in job.samples:
+            self._jobs[sample] = job
+            if sample.output.finish is not None:  # the resumed tokens already hold the end
+                self._ended.append(sample)
+        self._wake.set()
+        return job
+
+    def end(self, job: Job, reason: FinishReason) -> None:
+        """Ends a request from outside; its extents are freed with the next messages."""
+        job.end(Finish(reason))
+        self._ended.extend(sample for sample in job.samples if sample in self._jobs)
+        self._wake.set()
+
+    # --- called from the links -------------------------------------------------------------------
+
+    def verify_changed(self, up: bool, reason: str) -> None:
+        """The link to the verifier came up or went away."""
+        if not up:
+            running = self._scheduler.running
+            self._verifying.lost(running)
+            self._note_link("verify", up, reason, len(running))
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+        else:
+            self._away_since = None
+            self._note_link("verify", up, reason, 0)
+            self.limit_k()
+        self._scheduler.retry()
+        self._wake.set()
+
+    def draft_changed(self, up: bool, reason: str) -> None:
+        """The link to the draft came up or went away."""
+        running = self._scheduler.running
+        if not up:
+            self._drafting.lost(running)
+        else:
+            self.limit_k()
+        self._note_link("draft", up, reason, 0 if up else len(running))
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Runs rounds until cancelled; on the way out every request is failed."""
+        try:
+            while True:
+                self._reap()
+                if not self._verify_link.up:
+                    await self._wait_for_verifier()
+                    continue
+                plan = self._scheduler.plan()
+                if plan:
+                    await self._round(plan)
+                else:
+                    await self._idle()
+        finally:
+            self._fail_all(ServiceUnavailable("the coordinator is shutting down"))
+
+    async def _round(self, plan: Plan[Sequence]) -> None:
+        started_ns = self._last_ns or self._clock()
+        try:
+            outcome = await self._pipeline.round(
+                plan, started_ns, self._hand_over, self._scheduler.waiting
+            )
+        except Exception as error:
+            # A bug must not take down the other requests, nor the loop.
+            log.exception("a round failed")
+            self._last_ns = 0
+            for sequence in self._sequences_of(plan):
+                self._finish(sequence, OutriderError(f"internal error: {type(error).__name__}"))
+            return
+        self._last_ns = self._clock()
+        self._settle(outcome)
+        if not outcome.progressed and not outcome.lost:
+            # Nothing moved: somebody else has the room, or refusals are being worked off.
+            self._last_ns = 0
+            await asyncio.sleep(RETRY_SECONDS if outcome.full else 0)
+
+    def _settle(self, outcome: Outcome) -> None:
+        for sequence in outcome.admitted:
+            self._jobs[sequence].changed.set()
+        for sequence in outcome.finished:
+            self._finish(sequence)
+        for sequence, error in outcome.failed:
+            self._finish(sequence, error)
+        for sequence in outcome.full:
+            info = self._verify_link.info
+            if info is not None and sequence.capacity > info.arena_tokens:
+                self._finish(sequence, never_fits(sequence, info.arena_tokens))
+            elif not sequence.statistics.admitted_ns:
+                self._drafting.forget(sequence)
+                self._scheduler.refuse(sequence)
+
+    async def _idle(self) -> None:
+        """Nothing can run: tell the services what to free and wait."""
+        self._last_ns = 0
+        await self._verifying.flush()
+        await self._drafting.flush()
+        self._hand_over()
+        # With nothing running here, the room that the head of the queue waits for is held by
+        # somebody else, who will not tell.
+        alone = self._scheduler.full and not self._scheduler.running
+        await self._sleep(RETRY_SECONDS if alone else None)
+        if alone:
+            self._scheduler.retry()
+
+    async def _wait_for_verifier(self) -> None:
+        self._last_ns = 0
+        self._hand_over()
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+        if self._overdue():
+            self._fail_all(self._away())
+            await self._sleep(None)
+        else:
+            await self._sleep(self._away_since + self._patience - time.monotonic())
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until woken, or until the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        self._wake.clear()
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """Takes out sequences that were ended from outside."""
+        if self._ended:
+            ended, self._ended = self._ended, []
+            for sequence in ended:
+                self._finish(sequence)
+
+    def _finish(self, sequence: Sequence, error: OutriderError | None = None) -> None:
+        job = self._jobs.pop(sequence, None)
+        if job is None:
+            return
+        self._scheduler.remove(sequence)
+        self._drafting.forget(sequence)
+        self._verifying.forget(sequence)
+        sequence.statistics.finished_ns = self._clock()
+        if error is not None:
+            job.fail(error)
+            for other in job.samples:
+                if other is not sequence and other in self._jobs:
+                    self._ended.append(other)
+        job.close(sequence)
+        if self._observer.follows:
+            self._ends.append(_record(sequence, error))
+
+    def _fail_all(self, error: OutriderError) -> None:
+        for sequence in self._scheduler.drop_all():
+            self._finish(sequence, error)
+        self._reap()
+
+    def _overdue(self) -> bool:
+        since = self._away_since
+        return since is not None and time.monotonic() - since >= self._patience
+
+    def _away(self) -> ServiceUnavailable:
+        failure = self._verify_link.failure
+        reason = f": {failure}" if failure is not None else ""
+        return ServiceUnavailable(f"the base model's service is away{reason}")
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _sequence(
+        self, request: GenerationRequest, index: int, arrived_ns: int, job: Job
+    ) -> Sequence:
+        output = Output(
+            self._tokenizer,
+            request.prompt_ids,
+            stop_strings=request.stop_strings,
+            stops=TokenStops(request.eos_token_ids, request.stop_token_ids, request.max_new_tokens),
+            echo=request.prompt_text if request.echo else "",
+            wake=job.changed.set,
+        )
+        if request.resume_ids:
+            output.resume(request.resume_ids)
+        return Sequence(
+            sequence_id=next(self._ids),
+            request=request,
+            sample_index=index,
+            decoding=request.sample_decoding(index),
+            output=output,
+            acceptance=Acceptance(self._speculation.acceptance),
+            statistics=Statistics(arrived_ns),
+        )
+
+    def limit_k(self) -> None:
+        limits = [
+            link.info.max_k for link in (self._verify_link, self._draft_link) if link and link.info
+        ]
+        self._speculation.max_k = min([self._speculation.limit, *limits])
+
+    def _hand_over(self) -> None:
+        """Gives records to the observer; called while the verifier works."""
+        while self._records:
+            self._observer.round(self._records.popleft())
+        while self._ends:
+            self._observer.request(self._ends.popleft())
+
+    def _note_link(self, service: str, up: bool, reason: str, sequences: int) -> None:
+        if self._observer.follows:
+            self._observer.link(LinkRecord(service, up, self._clock(), reason, sequences))
+
+    @staticmethod
+    def _sequences_of(plan: Plan[Sequence]) -> list[Sequence]:
+        return [*plan.decode, *(sequence for sequence, _ in plan.prefill)]
+
+
+def _record(sequence: Sequence, error: OutriderError | None) -> RequestRecord:
+    statistics, request = sequence.statistics, sequence.request
+    finish = sequence.output.finish
+    reason = error.status if error is not None else finish.reason.name if finish else ""
+    return RequestRecord(
+        request_id=request.request_id,
+        sample_index=sequence.sample_index,
+        sequence_id=sequence.sequence_id,
+        traceparent=request.traceparent,
+        arrived_ns=statistics.arrived_ns,
+        admitted_ns=statistics.admitted_ns,
+        first_token_ns=statistics.first_token_ns,
+        finished_ns=statistics.finished_ns,
+        prompt_tokens=len(request.prompt_ids),
+        resumed_tokens=len(request.resume_ids),
+        completion_tokens=sequence.output.emitted,
+        reason=reason,
+        error="" if error is None else str(error),
+        k=request.k,
+        rule=sequence.decoding.rule.name,
+        temperature=sequence.decoding.temperature,
+        rounds=statistics.rounds,
+        proposed_by_position=tuple(statistics.proposed),
+        accepted_by_position=tuple(statistics.accepted),
+        decoding=sequence.decoding,
+        max_new_tokens=request.max_new_tokens,
+        num_samples=request.num_samples,
+    )

@@ -1,0 +1,183 @@
+"""A coordinator over toy services, in one process, through real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from outrider.coordinator import service
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as pb_grpc
+from outrider.shared.config import CoordinatorConfig
+
+
+@pytest.fixture(scope="session")
+def fakes() -> ModuleType:
+    """The module tests/fakes.py."""
+    name = "outrider_test_fakes"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "fakes.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+class Result:
+    """What one call gave."""
+
+    def __init__(self) -> None:
+        self.samples: dict[int, SimpleNamespace] = {}
+        self.messages: list[pb.GenerateResponse] = []
+        self.error: grpc.aio.AioRpcError | None = None
+
+    def add(self, message: pb.GenerateResponse) -> None:
+        self.messages.append(message)
+        one = self.samples.setdefault(
+            message.sample_index,
+            SimpleNamespace(
+                started=None, text="", ids=[], origins=[], logprobs=[], finished=None, deltas=0
+            ),
+        )
+        kind = message.WhichOneof("event")
+        assert one.finished is None, "nothing comes after Finished"
+        if kind == "started":
+            assert one.started is None
+            one.started = message.started
+        else:
+            assert one.started is not None, "Started comes first"
+        if kind == "delta":
+            one.deltas += 1
+            one.text += message.delta.text
+            one.ids.extend(message.delta.token_ids)
+            one.origins.extend(message.delta.origins)
+            one.logprobs.extend(message.delta.logprobs)
+        elif kind == "finished":
+            one.finished = message.finished
+
+    @property
+    def only(self) -> Any:
+        """The single sample; raises the call's error where there is one."""
+        if self.error is not None:
+            raise self.error
+        (one,) = self.samples.values()
+        return one
+
+
+class Client:
+    """A client of the coordinator under test."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = pb_grpc.GenerationStub(channel)
+
+    async def info(self) -> pb.InfoResponse:
+        return await self.stub.Info(pb.InfoRequest())
+
+    async def generate(self, request: pb.GenerateRequest, **options: Any) -> Result:
+        """Runs one request to its end; an error is kept in the result."""
+        result = Result()
+        try:
+            async for message in self.stub.Generate(request, **options):
+                result.add(message)
+        except grpc.aio.AioRpcError as error:
+            result.error = error
+        return result
+
+
+@pytest.fixture
+def client_of(tmp_path: Path) -> Callable[..., Any]:
+    """``async with client_of(base=…, draft=…, **config) as client``: a running coordinator."""
+    counter = iter(range(1000))
+
+    @asynccontextmanager
+    async def start(
+        base: Any, draft: Any = None, observer: Any = None, **settings: Any
+    ) -> AsyncIterator[Client]:
+        listen = f"unix:{tmp_path}/c{next(counter)}"
+        settings = {"tokenizer": str(tmp_path), "drain_seconds": 1.0} | settings
+        config = CoordinatorConfig(
+            listen=listen,
+            base_target=base.listen,
+            draft_target=None if draft is None else draft.listen,
+            **settings,
+        )
+        stop = asyncio.Event()
+        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(
+            service.serve(config, stop=stop, observer=observer, ready=ready.set_result)
+        )
+        try:
+            done, _ = await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
+            if task in done:
+                await task
+            async with grpc.aio.insecure_channel(listen) as channel:
+                yield Client(channel)
+        finally:
+            stop.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+    return start
+
+
+@pytest.fixture
+def services(fakes: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """``services("draft", agreement=90)``: a running toy service, stopped after the test."""
+    made: list[Any] = []
+
+    def start(role: str, **toy: Any) -> Any:
+        # The model's "folder" exists and holds no tokenizer: requests carry ids.
+        toy.setdefault("model", str(tmp_path))
+        one = fakes.ToyService(role, f"unix:{tmp_path}/{role}{len(made)}", fakes.Toy(**toy))
+        made.append(one)
+        return one
+
+    yield start
+    for one in made:
+        if one.toy.hold is not None:
+            one.toy.hold.set()
+        one.kill()
+
+
+def ids_request(ids: list[int], **parts: Any) -> pb.GenerateRequest:
+    """A request by token ids."""
+    return pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=ids), **parts)
+
+
+@pytest.fixture
+def ask() -> Callable[..., pb.GenerateRequest]:
+    """``ask(ids, n, k=…, temperature=…, seed=…, …)``: a request by token ids."""
+
+    def make(
+        ids: list[int],
+        n: int = 32,
+        *,
+        k: int | None = None,
+        stopping: dict[str, Any] | None = None,
+        output: dict[str, Any] | None = None,
+        resume: list[int] | None = None,
+        rule: int = 0,
+        **sampling: Any,
+    ) -> pb.GenerateRequest:
+        request = pb.GenerateRequest(
+            prompt_token_ids=pb.TokenIds(ids=ids),
+            sampling=pb.SamplingParameters(**sampling),
+            stopping=pb.StopConditions(max_new_tokens=n, **(stopping or {})),
+            speculation=pb.SpeculationParameters(k=k, rule=rule),
+            output=pb.OutputOptions(**(output or {})),
+        )
+        if resume:
+            request.resume_token_ids.ids.extend(resume)
+        return request
+
+    return make

@@ -1,0 +1,219 @@
+"""Stops against a reference that looks at the text one character at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from outrider.coordinator.output import Output
+from outrider.coordinator.stopping import Finish, FinishReason, StopStrings, TokenStops
+
+TEXT = st.text("abc", max_size=6)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+
+
+def naive(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """The text before the stop that is complete first, and that stop; longest on a tie."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            stop = max(complete, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+def may_become_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that begins a stop."""
+    return max(
+        (n for n in range(len(text) + 1) if any(s.startswith(text[len(text) - n :]) for s in stops)),
+        default=0,
+    )
+
+
+class StopStringsMachine(RuleBasedStateMachine):
+    """Feeds text in pieces; what is out must always be what the reference allows."""
+
+    @initialize(stops=STOPS)
+    def begin(self, stops: list[str]) -> None:
+        self.stops = stops
+        self.machine = StopStrings(stops)
+        self.text = ""
+        self.released = ""
+        self.found: str | None = None
+
+    @precondition(lambda self: self.found is None)
+    @rule(piece=TEXT)
+    def push(self, piece: str) -> None:
+        self.text += piece
+        released, self.found = self.machine.push(piece)
+        self.released += released
+
+    @invariant()
+    def agrees_with_reference(self) -> None:
+        if not hasattr(self, "stops"):
+            return
+        text, stop = naive(self.text, self.stops)
+        assert self.found == stop
+        if stop is not None:
+            assert self.released == text
+        else:
+            held = may_become_stop(self.text, self.stops)
+            assert self.released == self.text[: len(self.text) - held]
+            assert self.machine.held == self.text[len(self.text) - held :]
+
+
+TestStopStringsMachine = StopStringsMachine.TestCase
+TestStopStringsMachine.settings = settings(max_examples=150, deadline=None)
+
+
+def test_stop_strings_flush_releases_what_was_held() -> None:
+    machine = StopStrings(["abc"])
+    assert machine.push("xab") == ("x", None)
+    assert machine.flush() == "ab"
+    assert machine.flush() == ""
+
+
+class Letters:
+    """A decoder whose token i is one or two letters."""
+
+    WORDS = ("a", "b", "c", "ab", "bc", "ca", "cc", "")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.WORDS[token] for token in ids)
+
+    def keeps_run_open(self, token: int) -> bool:
+        return False
+
+
+EOS, STOP = 6, 5
+
+
+def reference(
+    tokens: Sequence[int], stops: Sequence[str], limit: int
+) -> tuple[list[int], str, Finish | None]:
+    """Tokens, text and end of a run that goes one token, and one character, at a time."""
+    letters = Letters()
+    out: list[int] = []
+    text = ""
+    for token in tokens:
+        out.append(token)
+        if token in (EOS, STOP):
+            reason = FinishReason.END_OF_SEQUENCE if token == EOS else FinishReason.STOP_TOKEN
+            return out, text, Finish(reason, stop_token_id=token)
+        text += letters.decode([token])
+        cut, stop = naive(text, stops)
+        if stop is not None:
+            return out, cut, Finish(FinishReason.STOP_STRING, stop_string=stop)
+        if len(out) == limit:
+            return out, text, Finish(FinishReason.MAX_TOKENS)
+    return out, text, None
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 7), max_size=40),
+    stops=STOPS,
+    limit=st.integers(1, 40),
+    seed=st.integers(0, 999),
+    lazy=st.booleans(),
+)
+def test_output_equals_reference_however_tokens_are_cut_into_blocks(
+    tokens: list[int], stops: list[str], limit: int, seed: int, lazy: bool
+) -> None:
+    rng = random.Random(seed)
+    output = Output(
+        Letters(), (), stop_strings=tuple(stops), stops=TokenStops((EOS,), (STOP,), limit)
+    )
+    text, ids, origins, start = "", [], [], 0
+
+    def fetch() -> None:
+        nonlocal text
+        delta = output.fetch()
+        if delta is not None:
+            text += delta.text
+            ids.extend(delta.token_ids)
+            origins.extend(delta.origins)
+
+    while start < len(tokens) and output.finish is None:
+        block = tokens[start : start + rng.randint(1, 6)]
+        output.push(block, [1] * len(block))
+        start += len(block)
+        if not (lazy and rng.random() < 0.5):
+            fetch()
+    wanted_ids, wanted_text, wanted_end = reference(tokens, stops, limit)
+    fetch()
+    assert output.finish == wanted_end
+    assert ids == wanted_ids
+    assert len(origins) == len(ids) == output.emitted
+    if wanted_end is not None:
+        assert text == wanted_text
+    else:
+        held = may_become_stop(wanted_text, stops)
+        assert text == wanted_text[: len(wanted_text) - held]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 4), min_size=1, max_size=20),
+    stops=STOPS,
+    cut=st.integers(0, 20),
+)
+def test_output_resumed_sends_exactly_the_rest(
+    tokens: list[int], stops: list[str], cut: int
+) -> None:
+    cut = min(cut, len(tokens))
+
+    def make() -> Output:
+        return Output(
+            Letters(), (), stop_strings=tuple(stops), stops=TokenStops((), (), len(tokens))
+        )
+
+    def run(output: Output, part: Sequence[int]) -> str:
+        text = ""
+        for token in part:
+            if output.finish is None:
+                output.push([token], [1])
+                delta = output.fetch()
+                text += delta.text if delta else ""
+        delta = output.fetch()
+        return text + (delta.text if delta else "")
+
+    whole = make()
+    first, second = run(whole, tokens[:cut]), ""
+    ended_before = whole.finish is not None
+    second = run(whole, tokens[cut:])
+    resumed = make()
+    resumed.resume(tokens[:cut])
+    if ended_before:
+        assert resumed.finish == whole.finish
+    else:
+        assert run(resumed, tokens[cut:]) == second
+        assert resumed.finish == whole.finish
+    assert isinstance(first, str)
+
+
+def test_output_token_limit_ends_exactly_there() -> None:
+    output = Output(None, (), stops=TokenStops((), (), 3))
+    assert output.push([1, 2], [1, 1]) is None
+    assert output.left == 1
+    assert output.push([3, 4], [1, 1]) == Finish(FinishReason.MAX_TOKENS)
+    delta = output.fetch()
+    assert delta is not None and list(delta.token_ids) == [1, 2, 3]
+
+
+def test_output_slow_reader_gets_one_merged_delta() -> None:
+    wakes = []
+    output = Output(
+        Letters(), (), stops=TokenStops((), (), 10_000), wake=lambda: wakes.append(1)
+    )
+    for _ in range(1000):
+        output.push([0, 1], [1, 2])
+    delta = output.fetch()
+    assert delta is not None
+    assert delta.text == "ab" * 1000
+    assert len(delta.token_ids) == 2000
+    assert output.fetch() is None
+    assert len(wakes) == 1000

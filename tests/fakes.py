@@ -1,0 +1,292 @@
+"""Draft and verify services over a toy model, for tests of everything around the models.
+
+The servers, streams and messages are the real ones. Only the engine is a toy: the next token is
+a hash of the whole history, so a single token that is wrong, missing, or rolled back wrongly
+changes everything after it. Sessions hold the tokens whose KV a real arena would hold, and keep
+to the protocol to the letter. Faults are switched on by the fields of ``Toy``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from outrider.shared import wire
+from outrider.shared.config import ServeConfig
+from outrider.shared.errors import RefusalCode, SequenceRefused
+from outrider.shared.rounds import RoundsServicer, add_to_server
+from outrider.shared.rpc import Server
+from outrider.shared.types import (
+    Decoding,
+    OpenSequence,
+    PositionLogprobs,
+    Proposal,
+    ProposeItem,
+    Refusal,
+    RoundResult,
+    Verdict,
+    VerifyItem,
+)
+
+VOCAB = 300
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def next_token(history: Sequence[int], decoding: Decoding, vocab: int = VOCAB) -> int:
+    """The toy base model: a pure function of the history, and of the seed when sampling."""
+    seed = decoding.seed if decoding.temperature > 0 else None
+    return _hash(tuple(history), seed, decoding.temperature) % vocab
+
+
+def plain(
+    prompt: Sequence[int], count: int, decoding: Decoding | None = None, vocab: int = VOCAB
+) -> list[int]:
+    """What the base alone writes: the reference of every test."""
+    log = list(prompt)
+    for _ in range(count):
+        log.append(next_token(log, decoding or Decoding(), vocab))
+    return log[len(prompt) :]
+
+
+@dataclass
+class Toy:
+    """What a toy service is, and which faults it has; fields may be changed while it runs."""
+
+    vocab: int = VOCAB
+    arena_tokens: int = 100_000
+    max_positions: int = 4096
+    max_k: int = 16
+    fingerprint: str = "f" * 64
+    eos: tuple[int, ...] = ()
+    agreement: int = 70
+    """Of 100 draft tokens, how many are the base's."""
+    seconds_per_round: float = 0.0
+    seconds_per_row: float = 0.0
+    spin: bool = False
+    """Whether that time is spent computing; else asleep."""
+    refuse: Callable[[Any], Refusal | None] = lambda item: None
+    """Asked for each item; a refusal is answered in the item's place."""
+    refuse_open: Callable[[OpenSequence], SequenceRefused | None] = lambda request: None
+    hold: threading.Event | None = None
+    """While set to an event that is clear, rounds hang."""
+    protocol: int = wire.PROTOCOL
+    model: str = "toy"
+    used: int = 0
+    live: int = 0
+    rounds: int = 0
+    items: list[Any] = field(default_factory=list)
+    """Every item that came, in order."""
+    opened: list[OpenSequence] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Held:
+    request: OpenSequence
+    tokens: list[int] = field(default_factory=list)
+
+
+class _Session:
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+        self.held: dict[int, _Held] = {}
+
+    def open(self, request: OpenSequence) -> None:
+        toy = self.toy
+        with toy.lock:
+            known = self.held.get(request.sequence_id)
+            if known is not None:
+                if known.request.epoch == request.epoch:
+                    return
+                self._free(request.sequence_id)
+            refusal = toy.refuse_open(request)
+            if refusal is not None:
+                raise refusal
+            if toy.used + request.capacity > toy.arena_tokens:
+                raise SequenceRefused(
+                    RefusalCode.NO_CAPACITY, f"{toy.arena_tokens - toy.used} tokens are free"
+                )
+            toy.used += request.capacity
+            toy.live += 1
+            toy.opened.append(request)
+            self.held[request.sequence_id] = _Held(request)
+
+    def close(self, sequence_id: int) -> None:
+        with self.toy.lock:
+            if sequence_id in self.held:
+                self._free(sequence_id)
+
+    def release(self) -> None:
+        with self.toy.lock:
+            for sequence_id in list(self.held):
+                self._free(sequence_id)
+
+    def _free(self, sequence_id: int) -> None:
+        self.toy.used -= self.held.pop(sequence_id).request.capacity
+        self.toy.live -= 1
+
+    def round(self, items: Sequence[Any]) -> RoundResult[Any]:
+        toy = self.toy
+        started = time.perf_counter()
+        result: RoundResult[Any] = RoundResult()
+        if toy.hold is not None:
+            toy.hold.wait(30)
+        toy.rounds += bool(items)
+        for item in items:
+            toy.items.append(item)
+            refusal = toy.refuse(item) or self._check(item)
+            if refusal is not None:
+                result.refusals.append(refusal)
+                continue
+            held = self.held[item.sequence_id]
+            del held.tokens[item.base_len :]
+            held.tokens.extend(item.append)
+            answer, rows = self.answer(item, held)
+            result.rows += rows
+            result.answers.append(answer)
+        pause = (toy.seconds_per_round if items else 0) + toy.seconds_per_row * result.rows
+        if toy.spin:
+            until = time.perf_counter() + pause
+            while time.perf_counter() < until:
+                pass
+        elif pause:
+            time.sleep(pause)
+        result.model_seconds = time.perf_counter() - started
+        return result
+
+    def _check(self, item: Any) -> Refusal | None:
+        def refusal(code: RefusalCode, held_len: int = 0) -> Refusal:
+            return Refusal(item.sequence_id, item.epoch, code, code.name, held_len)
+
+        held = self.held.get(item.sequence_id)
+        if held is None or item.epoch > held.request.epoch:
+            return refusal(RefusalCode.UNKNOWN)
+        if item.epoch < held.request.epoch:
+            return refusal(RefusalCode.STALE_EPOCH)
+        if item.base_len > len(held.tokens):
+            return refusal(RefusalCode.KV_MISSING, len(held.tokens))
+        extra = item.k if isinstance(item, ProposeItem) else len(item.proposal)
+        if not item.append or item.base_len + len(item.append) + extra > held.request.capacity:
+            return refusal(RefusalCode.INVALID)
+        if max(item.append) >= self.toy.vocab:
+            return refusal(RefusalCode.INVALID)
+        return None
+
+    def answer(self, item: Any, held: _Held) -> tuple[Any, int]:
+        raise NotImplementedError
+
+
+class _DraftSession(_Session):
+    def answer(self, item: ProposeItem, held: _Held) -> tuple[Proposal, int]:
+        toy = self.toy
+        n = len(held.tokens)
+        history = list(held.tokens)
+        for _ in range(item.k):
+            token = next_token(history, held.request.decoding, toy.vocab)
+            if _hash("draft", tuple(history)) % 100 >= toy.agreement:
+                token = (token + 1) % toy.vocab
+            history.append(token)
+        proposed = tuple(history[n:])
+        # The last proposed token is not forwarded: its KV is missing.
+        held.tokens = history[: max(n, n + item.k - 1)]
+        rows = len(item.append) + max(0, item.k - 1)
+        return Proposal(item.sequence_id, item.epoch, n, proposed), rows
+
+
+class _VerifySession(_Session):
+    def answer(self, item: VerifyItem, held: _Held) -> tuple[Verdict, int]:
+        toy, decoding = self.toy, held.request.decoding
+        n = len(held.tokens)
+        rows = len(item.append) + len(item.proposal)
+        if item.extend_only:
+            return Verdict(item.sequence_id, item.epoch, 0, None, n), rows
+        history = list(held.tokens)
+        accepted = 0
+        while True:
+            token = next_token(history, decoding, toy.vocab)
+            if accepted == len(item.proposal) or token != item.proposal[accepted]:
+                break
+            history.append(token)
+            accepted += 1
+        held.tokens = history
+        logprobs: tuple[PositionLogprobs, ...] = ()
+        if decoding.logprobs is not None:
+            logprobs = tuple(toy_logprobs(one, decoding.logprobs) for one in (*history[n:], token))
+        verdict = Verdict(item.sequence_id, item.epoch, accepted, token, n + accepted + 1, logprobs)
+        return verdict, rows
+
+
+def toy_logprobs(token: int, count: int) -> PositionLogprobs:
+    """Made-up log-probabilities that depend on the token alone."""
+    return PositionLogprobs(-token / 100, tuple((i, -i / 10) for i in range(count)))
+
+
+class _Engine:
+    def __init__(self, toy: Toy, session: Callable[[Toy], _Session]) -> None:
+        self._toy = toy
+        self._session = session
+
+    def connect(self) -> _Session:
+        return self._session(self._toy)
+
+    def info(self) -> Any:
+        toy = self._toy
+        return SimpleNamespace(
+            model=toy.model,
+            architecture="Toy",
+            parameters=1,
+            weight_bytes=4,
+            vocab_size=toy.vocab,
+            vocab_fingerprint=toy.fingerprint,
+            max_positions=toy.max_positions,
+            device="cpu",
+            dtype="float32",
+            arena_tokens=toy.arena_tokens,
+            arena_tokens_used=toy.used,
+            arena_tokens_largest_free=toy.arena_tokens - toy.used,
+            sequences=toy.live,
+            max_k=toy.max_k,
+            eos_token_ids=toy.eos,
+        )
+
+
+class ToyService:
+    """One running toy service; ``kill`` and ``start`` as often as wanted, at one address."""
+
+    def __init__(self, role: str, listen: str, toy: Toy | None = None) -> None:
+        """``role``: "draft" or "verify"."""
+        self.role = role
+        self.listen = listen
+        self.toy = toy or Toy()
+        self._server: Server | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Starts the service with nothing held."""
+        if self.role == "draft":
+            servicer = RoundsServicer(wire.read_propose_items, wire.write_draft_response)
+            engine = _Engine(self.toy, _DraftSession)
+        else:
+            servicer = RoundsServicer(wire.read_verify_items, wire.write_verify_response)
+            engine = _Engine(self.toy, _VerifySession)
+        servicer.attach(engine)
+        self._server = Server(
+            ServeConfig(listen=self.listen, max_calls=16, reflection=False),
+            lambda server: add_to_server(server, servicer, self.role.capitalize()),
+            [f"outrider.v1.{self.role.capitalize()}"],
+        )
+        self._server.serving()
+
+    def kill(self) -> None:
+        """Ends it at once, as a crash would: streams break, nothing is said."""
+        if self._server is not None:
+            self._server.drain(grace=0)
+            self._server = None
