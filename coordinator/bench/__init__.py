@@ -1,1 +1,1 @@
-"""Benchmarks of Outrider."""
+"""Benchmarks of Outrider: ``outrider bench``."""

@@ -1,0 +1,111 @@
+"""The ``outrider bench`` command: speculation at each K against the base alone."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from outrider.coordinator.bench import ceiling, hardware, speculation, tables
+from outrider.shared import pair
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of the plain ``outrider bench``."""
+    parser.add_argument(
+        "--ks", type=_ks, default=[0, 1, 2, 3, 4, 5, 6, 7, 8], help="K values, as 0,1,4 or 0-8; "
+        "auto is the server's own choice (default: 0-8)",
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="unmeasured repeats")
+    parser.add_argument("--concurrency", type=int, default=1, help="requests at once")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--rule", choices=["auto", "greedy", "coupled", "rejection"], default="auto")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+
+
+def run(arguments: argparse.Namespace, target: str) -> int:
+    """Measures the coordinator at ``target`` and prints a table."""
+    prompts = [str(entry["text"]) for entry in pair.heldout_prompts()]
+    step = max(1, len(prompts) // arguments.prompts)
+    workload = speculation.Workload(
+        prompts=prompts[::step][: arguments.prompts],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        rule={"auto": 0, "greedy": 1, "coupled": 2, "rejection": 3}[arguments.rule],
+        concurrency=arguments.concurrency,
+    )
+    bandwidth = hardware.read_bandwidth()
+    figures = asyncio.run(
+        speculation.measure(
+            target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup
+        )
+    )
+    figures |= {
+        "hardware": hardware.describe(),
+        "memory_read_bytes_per_second": bandwidth,
+        "command": " ".join(["outrider", *sys.argv[1:]]),
+        "workload": {
+            "prompts": len(workload.prompts),
+            "max_new_tokens": workload.max_new_tokens,
+            "concurrency": workload.concurrency,
+            "temperature": workload.temperature,
+            "rule": arguments.rule,
+            "repeats": arguments.repeats,
+        },
+    }
+    print(table(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def table(figures: dict) -> str:  # type: ignore[type-arg]
+    """The figures as a Markdown table, with the share of the memory's ceiling."""
+    rows = []
+    base, draft = figures["base"], figures["draft"]
+    for v in figures["variants"]:
+        k = v["k"]
+        top = None
+        if k is not None and figures["workload"]["concurrency"] == 1:
+            top = ceiling.shared_device(
+                base["weight_bytes"],
+                draft["weight_bytes"] if draft else 0,
+                figures["memory_read_bytes_per_second"],
+                v["mean_accepted_length"] or 1.0,
+                k,
+            )
+        rows.append(
+            [
+                "auto" if k is None else str(k),
+                tables.number(v["tokens_per_second"], 1),
+                tables.number(v.get("speedup"), 2, "-"),
+                tables.number(v["acceptance_rate"], 2, "-"),
+                tables.number(v["mean_accepted_length"], 2, "-"),
+                tables.number(v["round_ms"]["draft"]),
+                tables.number(v["round_ms"]["verify"]),
+                tables.number(v["round_ms"]["overhead"]),
+                "-" if top is None else f"{v['tokens_per_second'] / top:.0%}",
+                {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
+            ]
+        )
+    header = ["K", "tokens/s", "against base", "acceptance", "tokens/round", "draft ms"]
+    header += ["verify ms", "overhead ms", "of ceiling", "same tokens"]
+    return tables.markdown(header, rows)
+
+
+def _ks(text: str) -> list[int | None]:
+    ks: list[int | None] = []
+    for part in text.split(","):
+        if part == "auto":
+            ks.append(None)
+        elif "-" in part:
+            low, high = part.split("-")
+            ks.extend(range(int(low), int(high) + 1))
+        else:
+            ks.append(int(part))
+    return ks

@@ -1,0 +1,59 @@
+"""What the figures were measured on: machine, versions, and the memory's own speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+
+_PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton", "numpy")
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores, operating system and versions of what matters."""
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+    }
+
+
+def read_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:
+    """Bytes per second at which one thread reads main memory: the best of ``repeats`` sums.
+
+    A decode step reads every weight once, so weight bytes over this is the shortest step
+    one thread could take if no cache held any of them.
+    """
+    data = np.ones(size // 8, dtype=np.float64)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

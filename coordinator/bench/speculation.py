@@ -1,0 +1,192 @@
+"""Speculation at each K against the base alone, through the public API of all three processes.
+
+The variants take turns within every repeat, so that a machine whose speed drifts slows them
+all alike; what is compared are medians over repeats within one run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as rpc
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What every variant runs."""
+
+    prompts: Sequence[str]
+    max_new_tokens: int
+    temperature: float = 0.0
+    rule: int = pb.ACCEPTANCE_RULE_UNSPECIFIED
+    seed: int = 0
+    concurrency: int = 1
+    ignore_eos: bool = True
+
+
+@dataclass(slots=True)
+class Run:
+    """One variant over all prompts of the workload, once."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    rounds: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
+    proposed_by_position: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    first_token_seconds: list[float] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+
+
+async def measure(
+    target: str, workload: Workload, ks: Sequence[int | None], *, repeats: int, warmup: int
+) -> dict[str, object]:
+    """Runs the workload at every K in ``ks`` (None: the server's choice), ``repeats`` times.
+
+    Returns figures per K: medians over repeats of tokens per second and of the ratio to
+    K = 0 within the same repeat, and whether the tokens were those of K = 0.
+    """
+    runs: dict[int | None, list[Run]] = {k: [] for k in ks}
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = rpc.GenerationStub(channel)
+        for _ in range(warmup):
+            for k in ks:
+                await _run(stub, workload, k)
+        for repeat in range(repeats):
+            order = list(ks)
+            order = order[repeat % len(order) :] + order[: repeat % len(order)]
+            for k in order:
+                runs[k].append(await _run(stub, workload, k))
+        info = await stub.Info(pb.InfoRequest())
+    base = runs.get(0)
+    return {
+        "variants": [_summary(k, runs[k], base) for k in ks],
+        "base": _model(info.base),
+        "draft": _model(info.draft) if info.HasField("draft") else None,
+        "link": info.link,
+    }
+
+
+async def _run(stub: rpc.GenerationStub, workload: Workload, k: int | None) -> Run:
+    run = Run()
+    gate = asyncio.Semaphore(workload.concurrency)
+
+    async def one(index: int) -> tuple[int, ...]:
+        async with gate:
+            return await _generate(stub, _request(workload, index, k), run)
+
+    start = time.perf_counter()
+    run.outputs = list(await asyncio.gather(*(one(i) for i in range(len(workload.prompts)))))
+    run.seconds = time.perf_counter() - start
+    return run
+
+
+def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateRequest:
+    speculation = pb.SpeculationParameters(rule=workload.rule)  # type: ignore[arg-type]
+    if k is not None:
+        speculation.k = k
+    return pb.GenerateRequest(
+        prompt=workload.prompts[index],
+        sampling=pb.SamplingParameters(
+            temperature=workload.temperature, seed=workload.seed + index
+        ),
+        stopping=pb.StopConditions(
+            max_new_tokens=workload.max_new_tokens, ignore_eos=workload.ignore_eos
+        ),
+        speculation=speculation,
+    )
+
+
+async def _generate(
+    stub: rpc.GenerationStub, request: pb.GenerateRequest, run: Run
+) -> tuple[int, ...]:
+    start = time.perf_counter()
+    first = None
+    tokens: list[int] = []
+    async for message in stub.Generate(request):
+        event = message.WhichOneof("event")
+        if event == "delta":
+            if first is None and message.delta.token_ids:
+                first = time.perf_counter() - start
+                run.first_token_seconds.append(first)
+            tokens.extend(message.delta.token_ids)
+        elif event == "finished":
+            stats = message.finished.speculation
+            run.tokens += message.finished.usage.completion_tokens
+            run.rounds += stats.rounds
+            run.proposed += stats.proposed
+            run.accepted += stats.accepted
+            _add(run.proposed_by_position, stats.proposed_by_position)
+            _add(run.accepted_by_position, stats.accepted_by_position)
+            run.draft_seconds += stats.seconds.draft
+            run.verify_seconds += stats.seconds.verify
+            run.overhead_seconds += stats.seconds.overhead
+    return tuple(tokens)
+
+
+def _add(total: list[int], more: Sequence[int]) -> None:
+    total.extend([0] * (len(more) - len(total)))
+    for i, n in enumerate(more):
+        total[i] += n
+
+
+def _summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str, object]:
+    speeds = [r.tokens / r.seconds for r in runs]
+    proposed = sum(r.proposed for r in runs)
+    rounds = sum(r.rounds for r in runs)
+    by_position = [0] * max((len(r.proposed_by_position) for r in runs), default=0)
+    offered = list(by_position)
+    for run in runs:
+        _add(by_position, run.accepted_by_position)
+        _add(offered, run.proposed_by_position)
+    summary: dict[str, object] = {
+        "k": k,
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_runs": speeds,
+        "first_token_seconds": statistics.median(
+            [t for r in runs for t in r.first_token_seconds] or [float("nan")]
+        ),
+        "acceptance_rate": sum(r.accepted for r in runs) / proposed if proposed else None,
+        "mean_accepted_length": sum(r.tokens for r in runs) / rounds if rounds else None,
+        "acceptance_by_position": [a / p for a, p in zip(by_position, offered, strict=True) if p],
+        "round_ms": {
+            "draft": _per_round(r.draft_seconds / max(r.rounds, 1) for r in runs),
+            "verify": _per_round(r.verify_seconds / max(r.rounds, 1) for r in runs),
+            "overhead": _per_round(r.overhead_seconds / max(r.rounds, 1) for r in runs),
+        },
+    }
+    if base is not None:
+        summary["speedup"] = statistics.median(
+            (r.tokens / r.seconds) / (b.tokens / b.seconds)
+            for r, b in zip(runs, base, strict=True)
+        )
+        summary["same_tokens_as_base"] = all(
+            r.outputs == b.outputs for r, b in zip(runs, base, strict=True)
+        )
+    return summary
+
+
+def _per_round(seconds: object) -> float:
+    return 1e3 * statistics.median(seconds)  # type: ignore[call-overload, no-any-return]
+
+
+def _model(model: pb.ModelDescription) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "weight_bytes": model.weight_bytes,
+        "device": model.device,
+        "dtype": model.dtype,
+    }
