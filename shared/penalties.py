@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from outrider.shared.types import Decoding
 from torch import Tensor
@@ -164,13 +165,12 @@ def _counts(scores: Tensor, rows: Sequence[RowContext], *, whole: bool) -> Tenso
 
     def count(size: int, pairs: tuple[list[int], list[int]]) -> Tensor:
         # One column more takes in ids outside the vocabulary.
-        table = torch.zeros(size, vocab_size + 1, dtype=torch.int32, device=scores.device)
-        if pairs[0]:
-            index = torch.tensor(pairs, device=scores.device)
-            index[1].clamp_(max=vocab_size)
-            one = torch.ones((), dtype=torch.int32, device=scores.device)
-            table.index_put_((index[0], index[1]), one.expand(index.shape[1]), accumulate=True)
-        return table
+        columns = vocab_size + 1
+        at, tokens = np.array(pairs, dtype=np.int64)
+        index = torch.from_numpy(at * columns + tokens.clip(max=vocab_size)).to(scores.device)
+        table = torch.zeros(size * columns, dtype=torch.int32, device=scores.device)
+        one = torch.ones((), dtype=torch.int32, device=scores.device)
+        return table.scatter_add_(0, index, one.expand(len(index))).view(size, columns)
 
     table = count(len(slots), shared)[slot_of_row]
     if own[0]:

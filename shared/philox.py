@@ -42,7 +42,7 @@ def philox_torch(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -
     """
     entries = (*counter, *key)
     tensors = [t for t in entries if isinstance(t, Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    shape = np.broadcast_shapes(*(tuple(t.shape) for t in tensors))
     device = tensors[0].device
 
     def pair(a: Tensor | int, b: Tensor | int) -> Tensor:
@@ -51,9 +51,11 @@ def philox_torch(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -
         out[1] = b
         return out
 
+    # [2, ...], the key of the first round in the slots it is wanted in.
     k0, k1 = (torch.as_tensor(k, dtype=torch.int64, device=device) for k in key)
-    keys = torch.stack(torch.broadcast_tensors(k1, k0))
-    keys = keys.view(2, *(1,) * (len(shape) + 1 - keys.dim()), *keys.shape[1:])
+    key_shape = np.broadcast_shapes(tuple(k0.shape), tuple(k1.shape))
+    key_shape = (1,) * (len(shape) - len(key_shape)) + key_shape
+    keys = torch.stack((k1.expand(key_shape), k0.expand(key_shape)))
     multipliers = torch.tensor(_MULTIPLIERS, device=device).view(2, *(1,) * len(shape))
     weyl = torch.tensor(_WEYL[::-1], device=device).view(2, *(1,) * len(shape))
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from outrider.shared.types import Decoding
 from torch import Tensor
 
 # Below this, logits divided by the temperature can overflow float32: they are shifted first.
 _TINY_TEMPERATURE = 1e-3
-# On the CPU a full sort costs 0.5 ms a row, the top of one 0.02 ms: top-p looks at these
-# many entries before it sorts them all.
-_TOP_P_TRIES = (64, 1024)
+# Top-p looks at this many of the best entries before it sorts them all: on the CPU that is
+# 0.02 ms a row instead of 0.15 ms (NumPy; 0.5 ms in torch), and mostly enough.
+_FIRST_LOOK = 64
 
 
 def truncates(d: Decoding) -> bool:
@@ -83,7 +84,14 @@ def _keep_top_p(scores: Tensor, rows: list[int], top_p: list[float], top_k: list
     part = scores if len(rows) == len(scores) else scores[rows]
     total = part.logsumexp(-1, keepdim=True)
     wanted = _column(top_p, scores)
-    floor = _top_p_floor(part, total, wanted, _tries(scores, [top_k[i] for i in rows]))
+    kept = [top_k[i] for i in rows]
+    most = part.shape[-1] if 0 in kept else min(max(kept), part.shape[-1])
+    if scores.device.type == "cpu" and most > _FIRST_LOOK:
+        floor = _floor_after_a_look(part, total, wanted)
+    else:
+        # On a GPU sorting is cheap, and asking whether a look sufficed would make the
+        # host wait.
+        floor = _floor_of(part.topk(most).values, total, wanted)[0]
     if len(rows) < len(scores):
         everywhere = torch.full_like(scores[:, :1], -math.inf)
         everywhere[rows] = floor
@@ -91,32 +99,21 @@ def _keep_top_p(scores: Tensor, rows: list[int], top_p: list[float], top_k: list
     return scores.masked_fill(scores < floor, -math.inf)
 
 
-def _tries(scores: Tensor, top_k: list[int]) -> list[int]:
-    """How many of the best entries to look at, try after try; the last is always enough."""
-    vocab_size = scores.shape[-1]
-    enough = vocab_size if 0 in top_k else min(max(top_k), vocab_size)
-    if scores.device.type != "cpu":
-        # Asking whether a try sufficed would make the host wait for the device.
-        return [enough]
-    return [m for m in _TOP_P_TRIES if m < enough] + [enough]
+def _floor_after_a_look(part: Tensor, total: Tensor, wanted: Tensor) -> Tensor:
+    """``_floor_of`` the best few; of all, for rows whose best few do not reach ``wanted``."""
+    floor, reached = _floor_of(part.topk(_FIRST_LOOK).values, total, wanted)
+    short = (~reached).nonzero().squeeze(-1)
+    if len(short):
+        ascending = torch.from_numpy(np.sort(part[short].numpy(), axis=-1))
+        floor[short] = _floor_of(ascending.flip(-1), total[short], wanted[short])[0]
+    return floor
 
 
-def _top_p_floor(part: Tensor, total: Tensor, wanted: Tensor, tries: list[int]) -> Tensor:
-    """The lowest logit kept in each row, [rows, 1]."""
-    best = part.topk(tries[0]).values
-    reached = (best - total).exp().cumsum(-1)
-    if len(tries) > 1:
-        short = (reached[:, -1:] < wanted).squeeze(-1).nonzero().squeeze(-1)
-        if len(short) == len(part):
-            return _top_p_floor(part, total, wanted, tries[1:])
-        floor = _floor_of(best, reached, wanted)
-        if len(short):
-            floor[short] = _top_p_floor(part[short], total[short], wanted[short], tries[1:])
-        return floor
-    return _floor_of(best, reached, wanted)
-
-
-def _floor_of(best: Tensor, reached: Tensor, wanted: Tensor) -> Tensor:
-    # A token stays while those before it have not reached top_p: at least the first does.
-    kept = (reached < wanted).sum(-1, keepdim=True)
-    return best.gather(1, kept.clamp_(max=best.shape[-1] - 1))
+def _floor_of(best: Tensor, total: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest logit to keep [rows, 1] given each row's ``best`` ones in descending order,
+    and whether these reach ``wanted`` [rows]."""
+    mass = (best - total).exp_().cumsum(-1)
+    # A token stays while those before it have not reached top_p: the first always does.
+    before = (mass < wanted).sum(-1, keepdim=True)
+    floor = best.gather(1, before.clamp(max=best.shape[-1] - 1))
+    return floor, (before < best.shape[-1]).squeeze(-1)

@@ -12,8 +12,8 @@ from outrider.shared.config import ModelConfig
 
 def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
     """Loads the model and makes the engine; torch is imported here and no earlier."""
-    from outrider.verify_service.engine import VerifyEngine
     from outrider.shared.loading import load_runner
+    from outrider.verify_service.engine import VerifyEngine
 
     return VerifyEngine(load_runner(config, progress), config.max_k)
 

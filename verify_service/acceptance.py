@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from outrider.shared.errors import RefusalCode, SequenceRefused
 from outrider.shared.noise import Stream, seed_tensor, uniform
 from outrider.shared.sampling import RowContext, choose, process, sample
 from outrider.shared.types import Decoding, PositionLogprobs, Rule, SparseRow
@@ -158,28 +157,27 @@ def judge_rejection(
     return accepted, sample(p.log(), seeds, positions + accepted, stream=stream)
 
 
-def check_proposal(item: JudgeItem, vocab_size: int) -> None:
-    """Raises ``SequenceRefused`` (INVALID) if the proposal is not well formed."""
-
-    def refuse(message: str) -> None:
-        raise SequenceRefused(RefusalCode.INVALID, message)
-
-    for token in item.proposal:
-        if not 0 <= token < vocab_size:
-            refuse(f"proposal: got token {token}; must be in [0, {vocab_size})")
-    if item.rows and len(item.rows) != len(item.proposal):
-        refuse(f"rows: got {len(item.rows)}; must be none or one for each proposed token")
-    for token, row in zip(item.proposal, item.rows, strict=False):
-        if len(row.ids) != len(row.probabilities) or len(set(row.ids)) != len(row.ids):
-            refuse("rows: ids must be distinct, with one probability each")
+def malformed(proposal: Sequence[int], rows: Sequence[SparseRow], vocab_size: int) -> str | None:
+    """What is wrong with a proposal and its distributions, or None. ``judge`` relies on it."""
+    if any(not 0 <= token < vocab_size for token in proposal):
+        return f"proposal: token ids must be in [0, {vocab_size})"
+    if rows and len(rows) != len(proposal):
+        return f"rows: got {len(rows)}; must be none or one for each of {len(proposal)} tokens"
+    for token, row in zip(proposal, rows, strict=False):
+        if len(row.ids) != len(row.probabilities):
+            return "rows: each id goes with one probability"
+        offered = dict(zip(row.ids, row.probabilities, strict=True))
+        if len(offered) != len(row.ids):
+            return "rows: ids must be distinct"
         if any(not 0 <= i < vocab_size for i in row.ids):
-            refuse(f"rows: ids must be in [0, {vocab_size})")
+            return f"rows: ids must be in [0, {vocab_size})"
         if any(not 0 <= p <= 1.001 for p in row.probabilities):
-            refuse("rows: probabilities must be in [0, 1]")
+            return "rows: probabilities must be in [0, 1]"
         if not math.isclose(math.fsum(row.probabilities), 1.0, abs_tol=1e-3):
-            refuse("rows: probabilities must sum to 1")
-        if row.probabilities[row.ids.index(token)] <= 0 if token in row.ids else True:
-            refuse(f"rows: token {token} was proposed with probability 0")
+            return "rows: probabilities must sum to 1"
+        if offered.get(token, 0.0) <= 0:
+            return f"rows: token {token} was proposed with probability 0"
+    return None
 
 
 def _draws(item: JudgeItem) -> bool:

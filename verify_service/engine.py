@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from outrider.shared.errors import RefusalCode
 from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.types import Refusal, Verdict, VerifyItem
-from outrider.verify_service.acceptance import JudgeItem, judge
+from outrider.verify_service.acceptance import JudgeItem, judge, malformed
 
 
 class VerifyEngine(Engine[VerifyItem, Verdict]):
@@ -26,9 +26,7 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
             return "extend_only goes without a proposal" if item.proposal else None
         if not item.append:
             return "append is empty: the pending token is needed to verify"
-        if item.rows and len(item.rows) != len(item.proposal):
-            return f"rows: got {len(item.rows)}; must be one per proposed token or none"
-        return None
+        return malformed(item.proposal, item.rows, self.runner.facts.vocab_size)
 
     def rows_of(self, item: VerifyItem) -> int:
         """See ``Engine.rows_of``."""
@@ -61,7 +59,7 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
             item, held = work[i]
             committed = item.base_len + len(item.append)
             if i in broken:
-                self.runner.arena.rollback(held.extent, item.base_len)
+                self.runner.arena.distrust(held.extent, item.base_len)
                 answers[i] = refusal(item, RefusalCode.MODEL, "the model's logits are not finite")
                 continue
             accepted = verdict.num_accepted

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 
 import pytest
 import torch
-from outrider.shared.errors import RefusalCode, SequenceRefused
 from outrider.shared.noise import Stream, gumbel, seed_tensor, uniform
 from outrider.shared.sampling import RowContext, process, propose
 from outrider.shared.types import Decoding, Rule, SparseRow
@@ -16,8 +16,8 @@ from outrider.verify_service.acceptance import (
     Judged,
     JudgeItem,
     accepted_prefix,
-    check_proposal,
     judge,
+    malformed,
 )
 
 VOCAB = 32
@@ -44,11 +44,16 @@ PARAMETERS = {
 }
 
 
-def model(tokens: list[int], salt: int = 0) -> torch.Tensor:
-    """Logits [vocab] of a tiny language model: a fixed function of the last two tokens."""
-    key = hashlib.sha256(repr((salt, tuple(tokens[-2:]))).encode()).digest()
+@functools.cache
+def _logits(last: tuple[int, ...], salt: int) -> torch.Tensor:
+    key = hashlib.sha256(repr((salt, last)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:6], "big"))
     return 2 * torch.randn(VOCAB, generator=generator)
+
+
+def model(tokens: list[int], salt: int = 0) -> torch.Tensor:
+    """Logits [vocab] of a tiny language model: a fixed function of the last two tokens."""
+    return _logits(tuple(tokens[-2:]), salt)
 
 
 def base_rows(history: list[int], proposal: tuple[int, ...]) -> torch.Tensor:
@@ -255,27 +260,69 @@ def test_accepted_prefix_stops_at_the_first_difference():
 @pytest.mark.parametrize(
     ("proposal", "rows", "message"),
     [
-        ((VOCAB,), (), "token 32"),
-        ((-1,), (), "token -1"),
+        ((VOCAB,), (), "token ids must be"),
+        ((-1,), (), "token ids must be"),
         ((1, 2), (SparseRow((1,), (1.0,)),), "one for each"),
-        ((1,), (SparseRow((1, 2), (1.0,)),), "one probability each"),
+        ((1,), (SparseRow((1, 2), (1.0,)),), "one probability"),
         ((1,), (SparseRow((1, 1), (0.5, 0.5)),), "distinct"),
         ((1,), (SparseRow((1, VOCAB), (0.5, 0.5)),), "ids must be in"),
-        ((1,), (SparseRow((1, 2), (1.5, -0.5)),), "in \\[0, 1\\]"),
-        ((1,), (SparseRow((1, 2), (float("nan"), 0.5)),), "in \\[0, 1\\]"),
+        ((1,), (SparseRow((1, 2), (1.5, -0.5)),), "in [0, 1]"),
+        ((1,), (SparseRow((1, 2), (float("nan"), 0.5)),), "in [0, 1]"),
         ((1,), (SparseRow((1, 2), (0.5, 0.4)),), "sum to 1"),
         ((1,), (SparseRow((2,), (1.0,)),), "probability 0"),
         ((1,), (SparseRow((1, 2), (0.0, 1.0)),), "probability 0"),
     ],
 )
-def test_malformed_proposals_are_refused(proposal, rows, message):
-    with pytest.raises(SequenceRefused, match=message) as refused:
-        check_proposal(JudgeItem(Decoding(), [1], proposal, rows), VOCAB)
-    assert refused.value.code == RefusalCode.INVALID
+def test_malformed_proposals_are_named(proposal, rows, message):
+    assert message in malformed(proposal, rows, VOCAB)
 
 
 def test_well_formed_proposals_pass():
     d = Decoding(rule=Rule.REJECTION, temperature=1.0)
-    check_proposal(JudgeItem(d, [1, 2], *drafted("close", d, [1, 2], 3)), VOCAB)
-    check_proposal(JudgeItem(d, [1, 2], (3, 4)), VOCAB)
-    check_proposal(JudgeItem(d, [1, 2]), VOCAB)
+    assert malformed(*drafted("close", d, [1, 2], 3), VOCAB) is None
+    assert malformed((3, 4), (), VOCAB) is None
+    assert malformed((), (), VOCAB) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rule", list(Rule))
+def test_logits_that_are_not_finite_do_not_disturb_the_other_items(rule, bad):
+    d = Decoding(rule=rule, temperature=0.0 if rule == Rule.GREEDY else 1.0, top_p=0.9, logprobs=2)
+    items = [JudgeItem(d, [n], *drafted("close", d, [n], 2)) for n in (1, 2, 3)]
+    logits = torch.cat([base_rows([n], item.proposal) for n, item in enumerate(items, 1)])
+    expected = judge(logits, items)
+    logits[3:6] = bad
+    answers = judge(logits, items)
+    assert (answers[0], answers[2]) == (expected[0], expected[2])
+    assert 0 <= answers[1].next_token < VOCAB
+
+
+@pytest.mark.gpu
+def test_judge_and_propose_on_a_gpu_equal_the_cpu():
+    rng = random.Random(2)
+    items, logits = [], []
+    for n in range(300):
+        rule = rng.choice(list(Rule))
+        d = Decoding(
+            rule=rule,
+            temperature=0.0 if rule == Rule.GREEDY else rng.choice([0.7, 1.0]),
+            seed=rng.getrandbits(64),
+            logprobs=2,
+            draft_top=rng.choice([4, 64]),
+            **PARAMETERS[rng.choice(list(PARAMETERS))],
+        )
+        history = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
+        items.append(JudgeItem(d, history, *drafted("close", d, history, n % 5)))
+        logits.append(base_rows(history, items[-1].proposal))
+    raw = torch.cat(logits)
+    for own, other in zip(judge(raw, items), judge(raw.cuda(), items), strict=True):
+        assert (own.num_accepted, own.next_token) == (other.num_accepted, other.next_token)
+        for a, b in zip(own.logprobs, other.logprobs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    first = torch.stack([rows[0] for rows in logits])
+    contexts = [RowContext(item.decoding, item.history) for item in items]
+    on_cpu, on_gpu = propose(first, contexts), propose(first.cuda(), contexts)
+    assert on_cpu[0] == on_gpu[0]
+    for a, b in zip(on_cpu[1], on_gpu[1], strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or a.ids == b.ids

@@ -69,7 +69,7 @@ class Rejection:
 
     def propose(self, logits: Tensor, seeds: Tensor, positions: Tensor):
         sizes = torch.full_like(seeds, self.draft_top)
-        return draw_truncated(logits, seeds, positions, sizes)
+        return draw_truncated(logits, seeds, positions, sizes, self.draft_top)
 
     def judge(self, logits, proposals, ids, q, seeds, positions):
         items, rows = logits.shape[:2]
@@ -102,11 +102,13 @@ class Coupled:
 
     def judge(self, logits, proposals, ids, q, seeds, positions):
         targets = self.targets(logits, proposals, seeds, positions)
-        # Few different outcomes: ask about each once.
+        # Few different outcomes, each one number: ask about each once.
         both = torch.cat((targets, proposals), dim=1)
-        cases, which = both.unique(dim=0, return_inverse=True)
-        rows = logits.shape[1]
-        counts = [acceptance.accepted_prefix(c[:rows], c[rows:]) for c in cases.tolist()]
+        size, rows = both.shape[1], logits.shape[1]
+        digits = VOCAB ** torch.arange(size)
+        cases, which = (both * digits).sum(1).unique(return_inverse=True)
+        outcomes = (cases[:, None] // digits % VOCAB).tolist()
+        counts = [acceptance.accepted_prefix(c[:rows], c[rows:]) for c in outcomes]
         accepted = torch.tensor(counts)[which]
         return accepted, targets.gather(1, accepted[:, None]).squeeze(1)
 
@@ -206,8 +208,11 @@ class CutRejection(Rejection):
     draft_top = 2
 
 
-@pytest.mark.parametrize(("base", "draft"), CASES)
-@pytest.mark.parametrize("rule", [Coupled, Rejection, CutRejection])
+@pytest.mark.parametrize(
+    ("rule", "base", "draft"),
+    [(rule, *case) for rule in (Coupled, Rejection) for case in CASES]
+    + [(CutRejection, "full", draft) for draft in ("equal", "close", "uniform")],
+)
 def test_output_has_the_law_of_the_base(rule, base, draft):
     assert violations(rule(), base, draft) == set()
 

@@ -1,0 +1,30 @@
+"""Three real processes over unix sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outrider.coordinator.private import deployment
+from outrider.shared.config import load
+
+
+@pytest.fixture(scope="session")
+def bundled_target() -> Iterator[str]:
+    """A running coordinator with the pair that ships."""
+    with deployment(load(None, flags={})) as target:
+        yield target
+
+
+@pytest.fixture
+def tiny_target(tiny_base: Path, tiny_draft: Path) -> Iterator[str]:
+    """A running coordinator with a tiny random pair."""
+    flags = {
+        "base.path": str(tiny_base),
+        "draft.path": str(tiny_draft),
+        "coordinator.tokenizer": str(tiny_base),
+    }
+    with deployment(load(None, flags=flags)) as target:
+        yield target

@@ -1,0 +1,76 @@
+"""Ten thousand short requests leave things where they were."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as rpc
+from outrider.protos import speculation_pb2 as internal
+from outrider.protos import speculation_pb2_grpc as internal_rpc
+
+REQUESTS = 10_000
+AT_ONCE = 32
+
+
+async def run_requests(target: str, count: int) -> None:
+    """``count`` generations of one to three tokens, ``AT_ONCE`` at a time."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = rpc.GenerationStub(channel)
+
+        async def worker(first: int) -> None:
+            for i in range(first, count, AT_ONCE):
+                request = pb.GenerateRequest(
+                    prompt_token_ids=pb.TokenIds(ids=[1 + i % 200, 5, 9][: 1 + i % 3]),
+                    stopping=pb.StopConditions(max_new_tokens=1 + i % 3, ignore_eos=True),
+                    speculation=pb.SpeculationParameters(k=i % 3),
+                )
+                last = None
+                async for message in stub.Generate(request, timeout=60):
+                    last = message
+                assert last is not None and last.HasField("finished")
+
+        await asyncio.gather(*(worker(i) for i in range(AT_ONCE)))
+
+
+async def state(target: str) -> dict[str, int]:
+    """Occupancy, streams and memory of both services, once they are quiet."""
+    folder = Path(target.removeprefix("unix:")).parent
+    found: dict[str, int] = {}
+    for name, make in (("base", internal_rpc.VerifyStub), ("draft", internal_rpc.DraftStub)):
+        async with grpc.aio.insecure_channel(f"unix:{folder}/{name}") as channel:
+            for _ in range(100):
+                info = await make(channel).Info(internal.ServiceInfoRequest())
+                if info.arena_tokens_used == 0 and info.sequences == 0:
+                    break
+                await asyncio.sleep(0.05)
+            found |= {
+                f"{name} arena tokens": info.arena_tokens_used,
+                f"{name} sequences": info.sequences,
+                f"{name} streams": info.streams,
+                f"{name} memory": info.resident_bytes,
+            }
+    async with grpc.aio.insecure_channel(target) as channel:
+        about = await rpc.GenerationStub(channel).Info(pb.InfoRequest())
+        found |= {"running": about.running, "waiting": about.waiting}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_services_are_as_before_after_ten_thousand_requests(tiny_target: str) -> None:
+    asyncio.run(run_requests(tiny_target, 1_000))  # caches and pools grow to their size
+    before = asyncio.run(state(tiny_target))
+    asyncio.run(run_requests(tiny_target, REQUESTS))
+    after = asyncio.run(state(tiny_target))
+    memory = [key for key in before if key.endswith("memory")]
+    assert {k: v for k, v in after.items() if k not in memory} == {
+        k: v for k, v in before.items() if k not in memory
+    }
+    assert before["base arena tokens"] == before["draft arena tokens"] == 0
+    for key in memory:
+        assert after[key] - before[key] < 8 << 20, key
