@@ -32,7 +32,7 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a child did: ``progress``, ``ready``, ``failed``, ``line`` (of its log), ``ended``."""
+    """What a child did: ``progress``, ``ready``, ``failed``, ``line`` (of its log), ``ended``."""
 
     child: Child
     kind: str
@@ -152,7 +152,7 @@ def _listen(child: Child, status: int) -> None:
 
 
 def _reports(child: Child, status: int) -> None:
-    with open(status, "rb") as stream:  # noqa: PTH123 (a descriptor, not a path)
+    with open(status, "rb") as stream:  # a descriptor, not a path
         for raw in stream:
             try:
                 event = json.loads(raw)

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from typing import Any
 
 from outrider.coordinator import profile_command as profile
 from outrider.coordinator import report_command as report
+from outrider.coordinator.arguments import number, whole
 from outrider.shared import flags, lifecycle, telemetry_flags, tuning
 from outrider.shared.config import Config, load
 from outrider.shared.errors import ConfigError, InvalidRequest, OutriderError
@@ -88,15 +89,17 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
     _add_models(parser)
     _add_target(parser)
-    parser.add_argument("--k", type=_whole(0), help="draft tokens per proposal; unset adapts")
+    parser.add_argument("--k", type=whole(0), help="draft tokens per proposal; unset adapts")
     parser.add_argument("--no-draft", action="store_true", help="the base alone")
-    parser.add_argument("--rule", choices=("auto", "greedy", "coupled", "rejection"), default="auto")
-    parser.add_argument("--max-new-tokens", type=_whole(1))
-    parser.add_argument("--temperature", type=_number(0.0, math.inf), help="0 is greedy")
-    parser.add_argument("--top-k", type=_whole(0, 2**31 - 1), help="0 keeps all")
-    parser.add_argument("--top-p", type=_number(0.0, 1.0, low_open=True))
-    parser.add_argument("--min-p", type=_number(0.0, 1.0, high_open=True))
-    parser.add_argument("--seed", type=_whole(0, 2**64 - 1))
+    parser.add_argument(
+        "--rule", choices=("auto", "greedy", "coupled", "rejection"), default="auto"
+    )
+    parser.add_argument("--max-new-tokens", type=whole(1))
+    parser.add_argument("--temperature", type=number(0.0, math.inf), help="0 is greedy")
+    parser.add_argument("--top-k", type=whole(0, 2**31 - 1), help="0 keeps all")
+    parser.add_argument("--top-p", type=number(0.0, 1.0, low_open=True))
+    parser.add_argument("--min-p", type=number(0.0, 1.0, high_open=True))
+    parser.add_argument("--seed", type=whole(0, 2**64 - 1))
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
@@ -198,6 +201,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _add_bench(commands: Any, *, full: bool) -> None:
     parser = commands.add_parser("bench", help="measure speculation against the base alone")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("speculation", "tracing"),
+        default="speculation",
+        help="tracing: what it costs to trace every round",
+    )
     _add_models(parser)
     _add_target(parser)
     if full:
@@ -210,6 +220,10 @@ def _add_bench(commands: Any, *, full: bool) -> None:
 def _bench(args: argparse.Namespace) -> int:
     config = _load(args)
     _interruptible()
+    if args.what == "tracing":
+        from outrider.coordinator.bench import tracing
+
+        return tracing.run(args, config)
     from outrider.coordinator import display
     from outrider.coordinator.bench import command
     from outrider.coordinator.private import deployment
@@ -265,43 +279,8 @@ def _interruptible() -> None:
             signal.signal(one, signal.SIG_IGN)
         raise Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handle)
-
-
-def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    span = f">= {low}" if high is None else f"from {low} to {high}"
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number {span}")
-        return value
-
-    return read
-
-
-def _number(
-    low: float, high: float, *, low_open: bool = False, high_open: bool = False
-) -> Callable[[str], float]:
-    span = f"{'>' if low_open else '>='} {low:g}"
-    if math.isfinite(high):
-        span += f" and {'<' if high_open else '<='} {high:g}"
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        good = math.isfinite(value) and low <= value <= high
-        if not good or (low_open and value == low) or (high_open and value == high):
-            raise argparse.ArgumentTypeError(f"got {text!r}; must be a number {span}")
-        return value
-
-    return read
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, handle)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
@@ -34,7 +35,7 @@ class Progress:
         self._states[name] = text
         if self._live:
             line = "   ".join(f"{part}: {state}" for part, state in self._states.items())
-            self._write(_CLEAR + line[:200])
+            self._write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
         else:
             self._write(f"{name}: {text}\n")
 
@@ -42,6 +43,7 @@ class Progress:
         """Takes the line away."""
         if self._live and self._states:
             self._write(_CLEAR)
+        self._states.clear()
 
     def _write(self, text: str) -> None:
         try:
@@ -67,6 +69,8 @@ class Painter:
         """The delta's text with colours."""
         for token, origin in zip(delta.token_ids, delta.origins, strict=False):
             length = len(self._push((token,)))
+            if self._runs and self._runs[-1][1] == origin:
+                length += self._runs.pop()[0]
             if length:
                 self._runs.append((length, origin))
         text = delta.text
@@ -92,7 +96,8 @@ def legend() -> str:
 
 def reason_name(reason: int) -> str:
     """``FINISH_REASON_MAX_TOKENS`` as ``max_tokens``."""
-    return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()  # type: ignore[arg-type]
+    name = str(pb.FinishReason.Name(reason))
+    return name.removeprefix("FINISH_REASON_").lower()
 
 
 def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[str, Any]:

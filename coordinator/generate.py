@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 import grpc
-
 from outrider.coordinator import display
 from outrider.coordinator.private import deployment
 from outrider.protos import generation_pb2 as pb
@@ -61,7 +60,7 @@ def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
     for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
         if (value := getattr(args, name)) is not None:
             setattr(sampling, name, value)
-    stopping = pb.StopConditions(stop=args.stop or (), ignore_eos=args.ignore_eos or None)
+    stopping = pb.StopConditions(stop=args.stop or (), ignore_eos=args.ignore_eos)
     if args.max_new_tokens is not None:
         stopping.max_new_tokens = args.max_new_tokens
     speculation = pb.SpeculationParameters(rule=RULES[args.rule])
@@ -71,7 +70,7 @@ def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
         sampling=sampling,
         stopping=stopping,
         speculation=speculation,
-        output=pb.OutputOptions(echo=args.echo or None),
+        output=pb.OutputOptions(echo=args.echo),
     )
     if args.chat:
         request.conversation.messages.append(pb.ChatMessage(role="user", content=prompt))
@@ -97,7 +96,8 @@ def _stream(
 ) -> int:
     with open_channel(target, args.ca) as channel:
         metadata = authorization(config.coordinator.token) if args.target else ()
-        call = stubs.GenerationStub(channel).Generate(request, metadata=metadata)
+        stub: Any = stubs.GenerationStub(channel)  # type: ignore[no-untyped-call]
+        call = stub.Generate(request, metadata=metadata)
         try:
             if collector is None:
                 return _show(args, config, call)

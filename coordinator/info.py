@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import grpc
-
 from outrider.coordinator.generate import open_channel
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -24,7 +23,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
     target = args.target or config.coordinator.listen
     with open_channel(target, args.ca) as channel:
         try:
-            info = stubs.GenerationStub(channel).Info(
+            stub: Any = stubs.GenerationStub(channel)  # type: ignore[no-untyped-call]
+            info = stub.Info(
                 pb.InfoRequest(),
                 timeout=TIMEOUT_SECONDS,
                 metadata=authorization(config.coordinator.token),
@@ -55,7 +55,7 @@ def _text(info: pb.InfoResponse) -> str:
     if info.link_reason:
         lines.append(f"  no better link: {info.link_reason}")
     for role, model in (("base", info.base), ("draft", info.draft)):
-        if not info.HasField(role):  # type: ignore[arg-type]
+        if not info.HasField(role):
             lines.append(f"{role}: none")
             continue
         lines += [

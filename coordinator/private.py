@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from outrider.coordinator import children
 from outrider.shared.config import Config
@@ -31,8 +31,9 @@ def deployment(
 ) -> Iterator[str]:
     """Starts all parts of ``config`` over sockets in a fresh folder; yields the target.
 
-    ``progress`` is told the part's name and what it does; log lines go to ``log``. Raises ``ServiceUnavailable`` with
-    the reason when a part fails to start. Leaves no process, socket or file behind.
+    ``progress`` is told the part's name and what it does; log lines go to ``log``. Raises
+    ``ServiceUnavailable`` with the reason when a part fails to start. Leaves no process,
+    socket or file behind.
     """
     folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=_short_folder()))  # mode 0700
     running: list[children.Child] = []
@@ -59,7 +60,7 @@ def deployment(
 
 def over_sockets(config: Config, folder: Path) -> Config:
     """``config`` with every part listening on a socket in ``folder``, and without tokens."""
-    plain = {"tls_certificate": None, "tls_key": None, "tls_client_ca": None, "token": None}
+    plain: dict[str, Any] = {"tls_certificate": None, "tls_key": None, "tls_client_ca": None, "token": None}
     return dataclasses.replace(
         config,
         base=dataclasses.replace(config.base, listen=f"unix:{folder}/base", **plain),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from outrider.coordinator import children
 from outrider.shared import address
@@ -108,7 +110,9 @@ class Supervisor:
         if not self._said_ready and all(part.child.ready for part in self._parts.values()):
             self._said_ready = True
             target = self._config.coordinator.listen
-            self._say("up", f"all services are ready; try: outrider generate --target {target} 'def '")
+            self._say(
+                "up", f"all services are ready; try: outrider generate --target {target} 'def '"
+            )
 
     def _drain_log(self) -> None:
         while not self._events.empty():
@@ -117,10 +121,9 @@ class Supervisor:
                 self._say(event.child.name, event.text)
 
     def _say(self, name: str, text: str) -> None:
-        try:
+        # Where the log has no reader any more, the services go on.
+        with contextlib.suppress(OSError):
             print(f"{name:<11} | {text}", file=sys.stderr, flush=True)
-        except OSError:
-            pass  # the log has no reader any more; the services go on
 
 
 def run(config: Config) -> int:
@@ -134,7 +137,7 @@ def run(config: Config) -> int:
 def _connected(config: Config) -> Config:
     """``config`` with the coordinator's targets set to where the services listen."""
     base, draft = address.parse(config.base.listen), address.parse(config.draft.listen)
-    changed = {
+    changed: dict[str, Any] = {
         "base_target": str(_reachable(base)),
         "draft_target": str(_reachable(draft)) if config.draft.enabled else None,
         "services_token": config.coordinator.services_token or config.base.token,

@@ -314,3 +314,95 @@ class ModelDescription(_message.Message):
     arena_tokens: int
     arena_tokens_used: int
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ...) -> None: ...
+
+class ProfileRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ProfileResponse(_message.Message):
+    __slots__ = ("rounds", "base", "draft", "coordinator_resident_bytes", "link", "arrived_ns", "admitted_ns", "first_token_ns", "finished_ns", "trace_id")
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_NS_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_NS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_NS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundProfile]
+    base: ServiceProfile
+    draft: ServiceProfile
+    coordinator_resident_bytes: int
+    link: str
+    arrived_ns: int
+    admitted_ns: int
+    first_token_ns: int
+    finished_ns: int
+    trace_id: str
+    def __init__(self, rounds: _Optional[_Iterable[_Union[RoundProfile, _Mapping]]] = ..., base: _Optional[_Union[ServiceProfile, _Mapping]] = ..., draft: _Optional[_Union[ServiceProfile, _Mapping]] = ..., coordinator_resident_bytes: _Optional[int] = ..., link: _Optional[str] = ..., arrived_ns: _Optional[int] = ..., admitted_ns: _Optional[int] = ..., first_token_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., trace_id: _Optional[str] = ...) -> None: ...
+
+class RoundProfile(_message.Message):
+    __slots__ = ("round", "started_ns", "finished_ns", "draft", "verify", "committed_len", "k", "proposed", "accepted", "emitted", "rows", "rollback", "batch_size", "verify_epoch", "draft_epoch", "lost")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STARTED_NS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    PROPOSED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    started_ns: int
+    finished_ns: int
+    draft: ExchangeProfile
+    verify: ExchangeProfile
+    committed_len: int
+    k: int
+    proposed: int
+    accepted: int
+    emitted: int
+    rows: int
+    rollback: int
+    batch_size: int
+    verify_epoch: int
+    draft_epoch: int
+    lost: str
+    def __init__(self, round: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., draft: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., verify: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., committed_len: _Optional[int] = ..., k: _Optional[int] = ..., proposed: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., rows: _Optional[int] = ..., rollback: _Optional[int] = ..., batch_size: _Optional[int] = ..., verify_epoch: _Optional[int] = ..., draft_epoch: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
+
+class ExchangeProfile(_message.Message):
+    __slots__ = ("sent_ns", "answered_ns", "model_seconds", "service_seconds", "rows")
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_NS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    sent_ns: int
+    answered_ns: int
+    model_seconds: float
+    service_seconds: float
+    rows: int
+    def __init__(self, sent_ns: _Optional[int] = ..., answered_ns: _Optional[int] = ..., model_seconds: _Optional[float] = ..., service_seconds: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class ServiceProfile(_message.Message):
+    __slots__ = ("model", "arena_tokens_largest_free", "resident_bytes", "memory_bandwidth")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ARENA_TOKENS_LARGEST_FREE_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    model: ModelDescription
+    arena_tokens_largest_free: int
+    resident_bytes: int
+    memory_bandwidth: float
+    def __init__(self, model: _Optional[_Union[ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ...) -> None: ...

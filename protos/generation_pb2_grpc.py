@@ -45,6 +45,11 @@ class GenerationStub(object):
                 request_serializer=outrider_dot_protos_dot_generation__pb2.InfoRequest.SerializeToString,
                 response_deserializer=outrider_dot_protos_dot_generation__pb2.InfoResponse.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_unary(
+                '/outrider.v1.Generation/Profile',
+                request_serializer=outrider_dot_protos_dot_generation__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=outrider_dot_protos_dot_generation__pb2.ProfileResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer(object):
@@ -68,6 +73,15 @@ class GenerationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """Tells what each round of a recent request took, round by round. Answered
+        with FAILED_PRECONDITION unless the coordinator keeps profiles, and with
+        NOT_FOUND when it no longer knows the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +94,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Info,
                     request_deserializer=outrider_dot_protos_dot_generation__pb2.InfoRequest.FromString,
                     response_serializer=outrider_dot_protos_dot_generation__pb2.InfoResponse.SerializeToString,
+            ),
+            'Profile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=outrider_dot_protos_dot_generation__pb2.ProfileRequest.FromString,
+                    response_serializer=outrider_dot_protos_dot_generation__pb2.ProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +156,33 @@ class Generation(object):
             '/outrider.v1.Generation/Info',
             outrider_dot_protos_dot_generation__pb2.InfoRequest.SerializeToString,
             outrider_dot_protos_dot_generation__pb2.InfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.Generation/Profile',
+            outrider_dot_protos_dot_generation__pb2.ProfileRequest.SerializeToString,
+            outrider_dot_protos_dot_generation__pb2.ProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

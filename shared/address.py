@@ -83,7 +83,8 @@ def _claim_socket(path: Path) -> None:
         raise ConfigError(f"listen: unix:{path}: there is a file of that name, not a socket")
     if _answers(path):
         raise ConfigError(
-            f"listen: unix:{path}: another server is listening there; stop it or choose another path"
+            f"listen: unix:{path}: another server is listening there; stop it or choose "
+            "another path"
         )
     path.unlink(missing_ok=True)
 
@@ -110,9 +111,7 @@ def _answers(path: Path) -> bool:
 def _claim_port(address: Address) -> None:
     flags = socket.AI_PASSIVE
     try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=flags
-        )
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
     except OSError as error:
         raise ConfigError(f"listen: {address}: unknown host: {error.strerror or error}") from None
     failure: OSError | None = None

@@ -2,7 +2,7 @@
 
 Every value has one name, ``section.key``. Sources in rising order of strength::
 
-    defaults < TOML file < environment OUTRIDER_<SECTION>_<KEY> < flags
+    defaults < TOML file < OTEL_* variables < environment OUTRIDER_<SECTION>_<KEY> < flags
 
 A value that can't work raises ``ConfigError`` naming its source, the key, the value and what
 is allowed; an unknown key is refused together with the nearest known one.
@@ -22,23 +22,14 @@ from typing import Any
 
 from outrider.shared import otel_environment
 from outrider.shared.errors import ConfigError
-from outrider.shared.settings import DTYPE_ALIASES, Setting, check, coerce, setting
+from outrider.shared.settings import DTYPE_ALIASES, Checked, Setting, coerce, setting
+from outrider.shared.telemetry_config import TelemetryConfig
 
-_EXPORTERS = re.compile(r"none|((otlp-grpc|otlp-http|console|file)(,(?!$)|$))+")
 SECRETS = frozenset({"token", "services_token"})
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Values are checked on construction, wherever they come from."""
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            check(spec, getattr(self, spec.name), spec.name)
-
-
-@dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """One model in one process: what to load, where, and how much memory it may take."""
 
     path: str = setting(help="folder or hub id; 'base' and 'draft' are the bundled pair")
@@ -75,7 +66,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ServeConfig(_Checked):
+class ServeConfig(Checked):
     """How one gRPC server listens."""
 
     listen: str = setting("127.0.0.1:0", help="host:port or unix:/path; port 0 picks a free one")
@@ -159,62 +150,6 @@ class CoordinatorConfig(ServeConfig):
     )
     services_certificate: str | None = setting(None, help="PEM file shown to the model services")
     services_key: str | None = setting(None, help="PEM file, key of services_certificate")
-
-
-@dataclass(frozen=True)
-class TelemetryConfig(_Checked):
-    """Logs, traces and metrics, section ``[telemetry]``."""
-
-    log_level: str = setting(
-        "info", help="least severe level", choices=("debug", "info", "warning", "error")
-    )
-    log_format: str = setting("text", help="form of log lines", choices=("text", "json"))
-    traces: str = setting(
-        "none",
-        help="where traces go",
-        allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=lambda v: _EXPORTERS.fullmatch(v),
-    )
-    metrics: str = setting(
-        "none",
-        help="where metrics go, besides Prometheus",
-        allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=lambda v: _EXPORTERS.fullmatch(v),
-    )
-    endpoint: str | None = setting(
-        None, help="URL of the OTLP collector; none takes OTEL_EXPORTER_OTLP_ENDPOINT"
-    )
-    file: str | None = setting(None, help="file that the file exporter appends JSON lines to")
-    sample_ratio: float | None = setting(
-        None,
-        help="share of requests traced, where the client did not decide; none takes "
-        "OTEL_TRACES_SAMPLER, by default all",
-        low=0.0,
-        high=1.0,
-    )
-    span_queue: int = setting(32768, help="finished spans that may wait for export", low=1)
-    metrics_seconds: float = setting(10.0, help="time between metric exports", low=0.1)
-    prometheus_host: str = setting("127.0.0.1", help="address of the Prometheus endpoints")
-    prometheus_coordinator: int | None = setting(
-        None, help="port of the coordinator's Prometheus endpoint", low=0, high=65535
-    )
-    prometheus_base: int | None = setting(
-        None, help="port of the verify service's Prometheus endpoint", low=0, high=65535
-    )
-    prometheus_draft: int | None = setting(
-        None, help="port of the draft service's Prometheus endpoint", low=0, high=65535
-    )
-    service_name: str = setting(
-        "outrider", help="service.name is this and the role, such as outrider-draft"
-    )
-    profile: bool = setting(
-        False, help="keep the rounds of recent requests in memory for outrider generate --profile"
-    )
-
-    def wanted(self, role: str) -> bool:
-        """Whether the process ``role`` (coordinator, base or draft) has traces or metrics on."""
-        port = getattr(self, f"prometheus_{role}")
-        return not (self.traces == self.metrics == "none" and port is None)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-
 from outrider.shared.errors import OutriderError
 from outrider.shared.status import to_status, unexpected
 
@@ -51,7 +50,7 @@ def _rebuilt(handler: Any, wrap: Callable[[Callable[..., Any], bool], Callable[.
     return handler
 
 
-class SyncGuard(grpc.ServerInterceptor):
+class SyncGuard(grpc.ServerInterceptor):  # type: ignore[misc]
     """For ``grpc.server``."""
 
     def __init__(self, token: str | None = None) -> None:

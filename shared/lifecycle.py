@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
 from types import FrameType

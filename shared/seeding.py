@@ -51,7 +51,8 @@ def seed_from(flag: int | None = None, environment: Mapping[str, str] | None = N
         seed = -1
     if not 0 <= seed < 2**64:
         raise ConfigError(
-            f"environment variable {VARIABLE} = {text!r}; must be a whole number from 0 to 2**64 - 1"
+            f"environment variable {VARIABLE} = {text!r}; "
+            "must be a whole number from 0 to 2**64 - 1"
         )
     return seed
 

@@ -116,6 +116,15 @@ def check(spec: dataclasses.Field[Any], value: Any, name: str) -> None:
         raise ConfigError(f"{name} = {_shown(name, value)}; must be {allowed(spec)}")
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Values are checked on construction, wherever they come from."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            check(spec, getattr(self, spec.name), spec.name)
+
+
 def _shown(name: str, value: Any) -> str:
     return "(hidden)" if name.endswith("token") else repr(value)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import uuid
 from logging import Logger
+from typing import Any
 
 import grpc
-
 from outrider.shared.errors import (
     CapacityError,
     InvalidRequest,
@@ -37,7 +37,7 @@ def to_status(error: OutriderError) -> tuple[grpc.StatusCode, str, Trailer]:
     message = _short(str(error))
     reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).upper()
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
-    details: list[object] = [info]
+    details: list[Any] = [info]
     if isinstance(error, InvalidRequest):
         info.metadata["field"] = error.field
         details.append(
@@ -59,7 +59,7 @@ def to_status(error: OutriderError) -> tuple[grpc.StatusCode, str, Trailer]:
     packed = []
     for detail in details:
         any_message = any_pb2.Any()
-        any_message.Pack(detail)  # type: ignore[arg-type]
+        any_message.Pack(detail)
         packed.append(any_message)
     status = status_pb2.Status(code=code.value[0], message=message, details=packed)
     return code, message, ((DETAILS_KEY, status.SerializeToString()),)

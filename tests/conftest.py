@@ -110,17 +110,13 @@ def make_tiny_llama() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random base: two layers, grouped queries, 320 tokens."""
-    return write_tiny_llama(
-        tmp_path_factory.mktemp("tiny") / "base", layers=2, hidden=64, seed=1
-    )
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "base", layers=2, hidden=64, seed=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random draft with the same tokenizer."""
-    return write_tiny_llama(
-        tmp_path_factory.mktemp("tiny") / "draft", layers=1, hidden=32, seed=2
-    )
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "draft", layers=1, hidden=32, seed=2)
 
 
 @pytest.fixture

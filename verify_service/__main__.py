@@ -12,6 +12,9 @@ from outrider.shared.config import ModelConfig
 
 def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
     """Loads the model and makes the engine; torch is imported here and no earlier."""
+    from outrider.shared.locate import model_path
+
+    model_path(config.path)  # before seconds of imports
     from outrider.shared.loading import load_runner
     from outrider.verify_service.engine import VerifyEngine
 

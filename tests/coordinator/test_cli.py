@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import pytest
-
 from outrider.coordinator import cli
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -184,9 +183,7 @@ def test_cli_vocabulary_mismatch_names_both_fingerprints(
     first, second = list(vocabulary)[1:3]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    process = spawn(
-        CLI, "generate", "x", *pair(tiny_base, other), env={"TMPDIR": str(folder)}
-    )
+    process = spawn(CLI, "generate", "x", *pair(tiny_base, other), env={"TMPDIR": str(folder)})
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "do not share a vocabulary" in err
@@ -307,9 +304,7 @@ def test_cli_killed_up_leaves_no_processes(
     assert list(short_folder.iterdir()) == [], "sockets were left behind"
 
 
-def test_cli_up_ends_when_a_part_cannot_start(
-    spawn: Spawn, folder: Path, tiny_base: Path
-) -> None:
+def test_cli_up_ends_when_a_part_cannot_start(spawn: Spawn, folder: Path, tiny_base: Path) -> None:
     env = {
         "OUTRIDER_BASE_LISTEN": f"unix:{folder}/b",
         "OUTRIDER_COORDINATOR_LISTEN": f"unix:{folder}/c",
@@ -332,5 +327,3 @@ def generate(target: str) -> list[int]:
             for one in stubs.GenerationStub(channel).Generate(request, timeout=60)
             for token in one.delta.token_ids
         ]
-
-

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
 import pytest
-
 from outrider.shared.address import MAX_SOCKET_PATH, Address, claim, parse, release
 from outrider.shared.errors import ConfigError
 
@@ -53,7 +51,7 @@ def test_address_claim_refuses_a_port_in_use() -> None:
 
 
 def test_address_claim_refuses_an_unknown_host() -> None:
-    with pytest.raises(ConfigError, match="listen: 203.0.113.1:1"):
+    with pytest.raises(ConfigError, match=r"listen: 203\.0\.113\.1:1"):
         claim(parse("203.0.113.1:1"))
 
 
@@ -78,7 +76,7 @@ def test_address_claim_leaves_files_alone(short_folder: Path) -> None:
     release(Address(path=path))
     assert path.read_text() == "precious"
     link = short_folder / "link"
-    os.symlink(path, link)
+    link.symlink_to(path)
     with pytest.raises(ConfigError, match="not a socket"):
         claim(Address(path=link))
 

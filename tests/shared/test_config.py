@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from outrider.shared.config import Config, DraftConfig, colors_wanted, environment_of, load
 from outrider.shared.errors import ConfigError
 from outrider.shared.settings import Setting
@@ -64,7 +63,7 @@ def test_config_missing_file_is_named() -> None:
 
 
 def test_config_environment_errors_name_the_variable() -> None:
-    with pytest.raises(ConfigError, match="OUTRIDER_BASE_DTYPE: base.dtype = 'int3'"):
+    with pytest.raises(ConfigError, match=r"OUTRIDER_BASE_DTYPE: base\.dtype = 'int3'"):
         load(environment={"OUTRIDER_BASE_DTYPE": "int3"})
     with pytest.raises(ConfigError, match="OUTRIDER_BASE_DTYP: unknown key"):
         load(environment={"OUTRIDER_BASE_DTYP": "bf16"})

@@ -16,7 +16,6 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared.config import ServeConfig
@@ -261,9 +260,7 @@ def test_rpc_long_and_odd_messages_fit_into_headers(run: Any) -> None:
     assert caught.value.details().startswith("naïve   ✓ ")
 
 
-def test_rpc_unexpected_errors_stay_in_the_log(
-    run: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rpc_unexpected_errors_stay_in_the_log(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = run()
     run.probe.error = ZeroDivisionError("a secret of the implementation")
     with (

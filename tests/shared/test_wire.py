@@ -5,7 +5,6 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
 from outrider.shared.errors import RefusalCode, SequenceRefused
@@ -62,9 +61,7 @@ verify = st.builds(VerifyItem, u64, u32, u32, ids, ids, rows, st.booleans())
 refusal = st.builds(
     Refusal, u64, u32, st.sampled_from(RefusalCode).map(int), st.text(max_size=9), u32
 )
-logprobs = st.builds(
-    PositionLogprobs, real, st.lists(st.tuples(u32, real), max_size=3).map(tuple)
-)
+logprobs = st.builds(PositionLogprobs, real, st.lists(st.tuples(u32, real), max_size=3).map(tuple))
 
 
 def results(answers: st.SearchStrategy[object]) -> st.SearchStrategy[RoundResult[object]]:
@@ -138,6 +135,6 @@ def test_wire_zero_and_unset_next_token_differ() -> None:
 def test_wire_unknown_rule_is_refused_as_invalid(rule: int) -> None:
     message = wire.write_open(OpenSequence(1, 1, 8, Decoding()))
     message.decoding.rule = rule  # type: ignore[assignment]
-    with pytest.raises(SequenceRefused, match="decoding.rule") as caught:
+    with pytest.raises(SequenceRefused, match=r"decoding\.rule") as caught:
         wire.read_open(message)
     assert caught.value.code is RefusalCode.INVALID
