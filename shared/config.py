@@ -63,6 +63,12 @@ class ModelConfig(Checked):
     runner: str = setting(
         "auto", help="implementation of the forward", choices=("auto", "generic", "llama")
     )
+    process_seed: int | None = setting(
+        None,
+        help="seeds Python, NumPy and PyTorch in this process; none takes OUTRIDER_SEED",
+        low=0,
+        high=(1 << 64) - 1,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from outrider.shared import flags, lifecycle, logs, telemetry_flags, tuning
+from outrider.shared import flags, lifecycle, logs, seeding, telemetry_flags, tuning
 from outrider.shared.config import Config, ModelConfig, ServeConfig, load
 from outrider.shared.errors import ConfigError, OutriderError
 
@@ -91,6 +91,7 @@ def serve(
             [f"outrider.v1.{service}"],
         )
         telemetry = _start_telemetry(config, section_of(service))
+        seeding.seed_if_asked(part.process_seed)
         reporter.progress(f"loading {part.path}")
         engine = build(part, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
