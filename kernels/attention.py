@@ -1,0 +1,278 @@
+"""Attention of a ragged batch over the KV arena, with rotary embedding and KV append.
+
+Each sequence brings 0 … 64 query rows; keys and values stay where they are. KV is cut at fixed
+multiples of positions and the cuts are combined in a fixed order, so a row's bits depend on
+nothing but its own sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.registry import (
+    Arguments,
+    Call,
+    Implementation,
+    Operation,
+    Tools,
+    always,
+    no_cuda_source,
+    no_triton,
+)
+
+MAX_BATCH = 64
+HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The geometry of one attention layer; ``window`` 0: all positions are read.
+
+    ``ring``: size of a sliding-window sequence's ring of slots, 0: slot = start + position.
+    ``cut``: positions of one unit of work; part of the numerics, the same for every forward.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+    ring: int = 0
+    cut: int = 64
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Scratch memory: partial results of the cuts, and how many of them are done.
+
+    ``partial`` [capacity, head_dim], ``stats`` [capacity, 2], float32; ``arrived`` int32, zero
+    between calls. ``capacity`` counts query rows of cuts, see ``need``.
+    """
+
+    partial: Tensor
+    stats: Tensor
+    arrived: Tensor
+    capacity: int
+
+    @classmethod
+    def of(cls, heads: Heads, capacity: int, device: torch.device) -> Work:
+        """Room for ``capacity`` query rows of cuts."""
+        return cls(
+            torch.zeros(capacity * heads.head_dim, device=device),
+            torch.zeros(capacity * 2, device=device),
+            torch.zeros(MAX_BATCH * heads.kv_heads, device=device, dtype=torch.int32),
+            capacity,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.partial.nbytes + self.stats.nbytes + self.arrived.nbytes
+
+
+def need(heads: Heads, ends: Iterable[int], rows: int) -> int:
+    """Query rows of cuts that a call takes: sequences that end at positions ``ends``, and at
+    most ``rows`` rows of one sequence (all get room for as many)."""
+    return sum(-(-end // heads.cut) for end in ends) * heads.heads * rows
+
+
+def rope_table(inverse_frequencies: Tensor, positions: int, scaling: float = 1.0) -> Tensor:
+    """(cos, sin) of every position: float32 [positions, head_dim / 2, 2], times ``scaling``."""
+    at = torch.arange(positions, device=inverse_frequencies.device, dtype=torch.float32)
+    angles = at[:, None] * inverse_frequencies.float()[None, :]
+    return torch.stack((angles.cos(), angles.sin()), -1).mul_(scaling).contiguous()
+
+
+def _embedded(x: Tensor, positions: Tensor, rope: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """[rows, heads, head_dim] normalised and rotated, rounded where the kernels round."""
+    if norm is not None:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        x = norm * (wide * scale).to(x.dtype)
+    cos, sin = rope[positions][:, None, :, 0], rope[positions][:, None, :, 1]
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
+
+
+def reference(
+    *,
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    starts: Tensor,
+    first_rows: Tensor,
+    row_counts: Tensor,
+    positions: Tensor,
+    offset: int,
+    sequences: int,
+    rows: int,
+    rope: Tensor,
+    heads: Heads,
+    work: Work,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    blocks: int = 2,
+    overlap: bool = False,
+) -> None:
+    """Writes the new rows' keys and values into the arena and ``out`` [rows, heads · head_dim].
+
+    ``qkv`` [rows, (heads + 2 kv_heads) head_dim], before rotation; ``keys``, ``values``: one
+    layer of the arena [tokens, kv_heads, head_dim]. int32 per sequence: ``starts`` (first slot),
+    ``first_rows``, ``row_counts``, ``positions`` (of the first row, plus ``offset``). ``rows``:
+    the most rows of one sequence. ``rope``: see ``rope_table``.
+    """
+    h, kv, dim = heads.heads, heads.kv_heads, heads.head_dim
+    table = torch.stack((starts, first_rows, row_counts, positions))[:, :sequences].tolist()
+    for start, first, count, position in zip(*table, strict=True):
+        if count == 0:
+            continue
+        position += offset
+        at = torch.arange(position, position + count, device=qkv.device)
+        own = qkv[first : first + count].view(count, h + 2 * kv, dim)
+        slots = start + (at % heads.ring if heads.ring else at)
+        keys[slots] = _embedded(own[:, h : h + kv], at, rope, k_norm, eps)
+        values[slots] = own[:, h + kv :]
+        query = _embedded(own[:, :h], at, rope, q_norm, eps).float()
+        low = max(0, position - heads.window + 1) if heads.window else 0
+        seen = torch.arange(low, position + count, device=qkv.device)
+        slots = start + (seen % heads.ring if heads.ring else seen)
+        k = keys[slots].float().repeat_interleave(heads.group, 1)
+        v = values[slots].float().repeat_interleave(heads.group, 1)
+        scores = torch.einsum("rhd,thd->hrt", query, k) / math.sqrt(dim)
+        hidden = seen[None, :] > at[:, None]
+        if heads.window:
+            hidden |= seen[None, :] <= at[:, None] - heads.window
+        weights = torch.softmax(scores.masked_fill(hidden, -math.inf), -1)
+        mixed = torch.einsum("hrt,thd->rhd", weights, v).reshape(count, -1)
+        out[first : first + count] = mixed.to(out.dtype)
+
+
+def shared_bytes(head_dim: int, cut: int) -> int:
+    """Shared memory of one block of the CUDA kernel."""
+    return 2 * (2 * cut * head_dim + 16 * head_dim + 16 * cut) + 512 + 20 * MAX_BATCH + 16
+
+
+def _cuda(tools: Tools) -> Call:
+    def run(
+        *,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        starts: Tensor,
+        first_rows: Tensor,
+        row_counts: Tensor,
+        positions: Tensor,
+        offset: int,
+        sequences: int,
+        rows: int,
+        rope: Tensor,
+        heads: Heads,
+        work: Work,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+        blocks: int = 2,
+        overlap: bool = False,
+    ) -> None:
+        defines = {
+            "BF16": int(qkv.dtype == torch.bfloat16),
+            "HEAD_DIM": heads.head_dim,
+            "TOKENS": heads.cut,
+        }
+        shared = shared_bytes(heads.head_dim, heads.cut)
+        kernel = tools.compiler.kernel(
+            "attention", "attention", defines, threads=128, shared=shared
+        )
+        arguments = (
+            qkv, keys, values, out, starts, first_rows, row_counts, positions, offset, rope,
+            q_norm, k_norm, eps, work.partial, work.stats, work.arrived, sequences, heads.heads,
+            heads.kv_heads, rows * heads.group, heads.window, heads.ring,
+            math.log2(math.e) / math.sqrt(heads.head_dim),
+        )  # fmt: skip
+        kernel.launch((tools.processors * blocks,), arguments, overlap=overlap)
+
+    return run
+
+
+def _triton(tools: Tools) -> Call:
+    from outrider.kernels.attention_triton import run
+
+    return run
+
+
+def _case(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: Heads,
+    spans: Sequence[tuple[int, int]],
+    *,
+    norms: bool = False,
+) -> Arguments:
+    """``spans``: (position of the first row, rows) per sequence."""
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    dim, total = heads.head_dim, sum(count for _, count in spans)
+    sizes = [heads.ring or position + count + 3 for position, count in spans]
+    starts = [2 + sum(sizes[:i]) for i in range(len(spans))]
+    tokens = 2 + sum(sizes)
+    rates = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
+    rows = max(count for _, count in spans)
+    return {
+        "qkv": random(total, (heads.heads + 2 * heads.kv_heads) * dim),
+        "keys": random(tokens, heads.kv_heads, dim),
+        "values": random(tokens, heads.kv_heads, dim),
+        "out": torch.zeros(total, heads.heads * dim, device=device, dtype=dtype),
+        "starts": integers(starts),
+        "first_rows": integers([sum(c for _, c in spans[:i]) for i in range(len(spans))]),
+        "row_counts": integers([count for _, count in spans]),
+        "positions": integers([position - 1 for position, _ in spans]),
+        "offset": 1,
+        "sequences": len(spans),
+        "rows": rows,
+        "rope": rope_table(rates, 1024),
+        "heads": heads,
+        "work": Work.of(heads, len(spans) * need(heads, [max(sizes) + 64], rows), device),
+        "q_norm": 1 + 0.1 * random(dim) if norms else None,
+        "k_norm": 1 + 0.1 * random(dim) if norms else None,
+    }
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
+    yield _case(device, dtype, Heads(6, 2, 128), [(100, 5)])
+    yield _case(device, dtype, Heads(8, 2, 64), [(0, 3), (62, 5), (200, 1), (7, 0)])
+    yield _case(device, dtype, Heads(3, 1, 128), [(60, 17), (5, 1)], norms=True)
+    yield _case(device, dtype, Heads(4, 4, 64, 70, 90), [(150, 5), (60, 4)])
+
+
+OPERATION = Operation(
+    "attention",
+    "rotary embedding, KV append and attention over the arena",
+    reference,
+    ("out", "keys", "values"),
+    _cases,
+    {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3},
+    (
+        Implementation("cuda", no_cuda_source, _cuda),
+        Implementation("triton", no_triton, _triton, "three launches instead of one"),
+        Implementation(
+            "torch", always, lambda tools: reference, "a dozen launches a sequence, and host waits"
+        ),
+    ),
+)

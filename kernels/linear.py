@@ -1,0 +1,238 @@
+"""Linear layers of at most 64 rows: ``out = epilogue(norm(x) wᵀ + bias)``.
+
+Bound by reading ``w`` once. Whatever the number of rows, a row's result is the same bits: one
+tile shape and one order of summation for all (``linear.cu`` says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from outrider.kernels import norm as rms
+from outrider.kernels.registry import (
+    Arguments,
+    Call,
+    Implementation,
+    Operation,
+    Tools,
+    always,
+    no_cuda_source,
+    no_triton,
+)
+
+MAX_ROWS = 64
+
+
+class Epilogue(IntEnum):
+    """What becomes of the sums; the numbers of linear.cu."""
+
+    STORE = 0
+    """out = y, in the type of x."""
+    STORE_FLOAT = 1
+    """out = y, float32."""
+    RESIDUAL = 2
+    """out = residual + y."""
+    GATED = 3
+    """w holds gate rows, then up rows: out = silu(gate) * up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How the CUDA kernel cuts its work; none of it changes a result.
+
+    ``units``: groups of eight columns summed at a time; ``stages``: of the ring, each 64 k of
+    all units; ``blocks``: thread blocks per multiprocessor; ``prefetch``: stages beyond the ring
+    that are called into the L2 cache while the kernel before still runs.
+    """
+
+    units: int = 4
+    stages: int = 3
+    blocks: int = 1
+    prefetch: int = 0
+
+
+def reference(
+    *,
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    rows: int,
+    epilogue: Epilogue = Epilogue.STORE,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    tile: Tile = Tile(),
+    overlap: bool = False,
+) -> None:
+    """``x`` [at least rows, in], ``w`` [columns, in], ``out`` [at least rows, columns].
+
+    For ``GATED`` ``w`` is [2 columns, in]. ``norm`` [in]: x is RMS-normalised with it first.
+    Rounds to x's type where a chain of separate layers would. ``overlap`` is a hint.
+    """
+    if norm is not None:
+        normed = torch.empty_like(x)
+        rms.reference(x=x, weight=norm, out=normed, rows=rows, eps=eps)
+        x = normed
+    y = functional.linear(x[:rows].float(), w.float())
+    if bias is not None:
+        y += bias.float()
+    if epilogue == Epilogue.STORE_FLOAT:
+        out[:rows] = y
+        return
+    y = y.to(w.dtype)
+    if epilogue == Epilogue.GATED:
+        gate, up = y.chunk(2, dim=-1)
+        out[:rows] = functional.silu(gate) * up
+    elif epilogue == Epilogue.RESIDUAL:
+        assert residual is not None
+        out[:rows] = residual[:rows] + y
+    else:
+        out[:rows] = y
+
+
+def row_groups(rows: int) -> int:
+    """Groups of eight rows that the kernel for ``rows`` is made for; raises above 64."""
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"rows: got {rows}; must be in 1..{MAX_ROWS}")
+    return next(g for g in (1, 2, 4, 6, 8) if rows <= 8 * g)
+
+
+def shared_bytes(groups: int, units: int, stages: int, arch: int) -> int:
+    """Shared memory of one block."""
+    parts, rows = 4 if groups >= 4 else 8, 8 * groups
+    stage = (units + (groups if groups >= 4 else 0)) * 1024
+    ring = 8 * stages * stage if arch >= 80 else 0
+    return parts * units * rows * 8 * 4 + 8 * rows * 4 + ring
+
+
+def cut_for(tile: Tile, groups: int, arch: int) -> tuple[int, int]:
+    """(units, stages) that fit registers and shared memory for so many rows on this chip."""
+    if arch < 80:
+        return min(tile.units, 4 if groups <= 2 else 2), 2
+    units = tile.units if groups == 1 else min(tile.units, 8 if groups == 2 else 4)
+    # A block may have 99 KiB on the smaller chips of this line, 163 on A100, 227 on Hopper.
+    limit = {80: 163, 90: 227}.get(arch, 99) * 1024
+    stages = tile.stages
+    while shared_bytes(groups, units, stages, arch) > limit:
+        if stages > 2:
+            stages -= 1
+        else:
+            units -= 1
+    return units, stages
+
+
+def why_not_shape(w: Tensor) -> str | None:
+    """Why the kernels can't take this weight; None where they can."""
+    if w.shape[1] % 64:
+        return f"its {w.shape[1]} input columns are not a multiple of 64"
+    if w.shape[0] < 16:
+        return f"its {w.shape[0]} output columns are fewer than 16"
+    return None
+
+
+def _cuda(tools: Tools) -> Call:
+    normalise = rms.OPERATION.implementations[0].build(tools)
+    spare: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def run(
+        *,
+        x: Tensor,
+        w: Tensor,
+        out: Tensor,
+        rows: int,
+        epilogue: Epilogue = Epilogue.STORE,
+        norm: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        eps: float = 1e-5,
+        tile: Tile = Tile(),
+        overlap: bool = False,
+    ) -> None:
+        n, k = w.shape
+        groups, arch = row_groups(rows), tools.compiler.arch
+        if norm is not None and groups > 2:
+            # Too many rows to normalise in every block; the separate kernel sums in the same
+            # order, so the bits are the same.
+            key = (k, x.dtype)
+            if key not in spare:
+                spare[key] = torch.empty(MAX_ROWS, k, dtype=x.dtype, device=x.device)
+            normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
+            x, norm = spare[key], None
+        units, stages = cut_for(tile, groups, arch)
+        defines = {
+            "BF16": int(w.dtype == torch.bfloat16),
+            "GROUPS": groups,
+            "UNITS": units,
+            "STAGES": stages,
+            "PREFETCH": tile.prefetch,
+            "MIN_BLOCKS": 2 if groups == 1 and units <= 5 else 1,
+            "NORM": int(norm is not None),
+            "EPILOGUE": int(epilogue),
+        }
+        kernel = tools.compiler.kernel(
+            "linear", "linear", defines, threads=256, shared=shared_bytes(groups, units, stages, arch)
+        )
+        columns = n // 2 if epilogue == Epilogue.GATED else n
+        grid = min((columns + 7) // 8, tools.processors * tile.blocks)
+        kernel.launch(
+            (grid,), (x, w, norm, bias, residual, out, rows, n, k, eps), overlap=overlap
+        )
+
+    return run
+
+
+def _triton(tools: Tools) -> Call:
+    from outrider.kernels.linear_triton import run
+
+    return run
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    for rows, n, k, epilogue, norm, bias in (
+        (1, 72, 512, Epilogue.STORE, True, True),
+        (5, 64, 576, Epilogue.RESIDUAL, False, False),
+        (9, 96, 512, Epilogue.GATED, True, False),
+        (33, 70, 256, Epilogue.STORE_FLOAT, True, False),
+        (64, 48, 1024, Epilogue.RESIDUAL, False, True),
+    ):
+        columns = n // 2 if epilogue == Epilogue.GATED else n
+        kind = torch.float32 if epilogue == Epilogue.STORE_FLOAT else dtype
+        yield {
+            "x": random(MAX_ROWS, k),
+            "w": (torch.randn(n, k, device=device) / k**0.5).to(dtype),
+            "out": torch.empty(MAX_ROWS, columns, device=device, dtype=kind),
+            "rows": rows,
+            "epilogue": epilogue,
+            "norm": 1 + 0.1 * random(k) if norm else None,
+            "bias": random(n) if bias else None,
+            "residual": random(MAX_ROWS, columns) if epilogue == Epilogue.RESIDUAL else None,
+        }
+
+
+OPERATION = Operation(
+    "linear",
+    "linear layer of at most 64 rows with norm and activation folded in",
+    reference,
+    ("out",),
+    _cases,
+    {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
+    (
+        Implementation("cuda", no_cuda_source, _cuda),
+        Implementation(
+            "triton", no_triton, _triton, "no overlap of launches: about 15 % of a step's speed"
+        ),
+        Implementation(
+            "torch", always, lambda tools: reference, "float32 products: a check, not a fast path"
+        ),
+    ),
+)

@@ -1,0 +1,535 @@
+"""The fast path for the Llama block family on a CUDA device: kernels, graphs, exact numerics.
+
+Every forward is a chain of kernels over at most 64 rows (``cuda_forward``), captured as a CUDA
+graph the second time its sizes are asked for. The graph begins with the one copy that brings
+the step's numbers and ends with the one that takes its tokens back, so a round is one launch
+and one wait. A row's logits are the same bits whatever else is in the batch: see
+docs/numerics.md. What the chain can't do (branches of an extent) goes the way of LlamaRunner.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from outrider.kernels import linear
+from outrider.kernels.attention import HEAD_DIMS, Heads, need
+from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.registry import Call, Choice, NotAvailable, Tools
+from outrider.shared.cuda_forward import (
+    Batch,
+    Forward,
+    LayerWeights,
+    Tuning,
+    Weights,
+    resolve_all,
+)
+from outrider.shared.cuda_inputs import Field, Inputs
+from outrider.shared.llama_runner import LlamaRunner
+from outrider.shared.penalties import is_penalised
+from outrider.shared.runner import ModelFacts, Span
+from outrider.shared.storage import Storage
+from outrider.shared.types import Decoding, Rule
+from outrider.shared.warpers import truncates
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MAX_SEQUENCES = 64
+_ROWS = (*range(1, 11), 12, 16, 17, 24, 32, 40, 48, 56, 64)
+_POWERS = (1, 2, 4, 8, 16, 32, 64)
+# Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
+_WORK_BYTES = 256 << 20
+# Below this temperature the plain path shifts the logits before it divides.
+_TINY_TEMPERATURE = 1e-3
+
+
+def why_not(model: Any, storage_device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this path can't run a model of the Llama family there; None where it can."""
+    if storage_device.type != "cuda":
+        return f"the device is {storage_device.type}"
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if dim not in HEAD_DIMS:
+        return f"heads of {dim} elements; the kernels know {', '.join(map(str, HEAD_DIMS))}"
+    if config.intermediate_size % 64 or config.hidden_size % 64:
+        return "a layer's width is not a multiple of 64"
+    reason = linear.why_not_shape(model.lm_head.weight)
+    if reason is not None:
+        return reason
+    try:
+        _, choices = resolve_all(Tools(storage_device), dtype)
+    except NotAvailable as error:
+        return str(error)
+    slow = [c.operation for c in choices if c.implementation == "torch"]
+    return f"no kernels for {', '.join(slow)}" if slow and slow != ["embed"] else None
+
+
+def simple(d: Decoding) -> bool:
+    """Whether the device chooses and judges by itself: argmax, or temperature and noise alone."""
+    if d.logprobs is not None or is_penalised(d) or truncates(d):
+        return False
+    return d.temperature == 0 or (d.rule != Rule.REJECTION and d.temperature >= _TINY_TEMPERATURE)
+
+
+class CudaRunner(LlamaRunner):
+    """Forwards a model of the Llama block family with this project's kernels."""
+
+    def __init__(
+        self,
+        model: Any,
+        facts: ModelFacts,
+        storage: Storage,
+        *,
+        max_k: int,
+        exact: bool = True,
+        tuning: Tuning | None = None,
+        calls: dict[str, Call] | None = None,
+        graphs: bool = True,
+    ) -> None:
+        """Takes over the weights of ``model``.
+
+        ``max_k``: most tokens of a proposal. ``exact`` False lets spans of more than 64 rows
+        take the library's matrix products: a prompt is taken in faster, and its KV then
+        depends on how it was cut. ``calls``: instead of the best operations that work here.
+        """
+        super().__init__(model, facts, storage)
+        self._exact, self._max_k = exact, max_k
+        self.choices: list[Choice] = []
+        if calls is None:
+            calls, self.choices = resolve_all(Tools(storage.device), storage.dtype)
+        weights = self._weights(model)
+        heads = weights.layers[0].heads
+        self._geometry = heads
+        capacity = _WORK_BYTES // (4 * heads.head_dim)
+        longest = need(heads, [max(p.tokens for p in self.arena.pools)], MAX_ROWS)
+        self._step = Forward(
+            weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
+            tuning or Tuning.for_hidden(weights.embedding.shape[1]),
+        )  # fmt: skip
+        pools, steps = len(self.arena.pools), max(max_k, 1)
+        self._inputs = Inputs(
+            [
+                Field("seeds", (MAX_ROWS,), "l"),
+                Field("tokens", (MAX_ROWS,)),
+                Field("starts", (pools, MAX_SEQUENCES)),
+                Field("first_rows", (MAX_SEQUENCES,)),
+                Field("row_counts", (MAX_SEQUENCES,)),
+                Field("positions", (MAX_SEQUENCES,)),
+                Field("picks", (MAX_ROWS,)),
+                Field("noise_positions", (MAX_ROWS,)),
+                Field("temperatures", (MAX_ROWS,), "f"),
+                Field("pending", (MAX_SEQUENCES,)),
+                Field("proposed", (MAX_SEQUENCES,)),
+                Field("active", (steps, MAX_SEQUENCES)),
+            ],
+            storage.device,
+        )
+        device, pin = storage.device, storage.device.type == "cuda"
+        self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(max(steps, 1), MAX_ROWS, dtype=torch.int32, device=device)
+        self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
+        self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
+        self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
+        self._use_graphs = graphs and device.type == "cuda"
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
+        self._seen: set[tuple[object, ...]] = set()
+
+    def _weights(self, model: Any) -> Weights:
+        storage, layers = self.storage, []
+        for number, (block, layer) in enumerate(
+            zip(self._blocks, model.model.layers, strict=True)
+        ):
+            pool = self.arena.pools[storage.pool_of[number]]
+            window = block.window or 0
+            attention = layer.self_attn
+            layers.append(
+                LayerWeights(
+                    input_norm=layer.input_layernorm.weight.data,
+                    qkv=block.qkv,
+                    output=block.out.data,
+                    post_norm=layer.post_attention_layernorm.weight.data,
+                    gate_up=block.gate_up,
+                    down=block.down.data,
+                    keys=storage.layer_keys[number],
+                    values=storage.layer_values[number],
+                    heads=Heads(
+                        self._heads,
+                        self._kv_heads,
+                        self._dim,
+                        window,
+                        window + pool.slack if window else 0,
+                    ),
+                    pool=storage.pool_of[number],
+                    qkv_bias=block.qkv_bias,
+                    output_bias=None if block.out_bias is None else block.out_bias.data,
+                    q_norm=_norm(attention, "q_norm"),
+                    k_norm=_norm(attention, "k_norm"),
+                )
+            )
+        positions = self._cos.shape[0]
+        # In float32: what the model's own module gives is rounded to the model's type.
+        probe = torch.zeros(1, device=storage.device)
+        index = torch.arange(positions, device=storage.device)[None]
+        with torch.inference_mode():
+            cos, sin = model.model.rotary_emb(probe, index)
+        half = self._dim // 2
+        rope = torch.stack((cos[0, :, :half], sin[0, :, :half]), -1).float().contiguous()
+        return Weights(
+            embedding=self._embedding.data,
+            layers=layers,
+            norm=model.model.norm.weight.data,
+            head=self._head.data,
+            rope=rope.clone(),
+            eps=model.config.rms_norm_eps,
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beside weights and arena."""
+        return self._step.workspace_bytes
+
+    # -- forwards ----------------------------------------------------------------------------
+
+    def _forward(self, spans: Sequence[Span]) -> Tensor:
+        long = not self._exact and any(len(span.tokens) > MAX_ROWS for span in spans)
+        if long or any(span.extent.parent is not None for span in spans):
+            return super()._forward(spans)
+        parts: list[Tensor] = []
+        order: list[tuple[int, int]] = []
+        with self._on_device():
+            for rows in self._passes(spans):
+                wanted = sum(piece.wanted for _, piece in rows)
+                self._logits_of([piece for _, piece in rows], wanted)
+                if wanted:
+                    parts.append(self._step.logits[:wanted].clone())
+                order += [(i, piece.wanted) for i, piece in rows if piece.wanted]
+        if not parts:
+            return torch.empty(
+                0, self.facts.vocab_size, dtype=torch.float32, device=self.storage.device
+            )
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if order != sorted(order, key=lambda entry: entry[0]):
+            logits = logits.index_select(0, self._sorted_rows(order))
+        return logits
+
+    def _sorted_rows(self, order: list[tuple[int, int]]) -> Tensor:
+        """Places of the rows of each span, spans in order."""
+        begin, places = 0, []
+        for span, count in order:
+            places.append((span, list(range(begin, begin + count))))
+            begin += count
+        rows = [row for _, own in sorted(places, key=lambda entry: entry[0]) for row in own]
+        return torch.tensor(rows, device=self.storage.device)
+
+    def _passes(self, spans: Sequence[Span]) -> list[list[tuple[int, Span]]]:
+        """Cuts spans so that each pass has at most 64 rows and a sequence once."""
+        left = [(i, span, 0) for i, span in enumerate(spans)]
+        passes: list[list[tuple[int, Span]]] = []
+        while left:
+            rows, room, rest = [], MAX_ROWS, []
+            ends: list[int] = []
+            longest = 0
+            for i, span, done in left:
+                count = min(room, len(span.tokens) - done)
+                end = span.start + done + count
+                fits = need(self._geometry, [*ends, end], _bucket(max(longest, count, 1), _POWERS))
+                if count == 0 or (rows and fits > self._step.work_capacity):
+                    rest.append((i, span, done))
+                    continue
+                after = len(span.tokens) - done - count
+                wanted = max(0, min(count, span.wanted - after))
+                piece = Span(
+                    span.extent, span.start + done, span.tokens[done : done + count], wanted
+                )
+                rows.append((i, piece))
+                ends.append(end)
+                longest, room = max(longest, count), room - count
+                if after:
+                    rest.append((i, span, done + count))
+            passes.append(rows)
+            left = rest
+        return passes
+
+    def _logits_of(self, spans: Sequence[Span], wanted: int) -> None:
+        rows, queries = self._place(spans)
+        picks: list[int] = []
+        begin = 0
+        for span in spans:
+            begin += len(span.tokens)
+            picks += range(begin - span.wanted, begin)
+        self._inputs.host["picks"][:wanted] = picks
+        size = (_bucket(rows, _ROWS), _bucket(len(spans), _POWERS), _bucket(queries, _POWERS))
+        heads = _bucket(wanted, _ROWS) if wanted else 0
+        all_rows = wanted == rows
+        step, batch = self._step, self._batch()
+
+        def run() -> None:
+            self._inputs.upload()
+            step.run(batch, *size, head=False)
+            if wanted:
+                step.head(heads, None if all_rows else self._inputs.device["picks"])
+
+        self._execute(("forward", *size, heads, all_rows), run)
+
+    # -- rounds on the device ----------------------------------------------------------------
+
+    def judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+    ) -> list[tuple[int, int]] | None:
+        """See ``Runner.judge``."""
+        rows = sum(len(span.tokens) for span in spans)
+        if not self._whole(spans, rows) or not all(simple(d) for d in decodings):
+            return None
+        self.check(spans)
+        with self._on_device():
+            return self._judge(spans, decodings, proposals, rows)
+
+    def _judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+        rows: int,
+    ) -> list[tuple[int, int]]:
+        _, queries = self._place(spans)
+        host, begin = self._inputs.host, 0
+        for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
+            end = begin + len(span.tokens)
+            host["temperatures"][begin:end] = d.temperature
+            host["seeds"][begin:end] = _signed(d.seed)
+            host["noise_positions"][begin:end] = range(span.start + 1, span.start + end - begin + 1)
+            host["pending"][s] = end - len(proposal) - 1
+            host["proposed"][s] = len(proposal)
+            begin = end
+        count = _bucket(rows, _ROWS)
+        sequences = _bucket(len(spans), _POWERS)
+        host["temperatures"][rows:count] = 0
+        host["pending"][len(spans) : sequences] = 0
+        host["proposed"][len(spans) : sequences] = 0
+        step, own, batch = self._step, self._inputs.device, self._batch()
+
+        def run() -> None:
+            self._inputs.upload()
+            step.run(batch, count, sequences, _bucket(queries, _POWERS))
+            step.choose(
+                count, None, own["temperatures"], own["seeds"], own["noise_positions"],
+                self._chosen[0],
+            )  # fmt: skip
+            step.accept(
+                self._chosen[0], own["tokens"], own["pending"], own["proposed"],
+                self._verdicts[:sequences],
+            )  # fmt: skip
+            self._verdicts_host.copy_(self._verdicts, non_blocking=True)
+
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        self._execute(("judge", count, sequences, _bucket(queries, _POWERS)), run)
+        self._wait()
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        found = self._verdicts_host[: len(spans)].tolist()
+        return [(accepted, token) for accepted, token in found]
+
+    def propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]] | None:
+        """See ``Runner.propose``."""
+        asked = [i for i, k in enumerate(ks) if k > 0]
+        drawn = [span for span, k in zip(spans, ks, strict=True) if k > 0]
+        if not asked or max(ks) > self._max_k or not all(simple(decodings[i]) for i in asked):
+            return None
+        if any(span.extent.parent is not None for span in spans) or len(asked) > MAX_SEQUENCES:
+            return None
+        limit = self.arena.max_rows
+        if limit is not None and max(ks) + 1 > limit:
+            return None
+        # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
+        ahead = [
+            Span(span.extent, span.start, span.tokens, 0)
+            for span, k in zip(spans, ks, strict=True)
+            if k == 0
+        ]
+        room = max(1, MAX_ROWS // len(asked))
+        last: list[Span] = []
+        for span in drawn:
+            extra = max(0, len(span.tokens) - room)
+            if extra:
+                ahead.append(Span(span.extent, span.start, span.tokens[:extra], 0))
+            last.append(Span(span.extent, span.start + extra, span.tokens[extra:], 1))
+        if ahead:
+            self.forward(ahead)
+        self.check(last)
+        rows = sum(len(span.tokens) for span in last)
+        if not self._whole(last, rows):
+            raise AssertionError("spans were cut to fit")
+        with self._on_device():
+            found = self._propose(last, [decodings[i] for i in asked], [ks[i] for i in asked])
+        answers: list[list[int]] = [[] for _ in spans]
+        for i, tokens in zip(asked, found, strict=True):
+            answers[i] = tokens
+        return answers
+
+    def _propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]]:
+        rows, queries = self._place(spans)
+        host, begin, steps = self._inputs.host, 0, max(ks)
+        host["active"][:] = 0
+        for s, (span, d, k) in enumerate(zip(spans, decodings, ks, strict=True)):
+            begin += len(span.tokens)
+            host["picks"][s] = begin - 1
+            host["temperatures"][s] = d.temperature
+            host["seeds"][s] = _signed(d.seed)
+            host["noise_positions"][s] = span.start + len(span.tokens)
+            host["active"][:k, s] = 1
+        count = len(spans)
+        sequences = _bucket(count, _POWERS)
+        host["picks"][count:sequences] = 0
+        host["temperatures"][count:sequences] = 0
+        host["noise_positions"][count:sequences] = 0
+        size = (_bucket(rows, _ROWS), sequences, _bucket(queries, _POWERS))
+        step, own, first = self._step, self._inputs.device, self._batch()
+        picks = None if rows == count else own["picks"]
+
+        def run() -> None:
+            self._inputs.upload()
+            for j in range(steps):
+                if j == 0:
+                    step.run(first, *size, head=False)
+                    step.head(sequences, picks)
+                else:
+                    batch = Batch(
+                        self._chosen[j - 1], first.starts, self._iota, own["active"][j],
+                        own["noise_positions"],
+                    )  # fmt: skip
+                    step.run(batch, sequences, sequences, 1, offset=j - 1)
+                step.choose(
+                    sequences, None, own["temperatures"], own["seeds"], own["noise_positions"],
+                    self._chosen[j], j,
+                )  # fmt: skip
+            self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
+
+        for span, k in zip(spans, ks, strict=True):
+            span.extent.begin(span.start + len(span.tokens) + k - 1)
+        self._execute(("propose", *size, steps, picks is None), run)
+        self._wait()
+        for span, k in zip(spans, ks, strict=True):
+            span.extent.advance(span.start + len(span.tokens) + k - 1)
+        found = self._chosen_host[:steps, :count].T.tolist()
+        return [tokens[:k] for tokens, k in zip(found, ks, strict=True)]
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        device = self.storage.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _wait(self) -> None:
+        if self.storage.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _whole(self, spans: Sequence[Span], rows: int) -> bool:
+        """Whether one pass takes all spans."""
+        if not 0 < rows <= MAX_ROWS or len(spans) > MAX_SEQUENCES:
+            return False
+        if any(span.extent.parent is not None for span in spans):
+            return False
+        limit = self.arena.max_rows
+        longest = max(len(span.tokens) for span in spans)
+        if limit is not None and longest > limit:
+            return False
+        ends = [span.start + len(span.tokens) + self._max_k for span in spans]
+        return need(self._geometry, ends, _bucket(longest, _POWERS)) <= self._step.work_capacity
+
+    def _batch(self) -> Batch:
+        own = self._inputs.device
+        return Batch(
+            own["tokens"], own["starts"], own["first_rows"], own["row_counts"], own["positions"]
+        )
+
+    def _place(self, spans: Sequence[Span]) -> tuple[int, int]:
+        """Writes where the rows stand; returns (rows, most rows of one sequence)."""
+        # The copy of the step before may still read the buffer.
+        self._wait()
+        host, row, longest = self._inputs.host, 0, 0
+        host["row_counts"][:] = 0
+        for s, span in enumerate(spans):
+            count = len(span.tokens)
+            host["tokens"][row : row + count] = span.tokens
+            for pool, (start, _) in enumerate(span.extent.places):
+                host["starts"][pool, s] = start
+            host["first_rows"][s] = row
+            host["row_counts"][s] = count
+            host["positions"][s] = span.start
+            row, longest = row + count, max(longest, count)
+        host["tokens"][row:] = 0
+        return row, longest
+
+    def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
+        """Runs; the second time a key is seen it is captured, from then on replayed."""
+        if not self._use_graphs:
+            run()
+            return
+        graph = self._graphs.get(key)
+        if graph is None:
+            if key not in self._seen:
+                # Compiles and loads what is missing, which a capture may not.
+                self._seen.add(key)
+                run()
+                return
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                run()
+            self._graphs[key] = graph
+            log.debug("captured %s", key)
+        graph.replay()
+
+    def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Captures what a single sequence needs, before the first request.
+
+        Uses a sequence of its own, which is freed again; where the arena has no room for it,
+        graphs are captured as they are needed.
+        """
+        arena = self.arena
+        rows = self._max_k + 1
+        if arena.largest_free < 4 * rows or not self._use_graphs:
+            return
+        extent = arena.admit(4 * rows)
+        greedy = Decoding()
+        try:
+            for count in range(1, rows + 1):
+                progress(f"capturing graphs, {count} of {rows}")
+                for _ in range(2):
+                    span = Span(extent, 0, [0] * count, count)
+                    if self.judge([span], [greedy], [[0] * (count - 1)]) is None:
+                        return
+                    arena.rollback(extent, 0)
+                for pending in (1, 2):
+                    for _ in range(2):
+                        if count <= self._max_k:
+                            self.propose([Span(extent, 0, [0] * pending, 1)], [greedy], [count])
+                            arena.rollback(extent, 0)
+        finally:
+            arena.free(extent)
+
+
+def _norm(module: Any, name: str) -> Tensor | None:
+    found = getattr(module, name, None)
+    return None if found is None else found.weight.data
+
+
+def _bucket(value: int, sizes: Sequence[int]) -> int:
+    """The smallest size that holds ``value``."""
+    return next(size for size in sizes if size >= value)
+
+
+def _signed(seed: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit seed."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

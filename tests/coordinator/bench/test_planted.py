@@ -1,0 +1,108 @@
+"""Planted checkpoints do what their construction says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from outrider.coordinator.bench import planted
+from outrider.coordinator.bench.planted import Plan
+
+
+def _greedy(model, token: int, count: int) -> list[int]:
+    out = model.generate(
+        torch.tensor([[token]]), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return out[0, 1:].tolist()
+
+
+def test_cycle_visits_every_token_once():
+    pi = planted.cycle(97, seed=3)
+    token, seen = 0, set()
+    for _ in range(97):
+        seen.add(token)
+        token = int(pi[token])
+    assert token == 0 and len(seen) == 97
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 0.8, 1.0])
+def test_disagreeing_agrees_on_the_share_asked_for(agreement):
+    pi = planted.cycle(500, seed=1)
+    other = planted.disagreeing(pi, agreement, seed=2)
+    assert sorted(other.tolist()) == list(range(500))
+    assert int((other == pi).sum()) == round(agreement * 500)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiny_base_continues_with_the_cycle(dtype):
+    plan = Plan("tiny", seed=5, dtype=dtype)
+    model = planted.plant(plan)
+    pi = planted.cycle(512, seed=5)
+    token, expected = 7, []
+    for _ in range(64):
+        token = int(pi[token])
+        expected.append(token)
+    assert _greedy(model, 7, 64) == expected
+
+
+def test_tiny_draft_agrees_as_often_as_asked():
+    base = planted.plant(Plan("tiny", dtype="float32"))
+    draft = planted.plant(Plan("tiny", agreement=0.8, dtype="float32"))
+    tokens = torch.tensor([[3, *_greedy(base, 3, 500)]])
+    with torch.inference_mode():
+        told = base(tokens).logits[0].argmax(-1)
+        guess = draft(tokens).logits[0].argmax(-1)
+    pi = planted.cycle(512, 0)
+    changed = planted.disagreeing(pi, 0.8, 1)
+    assert torch.equal(told, pi[tokens[0]])
+    assert torch.equal(guess, changed[tokens[0]])
+    assert abs(float((guess == told).float().mean()) - 0.8) < 0.01
+
+
+def test_spread_makes_the_law_geometric_over_successors():
+    model = planted.plant(Plan("tiny", spread=2.0, dtype="float32"))
+    pi = planted.cycle(512, 0)
+    with torch.inference_mode():
+        law = model(torch.arange(64)[:, None]).logits[:, -1].softmax(-1)
+    successors = [pi[torch.arange(64)]]
+    for _ in range(3):
+        successors.append(pi[successors[-1]])
+    share = torch.stack([law.gather(1, s[:, None])[:, 0] for s in successors]).mean(1)
+    ratios = share[1:] / share[:-1]
+    assert torch.allclose(ratios, torch.full_like(ratios, float(torch.tensor(-0.5).exp())), atol=0.2)
+
+
+def test_gpt2_shape_is_planted_too(monkeypatch):
+    small = planted.Shape("gpt2", 64, 2, 4, 4, 16, 128, 300, 128)
+    monkeypatch.setitem(planted.SHAPES, "small-gpt2", small)
+    model = planted.plant(Plan("small-gpt2", dtype="float32"))
+    pi = planted.cycle(300, 0)
+    with torch.inference_mode():
+        told = model(torch.arange(300)[:, None]).logits[:, -1].argmax(-1)
+    assert torch.equal(told, pi)
+
+
+def test_saved_folder_loads_as_any_other(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from outrider.shared.vocabulary import fingerprint
+
+    for name, plan in (("base", Plan("tiny")), ("draft", Plan("tiny", agreement=0.5))):
+        planted.save(plan, tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    pi = planted.cycle(512, 0)
+    with torch.inference_mode():
+        assert int(base(torch.tensor([[9]])).logits[0, -1].argmax()) == int(pi[9])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert tokenizer("t3 t500").input_ids == [3, 500]
+    prints = {fingerprint(str(tmp_path / name), 512) for name in ("base", "draft")}
+    assert len(prints) == 1 and not prints.pop().startswith("size-only")
+    record = json.loads((tmp_path / "draft" / "planted.json").read_text())
+    assert record["agreement"] == 0.5
+
+
+def test_step_bytes_are_those_of_the_published_shapes():
+    assert planted.SHAPES["llama-3.2-3b"].step_bytes == pytest.approx(6.43e9, rel=2e-3)
+    assert planted.SHAPES["llama-3.2-1b"].step_bytes == pytest.approx(2.47e9, rel=2e-3)

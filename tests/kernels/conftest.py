@@ -1,0 +1,84 @@
+"""CUDA sources run on the host: `emulated` compiles them with g++ against emulation.h."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "kernels"
+
+
+class EmulatedKernel:
+    """Stands in for kernels.cuda.Kernel."""
+
+    def __init__(self, library: ctypes.CDLL, pointers: list[bool], threads: int, shared: int):
+        self.library, self.pointers = library, pointers
+        self.threads, self.shared, self.late = threads, shared, 1
+
+    def launch(self, grid: Sequence[int], arguments: Sequence[object], *, overlap: bool) -> None:
+        assert len(arguments) == len(self.pointers)
+        values: list[object] = []
+        for a, pointer in zip(arguments, self.pointers, strict=True):
+            assert pointer == (a is None or isinstance(a, torch.Tensor)), a
+            if isinstance(a, torch.Tensor):
+                values.append(ctypes.c_void_p(a.data_ptr()))
+            elif a is None:
+                values.append(ctypes.c_void_p(0))
+            else:
+                values.append(ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a))
+        gy = grid[1] if len(grid) > 1 else 1
+        self.library.run(grid[0], gy, self.threads, self.shared, self.late, *values)
+
+
+class EmulatedCompiler:
+    """Stands in for kernels.cuda.Compiler."""
+
+    def __init__(self, folder: Path, arch: int = 90) -> None:
+        self.folder, self.arch, self.late = folder, arch, 1
+
+    def kernel(
+        self, name: str, entry: str, defines: Mapping[str, int], *, threads: int, shared: int
+    ) -> EmulatedKernel:
+        source = (SOURCES / f"{name}.cu").read_text()
+        found = re.search(rf"\b{entry}\(([^)]*)\)\s*\{{", source)
+        assert found is not None, entry
+        parameters = [p.strip() for p in found[1].split(",")]
+        names = [re.split(r"[\s*]+", p)[-1] for p in parameters]
+        text = (
+            f'#include "{HERE / "emulation.h"}"\n#include "{SOURCES / name}.cu"\n'
+            f'extern "C" void run(int gx, int gy, int threads, int shared, int late, '
+            f"{', '.join(parameters)}) {{\n"
+            f"  run_grid(gx, gy, threads, shared, late, [&] {{ {entry}({', '.join(names)}); }});\n}}\n"
+        )
+        flags = [f"-D{k}={v}" for k, v in {**defines, "ARCH": self.arch}.items()]
+        headers = "".join(p.read_text() for p in [*sorted(SOURCES.glob("*.cuh")), HERE / "emulation.h"])
+        key = hashlib.sha256((text + source + headers + str(flags)).encode()).hexdigest()[:16]
+        library = self.folder / f"{name}-{key}.so"
+        if not library.exists():
+            unit = self.folder / f"{name}-{key}.cpp"
+            unit.write_text(text)
+            command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{SOURCES}"]
+            subprocess.run([*command, *flags, str(unit), "-o", str(library)], check=True)
+        kernel = EmulatedKernel(
+            ctypes.CDLL(str(library)), ["*" in p for p in parameters], threads, shared
+        )
+        kernel.late = self.late
+        return kernel
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory):
+    """Makes an EmulatedCompiler for a chip (default sm_90)."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = tmp_path_factory.mktemp("emulated")
+    return lambda arch=90: EmulatedCompiler(folder, arch)

@@ -1,0 +1,243 @@
+// Runs the CUDA sources on the host, one fiber a thread, so that results can be tested
+// where there is no GPU. Stands in for the lower half of kernels/prelude.cuh.
+//
+// Shared memory starts as NaN. Asynchronous copies land either at once or only when they
+// are waited for (`late_copies`): the first finds slots refilled too early, the second
+// finds slots read too early.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#define HOST_EMULATION 1
+#define DEVICE static inline
+#define ENTRY static
+#define __launch_bounds__(...)
+#define __restrict__
+#define __align__(n) alignas(n)
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct dim3_ { int x, y, z; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::max;
+using std::min;
+
+struct Copy { void* to; const void* from; bool valid; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+struct Barrier { int arrived = 0, generation = 0; };
+struct Lane { u_int32_t r[8]; const void* row; };
+
+static dim3_ threadIdx, blockIdx, blockDim, gridDim;
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static Barrier block_barrier, warp_barriers[64];
+static Lane lanes[2048];
+static std::vector<unsigned char> shared_memory;
+static bool late_copies;
+static const std::function<void()>* body;
+
+static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+static void arrive(Barrier& b, int count) {
+  const int generation = b.generation;
+  if (++b.arrived == count) {
+    b.arrived = 0;
+    ++b.generation;
+    return;
+  }
+  while (b.generation == generation) yield();
+}
+#define BARRIER_BLOCK() arrive(block_barrier, blockDim.x)
+#define BARRIER_WARP() arrive(warp_barriers[threadIdx.x / 32], 32)
+#define __syncwarp() BARRIER_WARP()
+#define DYNAMIC_SHARED(name) unsigned char* name = shared_memory.data()
+
+static void fiber_main() {
+  (*body)();
+  fibers[current].done = true;
+  yield();
+}
+
+static void run_grid(int gx, int gy, int threads, size_t shared, bool late, const std::function<void()>& f) {
+  late_copies = late;
+  body = &f;
+  gridDim = {gx, gy, 1};
+  blockDim = {threads, 1, 1};
+  for (int y = 0; y < gy; ++y)
+    for (int x = 0; x < gx; ++x) {
+      blockIdx = {x, y, 0};
+      shared_memory.assign(shared, 0xff);
+      fibers.assign(threads, Fiber());
+      block_barrier = Barrier();
+      for (auto& b : warp_barriers) b = Barrier();
+      for (auto& fiber : fibers) {
+        fiber.stack.resize(128 << 10);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+      }
+      for (bool alive = true; alive;) {
+        alive = false;
+        for (current = 0; current < threads; ++current)
+          if (!fibers[current].done) {
+            alive = true;
+            threadIdx = {current, 0, 0};
+            swapcontext(&scheduler, &fibers[current].context);
+          }
+      }
+    }
+}
+
+typedef unsigned short elem_;
+static inline float bits_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline unsigned float_bits(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+#define __uint_as_float bits_float
+#define __float_as_uint float_bits
+#define __int_as_float(i) bits_float((unsigned)(i))
+#define NEGATIVE_INFINITY (-INFINITY)
+
+static inline float to_float(elem_ v) {
+#if BF16
+  return bits_float((unsigned)v << 16);
+#else
+  _Float16 h;
+  memcpy(&h, &v, 2);
+  return (float)h;
+#endif
+}
+static inline elem_ from_float(float f) {
+#if BF16
+  unsigned u = float_bits(f);
+  if (isnan(f)) return 0x7fff;
+  return (elem_)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+#else
+  _Float16 h = (_Float16)f;
+  elem_ v;
+  memcpy(&v, &h, 2);
+  return v;
+#endif
+}
+static inline unsigned pack(float low, float high) {
+  return (unsigned)from_float(low) | ((unsigned)from_float(high) << 16);
+}
+
+static Lane* exchange(std::initializer_list<unsigned> values, const void* row = nullptr) {
+  Lane* warp = lanes + threadIdx.x / 32 * 32;
+  std::copy(values.begin(), values.end(), warp[threadIdx.x % 32].r);
+  warp[threadIdx.x % 32].row = row;
+  BARRIER_WARP();
+  return warp;
+}
+
+static void mma(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2,
+                unsigned a3, unsigned b0, unsigned b1) {
+  Lane* warp = exchange({a0, a1, a2, a3, b0, b1});
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto half = [](unsigned v, int i) { return to_float((elem_)(v >> (16 * i))); };
+  float* d[4] = {&d0, &d1, &d2, &d3};
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + (i & 1), hi = i >> 1;
+    double s = *d[i];
+    for (int k = 0; k < 16; ++k) {
+      const int q = (k % 8) / 2, upper = k / 8;
+      const float a = half(warp[g * 4 + q].r[hi + 2 * upper], k & 1);
+      const float b = half(warp[column * 4 + q].r[4 + upper], k & 1);
+      s += (double)a * b;
+    }
+    *d[i] = (float)s;
+  }
+  BARRIER_WARP();
+}
+
+static void ldmatrix_any(unsigned* r, const void* row, bool transposed) {
+  Lane* warp = exchange({}, row);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  for (int m = 0; m < 4; ++m) {
+    const int r0 = transposed ? 2 * t : g, c0 = transposed ? g : 2 * t;
+    const int r1 = transposed ? 2 * t + 1 : g, c1 = transposed ? g : 2 * t + 1;
+    const unsigned low = ((const elem_*)warp[m * 8 + r0].row)[c0], high = ((const elem_*)warp[m * 8 + r1].row)[c1];
+    r[m] = low | (high << 16);
+  }
+  BARRIER_WARP();
+}
+static void ldmatrix(unsigned& a, unsigned& b, unsigned& c, unsigned& d, const void* row) {
+  unsigned r[4];
+  ldmatrix_any(r, row, false);
+  a = r[0], b = r[1], c = r[2], d = r[3];
+}
+static void ldmatrix_transposed(unsigned& a, unsigned& b, unsigned& c, unsigned& d, const void* row) {
+  unsigned r[4];
+  ldmatrix_any(r, row, true);
+  a = r[0], b = r[1], c = r[2], d = r[3];
+}
+
+static void land(const Copy& c) {
+  if (c.valid) memcpy(c.to, c.from, 16);
+  else memset(c.to, 0, 16);
+}
+static void copy16(void* to, const void* from, bool valid) {
+  const Copy c = {to, from, valid};
+#if ARCH >= 80
+  if (late_copies) {
+    fibers[threadIdx.x].open.push_back(c);
+    return;
+  }
+#endif
+  land(c);
+}
+static void copy_commit() {
+  Fiber& f = fibers[threadIdx.x];
+  f.groups.push_back(f.open);
+  f.open.clear();
+}
+template <int PENDING> static void copy_wait() {
+  auto& groups = fibers[threadIdx.x].groups;
+  while ((int)groups.size() > PENDING) {
+    for (auto& c : groups.front()) land(c);
+    groups.erase(groups.begin());
+  }
+}
+
+static uint4 load_constant(const void* p) { return *(const uint4*)p; }
+template <typename V> static V load_fresh(const V* p) { return *p; }
+static void prefetch(const void*) {}
+static void wait_for_previous() {}
+static void let_next_start() {}
+template <typename V> static V shuffle_with(V v, int from) {
+  static_assert(sizeof(V) == 4, "one register");
+  unsigned u;
+  memcpy(&u, &v, 4);
+  Lane* warp = exchange({u});
+  u = warp[from].r[0];
+  memcpy(&v, &u, 4);
+  BARRIER_WARP();
+  return v;
+}
+template <typename V> static V shuffle_xor(V v, int mask) { return shuffle_with(v, (threadIdx.x % 32) ^ mask); }
+template <typename V> static V shuffle(V v, int lane) { return shuffle_with(v, lane); }
+
+static inline float exp2_fast(float x) { return exp2f(x); }
+#define __expf expf
+static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
+static inline void __threadfence() {}
+static inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }

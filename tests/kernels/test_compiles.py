@@ -1,0 +1,169 @@
+"""Every kernel compiles for the chips it is meant for, within their shared memory. No GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from outrider.kernels import attention, linear
+from outrider.kernels.linear import Tile
+
+SOURCES = Path(linear.__file__).parent
+# Shared memory that one block may have, in bytes.
+LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
+
+
+def variants(arch: int):
+    """(source, defines, dynamic shared memory) of everything a forward may launch."""
+    bf16 = int(arch >= 80)
+    for name in ("embed", "norm", "choose", "accept"):
+        yield name, {}, 8 * 256 // 32 + 16 if name == "choose" else 0
+    for dim in (64, 128):
+        yield "attention", {"HEAD_DIM": dim, "TOKENS": 64}, attention.shared_bytes(dim, 64)
+    for groups in (1, 2, 4, 6, 8):
+        for epilogue in range(4):
+            for tile in (Tile(5, 3), Tile(4, 2, 2)):
+                units, stages = linear.cut_for(tile, groups, arch)
+                yield (
+                    "linear",
+                    {
+                        "GROUPS": groups,
+                        "UNITS": units,
+                        "STAGES": stages,
+                        "PREFETCH": 2,
+                        "NORM": int(groups <= 2),
+                        "EPILOGUE": epilogue,
+                        "MIN_BLOCKS": 1,
+                        "BF16": bf16,
+                    },
+                    linear.shared_bytes(groups, units, stages, arch),
+                )
+
+
+def compile_for(name: str, defines: dict[str, int], arch: int, tmp_path: Path) -> bytes:
+    defines = {"BF16": int(arch >= 80), **defines}
+    try:
+        from outrider.kernels.cuda import compile_source
+
+        return compile_source(name, defines, arch=arch)[0]
+    except ImportError:
+        pass
+    if shutil.which("nvcc") is None:
+        pytest.skip("neither NVRTC (cuda-bindings) nor nvcc is installed")
+    out = tmp_path / "code.cubin"
+    flags = [f"-D{key}={value}" for key, value in {**defines, "ARCH": arch}.items()]
+    command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", *flags, "-o", str(out)]
+    subprocess.run([*command, str(SOURCES / f"{name}.cu")], check=True, capture_output=True)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+@pytest.mark.parametrize("name", ["embed", "norm", "choose", "accept", "attention", "linear"])
+def test_cuda_source_compiles_within_shared_memory(name, arch, tmp_path):
+    own = [v for v in variants(arch) if v[0] == name]
+    assert own
+    for _, _, shared in own:
+        assert shared <= LIMITS[arch]
+    # All share one template: the largest and the smallest stand for the rest.
+    for source, defines, _ in {str(v): v for v in (own[0], own[-1])}.values():
+        assert compile_for(source, defines, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", [75, 90])
+def test_linear_uses_the_tensor_cores(arch, tmp_path):
+    """What Triton does not give sm_75: its product is plain FMA there."""
+    disassembler = _disassembler()
+    defines = {
+        "GROUPS": 1, "UNITS": 4, "STAGES": 3, "PREFETCH": 0, "NORM": 1, "EPILOGUE": 0, "MIN_BLOCKS": 1,
+    }  # fmt: skip
+    code = compile_for("linear", defines, arch, tmp_path)
+    (tmp_path / "linear.cubin").write_bytes(code)
+    text = subprocess.run(
+        [disassembler, "-sass", str(tmp_path / "linear.cubin")],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert len(re.findall(r"HMMA\.1688|HMMA\.16816", text)) >= 16
+    assert re.search(r"LDG\.E\.128|LDGSTS\.E\.BYPASS(\.LTC\d+B)?\.128", text)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("module", ["norm", "accept", "choose", "linear", "attention"])
+def test_triton_kernel_compiles_within_shared_memory(module, arch):
+    triton = pytest.importorskip("triton")
+    from importlib import import_module
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kind = "fp16"
+    for name, types, constants in SIGNATURES[module]:
+        function = getattr(import_module(f"outrider.kernels.{module}_triton"), name)
+        signature = {p: types.get(p, "i32").replace("T", kind) for p in function.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(function, signature, constexprs=dict(constants))
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+        assert built.metadata.shared <= LIMITS[arch]
+
+
+def _disassembler() -> str:
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        packaged = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if not packaged.exists():
+            pytest.skip("no cuobjdump")
+        found = str(packaged)
+    return found
+
+
+_HEADS = {"DIM": 128}
+_ARENA = {
+    **dict.fromkeys(("qkv", "keys", "values", "out", "q_norm", "k_norm"), "*T"),
+    **dict.fromkeys(("starts", "first_rows", "row_counts", "positions"), "*i32"),
+    **dict.fromkeys(("rope", "partial", "stats"), "*fp32"),
+    "eps": "fp32",
+    "scale": "fp32",
+}
+SIGNATURES = {
+    "norm": [("kernel", {"x": "*T", "weight": "*T", "out": "*T", "eps": "fp32"}, {"BLOCK": 4096})],
+    "accept": [
+        (
+            "kernel",
+            dict.fromkeys(("chosen", "tokens", "pending", "proposed", "verdicts"), "*i32"),
+            {},
+        )
+    ],
+    "choose": [
+        (
+            "part",
+            {
+                "logits": "*fp32", "rows": "*i32", "temperatures": "*fp32", "seeds": "*i64",
+                "positions": "*i32", "winners": "*fp32", "ids": "*i32",
+            },
+            {"ROWS": True, "BLOCK": 2048},
+        ),
+        ("finish", {"winners": "*fp32", "ids": "*i32", "tokens": "*i32"}, {"BLOCK": 64}),
+    ],
+    "linear": [
+        (
+            "kernel",
+            {
+                **dict.fromkeys(("x", "w", "norm", "bias", "residual", "out"), "*T"),
+                "eps": "fp32",
+            },
+            {
+                "K": 3072, "EPILOGUE": epilogue, "NORM": True, "BIAS": False, "BLOCK_N": 16,
+                "BLOCK_K": 256, "PRECISION": "tf32",
+            },
+        )
+        for epilogue in (0, 3)
+    ],
+    "attention": [
+        ("append", _ARENA, {"NORM": True, **_HEADS}),
+        ("cut", _ARENA, {"CUT": 64, "PRECISION": "tf32", **_HEADS}),
+        ("combine", _ARENA, {"CUT": 64, **_HEADS}),
+    ],
+}  # fmt: skip

@@ -1,0 +1,73 @@
+"""Every implementation of every operation against its reference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from outrider.kernels import registry
+from outrider.kernels.registry import Operation, Tools
+
+OPERATIONS = registry.operations()
+FLOATS = [torch.float16, torch.bfloat16]
+
+
+def check(operation: Operation, run, device: torch.device, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    for number, case in enumerate(operation.cases(device, dtype)):
+        expected, got = copy.deepcopy(case), copy.deepcopy(case)
+        for name in operation.outputs:
+            if got[name].is_floating_point() and name == "out":
+                got[name].fill_(float("nan"))
+                expected[name].fill_(float("nan"))
+        operation.reference(**expected)
+        run(**got)
+        for name in operation.outputs:
+            want, have = expected[name], got[name]
+            if not want.is_floating_point():
+                assert torch.equal(want, have), (number, name, want, have)
+                continue
+            assert torch.equal(want.isnan(), have.isnan()), (number, name)
+            want, have = want.nan_to_num().double(), have.nan_to_num().double()
+            error = float((have - want).norm() / want.norm())
+            assert error <= operation.tolerance[dtype], (number, name, error)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_cuda_source_matches_reference_on_the_host(emulated, name, dtype, arch):
+    if arch < 80 and dtype == torch.bfloat16:
+        pytest.skip("no bfloat16 before compute capability 8.0")
+    operation = OPERATIONS[name]
+    for late in (0, 1):
+        compiler = emulated(arch)
+        compiler.late = late
+        tools = Tools(torch.device("cpu"), compiler)
+        implementation = next(i for i in operation.implementations if i.name == "cuda")
+        check(operation, implementation.build(tools), tools.device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("kind", ["cuda", "triton", "torch"])
+def test_implementation_matches_reference_on_the_gpu(name, kind, dtype):
+    device, operation = torch.device("cuda"), OPERATIONS[name]
+    found = [i for i in operation.implementations if i.name == kind]
+    if not found or found[0].why_not(device, dtype):
+        pytest.skip("not there on this device")
+    check(operation, found[0].build(Tools(device)), device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_code_for_older_chips_matches_reference_on_the_gpu(name):
+    from outrider.kernels.cuda import Compiler
+
+    device, operation = torch.device("cuda"), OPERATIONS[name]
+    tools = Tools(device, Compiler(device, arch=75))
+    implementation = next(i for i in operation.implementations if i.name == "cuda")
+    check(operation, implementation.build(tools), device, torch.float16)
