@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from outrider.shared.errors import RefusalCode
 from outrider.shared.runner import Span
-from outrider.shared.sampling import RowContext, propose
+from outrider.shared.sampling import RowContext, choice_noise, propose
 from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.types import Proposal, ProposeItem, Refusal, SparseRow
+from torch import Tensor
+
+# Numbers drawn ahead at most, per round: beyond this the memory costs more than the calls.
+_NOISE_AHEAD = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Rows of noise [places, vocab], and which row is for which (item, step)."""
+
+    values: Tensor
+    row: dict[tuple[int, int], int]
+
+    def of(self, places: Sequence[tuple[int, int]]) -> Tensor:
+        """The rows of ``places``, in order."""
+        return self.values[[self.row[place] for place in places]]
 
 
 class DraftEngine(Engine[ProposeItem, Proposal]):
@@ -30,25 +47,50 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
 
     def rows_of(self, item: ProposeItem) -> int:
         """See ``Engine.rows_of``."""
-        return len(item.append) + max(item.k - 1, 0)
+        return len(item.append) + max(self._clipped(item) - 1, 0)
+
+    def _clipped(self, item: ProposeItem) -> int:
+        """Tokens to propose: none is placed beyond the model's context."""
+        committed = item.base_len + len(item.append)
+        return max(0, min(item.k, self.runner.facts.max_positions - committed))
+
+    def _noise(self, work: Sequence[tuple[ProposeItem, Held]], ks: Sequence[int]) -> _Noise | None:
+        """The noise of all positions of the round, drawn at once: it depends on no token."""
+        vocab = self.runner.facts.vocab_size
+        if sum(ks) < 2 or sum(ks) * vocab > _NOISE_AHEAD:
+            return None
+        places = [(i, j) for i, k in enumerate(ks) for j in range(k)]
+        noise = choice_noise(
+            [work[i][1].decoding for i, _ in places],
+            [len(work[i][1].log) + j for i, j in places],
+            vocab,
+            self.runner.storage.device,
+        )
+        return None if noise is None else _Noise(noise, {p: row for row, p in enumerate(places)})
 
     def run(self, work: Sequence[tuple[ProposeItem, Held]]) -> tuple[list[Proposal | Refusal], int]:
         """See ``Engine.run``."""
-        counts = [min(item.k, 1) for item, _ in work]
+        ks = [self._clipped(item) for item, _ in work]
+        counts = [min(k, 1) for k in ks]
         spans = spans_of(work, [item.append for item, _ in work], counts)
+        quick = self._on_device(work, spans, ks)
+        if quick is not None:
+            return quick
         rows = sum(len(span.tokens) for span in spans)
         chosen: list[list[int]] = [[] for _ in work]
         weights: list[list[SparseRow]] = [[] for _ in work]
         failed: set[int] = set()
         # The log grows by the proposed tokens, which the choice of the next one looks at; the
         # next item's base_len cuts them off again.
-        active = [i for i, (item, _) in enumerate(work) if item.k > 0]
+        active = [i for i, k in enumerate(ks) if k > 0]
+        noise = self._noise(work, ks)
         while spans:
             logits = self.runner.forward(spans)
             if active:
                 contexts = [RowContext(work[i][1].decoding, work[i][1].log) for i in active]
                 finite = finite_rows(logits)
-                tokens, row_weights = propose(logits, contexts)
+                ahead = None if noise is None else noise.of([(i, len(chosen[i])) for i in active])
+                tokens, row_weights = propose(logits, contexts, ahead)
                 for i, fine, token, weight in zip(active, finite, tokens, row_weights, strict=True):
                     if not fine:
                         failed.add(i)
@@ -57,12 +99,40 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
                     work[i][1].log.append(token)
                     if weight is not None:
                         weights[i].append(weight)
-            active = [i for i in active if i not in failed and len(chosen[i]) < work[i][0].k]
+            active = [i for i in active if i not in failed and len(chosen[i]) < ks[i]]
             spans = [
                 Span(work[i][1].extent, work[i][1].extent.valid_len, chosen[i][-1:], 1)
                 for i in active
             ]
             rows += len(spans)
+        return self._answers(work, chosen, weights, failed), rows
+
+    def _on_device(
+        self, work: Sequence[tuple[ProposeItem, Held]], spans: Sequence[Span], ks: Sequence[int]
+    ) -> tuple[list[Proposal | Refusal], int] | None:
+        """The whole round as one launch, where the runner can; see ``Runner.propose``."""
+        if len(spans) != len(work):
+            return None
+        found = self.runner.propose(spans, [held.decoding for _, held in work], ks)
+        if found is None:
+            return None
+        failed = {i for i, tokens in enumerate(found) if -1 in tokens}
+        for i, (_, held) in enumerate(work):
+            if i not in failed:
+                held.log.extend(found[i])
+        rows = sum(len(span.tokens) for span in spans) + sum(max(k - 1, 0) for k in ks)
+        return self._answers(work, found, [[] for _ in work], failed), rows
+
+    def _answers(
+        self,
+        work: Sequence[tuple[ProposeItem, Held]],
+        chosen: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[SparseRow]],
+        failed: set[int],
+    ) -> list[Proposal | Refusal]:
+        for i in failed:
+            item, held = work[i]
+            self.runner.arena.distrust(held.extent, item.base_len)
         return [
             refusal(item, RefusalCode.MODEL, "the model's logits are not finite")
             if i in failed
@@ -74,4 +144,4 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
                 tuple(weights[i]),
             )
             for i, (item, _) in enumerate(work)
-        ], rows
+        ]

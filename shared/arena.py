@@ -97,11 +97,18 @@ class Extent:
         """First slot in the first pool."""
         return self.places[0][0]
 
-    def advance(self, end: int) -> None:
-        """Positions up to ``end`` (exclusive) were written and are valid."""
-        self.valid_len = end
+    def begin(self, end: int) -> None:
+        """Positions up to ``end`` (exclusive) are about to be written.
+
+        Noted before, not after: a forward that fails half-way has overwritten ring slots too.
+        """
         if end > self.high:
             self.high = end
+
+    def advance(self, end: int) -> None:
+        """Positions up to ``end`` (exclusive) were written and are valid."""
+        self.begin(end)
+        self.valid_len = end
 
     def clear(self) -> None:
         """Nothing is valid any more; lost ring positions are forgotten."""
@@ -158,6 +165,8 @@ class Arena:
         may not be rolled back below it, and where there are rings it may not be written. The
         parent's slots outlive ``free(parent)`` until its last branch is freed.
         """
+        if parent.freed:
+            raise ValueError("the extent was freed")
         if not 0 < prefix_len <= parent.valid_len or not self.holds(parent, prefix_len):
             raise ValueError(f"prefix_len: got {prefix_len}; must be in 1..{parent.valid_len}")
         if capacity <= prefix_len:
@@ -189,7 +198,7 @@ class Arena:
 
     def holds(self, extent: Extent, length: int) -> bool:
         """Whether everything a row at position ``length`` reads is still there."""
-        if not max(extent.prefix_len, extent.pinned) <= length <= extent.valid_len:
+        if not extent.prefix_len <= length <= extent.valid_len:
             return False
         return length == extent.prefix_len == 0 or all(
             pool.window is None
@@ -198,14 +207,20 @@ class Arena:
         )
 
     def rollback(self, extent: Extent, length: int) -> bool:
-        """Sets the valid length to ``length``; False (and nothing done) where it isn't held."""
-        if not self.holds(extent, length):
+        """Sets the valid length to ``length``; False (and nothing done) where it isn't held, or
+        where branches still read what lies behind it."""
+        if length < extent.pinned or not self.holds(extent, length):
             return False
         if length == extent.prefix_len:
             extent.clear()
         else:
             extent.valid_len = length
         return True
+
+    def distrust(self, extent: Extent, length: int) -> None:
+        """Nothing from ``length`` on counts as valid; nothing at all where that isn't held."""
+        if not self.rollback(extent, min(length, extent.valid_len)):
+            extent.clear()
 
     def check_write(self, extent: Extent, start: int, rows: int) -> None:
         """Raises ``ValueError`` where positions ``start … start+rows-1`` may not be written."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Keys and values of one piece, each [count, kv_heads, dim].
+# Keys and values of one piece, each [1, kv_heads, count, dim].
 Pieces = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -55,34 +55,31 @@ def attend(
     bias: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """``query`` [rows, heads, dim] over ``pieces`` -> [rows, heads, value_dim].
+    """``query`` [1, heads, rows, dim] over ``pieces`` -> [1, heads, rows, value_dim].
 
     ``mask``: additive, [rows, keys]. ``bias``: additive, [heads, rows or 1, keys] (ALiBi).
     ``sinks``: [heads] logits of a key without a value. ``softcap``: scores become
     ``softcap * tanh(scores / softcap)``. ``causal``: the rows are all the keys, no mask needed.
     Grouped queries: ``heads`` is a multiple of the pieces' KV heads. Softmax in float32.
     """
-    rows, heads, _ = query.shape
+    _, heads, rows, _ = query.shape
     keys, values = pieces[0]
-    grouped = keys.shape[1] != heads
+    kv_heads = keys.shape[1]
     if len(pieces) == 1 and softcap is None and sinks is None:
         if bias is not None:
             mask = bias if mask is None else bias + mask
-        out = functional.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            keys.transpose(0, 1).unsqueeze(0),
-            values.transpose(0, 1).unsqueeze(0),
-            attn_mask=mask if mask is None or mask.dim() == 2 else mask.unsqueeze(0),
+        return functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
             is_causal=causal and rows > 1,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=kv_heads != heads,
         )
-        return out[0].transpose(0, 1)
-    kv_heads = keys.shape[1]
     # [kv_heads, group * rows, dim]: one batched product serves a whole group of query heads.
-    folded = query.reshape(rows, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
-    folded = folded.reshape(kv_heads, heads // kv_heads * rows, -1)
-    parts = [torch.matmul(folded, k.permute(1, 2, 0)) for k, _ in pieces]
+    folded = query.reshape(kv_heads, heads // kv_heads * rows, -1)
+    parts = [torch.matmul(folded, k[0].transpose(1, 2)) for k, _ in pieces]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     scores = joined.view(heads, rows, -1).float() * scale
     if softcap is not None:
@@ -98,8 +95,8 @@ def attend(
     weights = torch.softmax(scores, dim=-1).to(query.dtype).view(kv_heads, -1, scores.shape[-1])
     total, begin = None, 0
     for _, v in pieces:
-        part = torch.matmul(weights[..., begin : begin + v.shape[0]], v.transpose(0, 1))
-        begin += v.shape[0]
+        part = torch.matmul(weights[..., begin : begin + v.shape[2]], v[0])
+        begin += v.shape[2]
         total = part if total is None else total + part
     assert total is not None
-    return total.view(heads, rows, -1).transpose(0, 1)
+    return total.view(1, heads, rows, -1)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from outrider.shared.arena import Extent
+from outrider.shared.arena import Extent, Segment
 from outrider.shared.attention import attend
 from outrider.shared.errors import ConfigError
 from outrider.shared.packing import PackedSpan
@@ -75,15 +75,11 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes rows ``[1, kv_heads, rows, dim]``; returns them as they came."""
         layer = self._layer = self._index[layer_idx]
+        pool = self._storage.pool_of[layer]
         keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         for packed in self.spans:
-            self._storage.write(
-                layer,
-                packed.span.extent,
-                packed.span.start,
-                keys[packed.begin : packed.end],
-                values[packed.begin : packed.end],
-            )
+            rows = slice(packed.begin, packed.end)
+            self._storage.write(layer, packed.writes[pool], keys[rows], values[rows])
         return key_states, value_states
 
     def attention(
@@ -108,25 +104,20 @@ class PackedCache(Cache):
             raise ConfigError("attention with a learned position bias can't be packed")
         storage = self._storage
         pool = storage.pool_of[layer]
-        rows = query[0].transpose(0, 1)
-        out = query.new_empty(rows.shape[0], rows.shape[1], value.shape[-1])
+        _, heads, rows, dim = query.shape
+        out = query.new_empty(1, rows, heads, value.shape[-1])
         for packed in self.spans:
-            span = packed.span
-            out[packed.begin : packed.end] = attend(
-                rows[packed.begin : packed.end],
-                storage.views(
-                    layer,
-                    span.extent,
-                    packed.firsts[pool],
-                    span.start + packed.end - packed.begin,
-                ),
+            mixed = attend(
+                query[:, :, packed.begin : packed.end],
+                storage.views(layer, packed.reads[pool]),
                 packed.masks[pool],
-                scale=rows.shape[-1] ** -0.5 if scaling is None else scaling,
+                scale=dim**-0.5 if scaling is None else scaling,
                 softcap=softcap,
                 sinks=s_aux,
                 causal=packed.causal,
             )
-        return out.unsqueeze(0), None
+            out[:, packed.begin : packed.end] = mixed.transpose(1, 2)
+        return out, None
 
 
 _numbers = itertools.count()
@@ -227,29 +218,34 @@ class ArenaLayer(CacheLayerMixin):
     def _ring(self) -> int:
         return self._extents[0].places[self._storage.pool_of[self._layer]][1]
 
+    def _segments(self, extent: Extent, first: int, end: int) -> list[Segment]:
+        pool = self._storage.pool_of[self._layer]
+        return self._storage.arena.segments(extent, pool, first, end)
+
     def _write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        end = start + keys.shape[2]
         for i, extent in enumerate(self._extents):
             self._storage.write(
-                self._layer, extent, start, keys[i].transpose(0, 1), values[i].transpose(0, 1)
+                self._layer,
+                self._segments(extent, start, end),
+                keys[i].transpose(0, 1),
+                values[i].transpose(0, 1),
             )
 
     def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        views = [self._storage.views(self._layer, extent, first, end) for extent in self._extents]
-        if end == first:
-            keys, values = self._storage.layer_keys, self._storage.layer_values
-            empty = [keys[self._layer][:0], values[self._layer][:0]]
-            shape = (self.batch_size, -1, -1, -1)
-            return tuple(e.transpose(0, 1)[None].expand(shape) for e in empty)  # type: ignore[return-value]
-        return self._side(views, 0), self._side(views, 1)
+        segments = [self._segments(extent, first, end) for extent in self._extents]
+        keys, values = self._storage.layer_keys, self._storage.layer_values
+        return _gather(keys[self._layer], segments), _gather(values[self._layer], segments)
 
-    def _side(self, views: list[list[tuple[Tensor, Tensor]]], side: int) -> Tensor:
-        """One tensor ``[batch, kv_heads, keys, dim]`` of the keys (0) or values (1)."""
-        pieces = []
-        for piece in range(len(views[0])):
-            parts = [view[piece][side] for view in views]
-            pieces.append(_batched(parts))
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return joined.transpose(1, 2)
+
+def _gather(layer: Tensor, segments: Sequence[Sequence[Segment]]) -> Tensor:
+    """What the sequences of a batch read: ``[batch, kv_heads, keys, dim]``, a view if it can."""
+    pieces = [
+        _batched([layer[s.slot : s.slot + s.count] for s in parts])
+        for parts in zip(*segments, strict=True)
+    ] or [layer[:0].unsqueeze(0).expand(len(segments), -1, -1, -1)]
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    return joined.transpose(1, 2)
 
 
 def _batched(parts: Sequence[Tensor]) -> Tensor:

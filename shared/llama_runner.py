@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from outrider.shared.attention import attend
-from outrider.shared.linear import RmsNorm, fuse, product
+from outrider.shared.linear import Products, RmsNorm, fuse
 from outrider.shared.packing import PackedSpan, pack
 from outrider.shared.runner import ModelFacts, Runner, Span
 from outrider.shared.storage import Storage
@@ -35,7 +35,8 @@ def why_not(model: Any) -> str | None:
     name = type(model).__name__
     if name not in FAMILY:
         return f"{name} is not of the Llama block family ({', '.join(FAMILY)})"
-    if getattr(config, "quantization_config", None) is not None:
+    packed = any(type(p.data) is not Tensor for p in model.parameters())
+    if packed or getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized"
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}"
@@ -68,6 +69,18 @@ class _Block:
     window: int | None
 
 
+@dataclass(slots=True)
+class _Place:
+    """One span's rows, and its places in the KV tensors: per pool, per layer of the pool."""
+
+    begin: int
+    end: int
+    causal: bool
+    masks: list[Tensor | None]
+    targets: list[list[list[Tensor]]]
+    views: list[list[list[tuple[Tensor, Tensor]]]]
+
+
 class LlamaRunner(Runner):
     """Forwards a model of the Llama block family; see ``why_not`` for which."""
 
@@ -77,6 +90,7 @@ class LlamaRunner(Runner):
         super().__init__(facts, storage)
         config = model.config
         self._model = model
+        self._product = Products.choose(storage.dtype, storage.device)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
@@ -92,7 +106,8 @@ class LlamaRunner(Runner):
         positions = max(1, min(facts.max_positions, max(p.tokens for p in self.arena.pools)))
         if all(kind.window is not None for kind in storage.kinds):
             positions = facts.max_positions
-        self._cos, self._sin = _rotary_table(model, positions)
+        # One more, for the twin of a row at the last position.
+        self._cos, self._sin = _rotary_table(model, positions + 1)
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         device = self.storage.device
@@ -100,38 +115,48 @@ class LlamaRunner(Runner):
         ids = [token for span in spans for token in span.tokens]
         wanted = [row for work in works for row in range(work.end - work.span.wanted, work.end)]
         rows = len(ids)
-        # A product of one row is slower than one of two on a CPU (see ``linear``), so a lone
-        # row gets a twin, which is never written and never looked at.
-        if rows == 1:
+        # Where a product of one row is slower than one of two (see ``linear``), a lone row gets
+        # a twin, which is never written to the arena and never looked at.
+        if rows == 1 and self._product.twin:
             ids.append(ids[0])
         index = torch.tensor(ids, device=device)
         hidden = functional.embedding(index, self._embedding)
-        cos, sin = self._rotation(works, len(ids))
-        blended = hidden.new_zeros(len(ids), self._heads * self._dim)
+        rotation = self._rotation(works, len(ids))
+        places = [self._place(work) for work in works]
+        blended = hidden.new_zeros(len(ids), self._heads, self._dim)
         for layer, block in enumerate(self._blocks):
-            self._attention(layer, block, hidden, cos, sin, works, blended)
+            self._attention(layer, block, hidden, rotation, places, blended)
             self._feed_forward(block, hidden)
         if len(wanted) == rows and len(ids) == rows:
             picked = hidden
         elif not wanted:
             return hidden.new_zeros(0, self.facts.vocab_size)
         else:
-            picks = wanted if len(wanted) > 1 else wanted * 2
+            picks = wanted * 2 if len(wanted) == 1 and self._product.twin else wanted
             picked = hidden.index_select(0, torch.tensor(picks, device=device))
-        logits = product(self._norm(picked), self._head)
+        logits = self._product(self._norm(picked), self._head)
         return logits[: len(wanted)].contiguous()
 
+    def _place(self, work: PackedSpan) -> _Place:
+        storage, pools = self.storage, range(len(self.storage.kinds))
+        return _Place(
+            work.begin,
+            work.end,
+            work.causal,
+            work.masks,
+            [storage.all_targets(pool, work.writes[pool]) for pool in pools],
+            [storage.all_views(pool, work.reads[pool]) for pool in pools],
+        )
+
     def _rotation(self, works: Sequence[PackedSpan], rows: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of every row, ``[rows, 1, dim]``; the sine of the first half negated."""
+        """cos and signed sin of every row, ``[rows, 1, dim]``."""
         if len(works) == 1:
+            # Consecutive positions; a twin may have the next one, nobody looks at it.
             start = works[0].span.start
-            count = works[0].end
-            if count == rows:
-                return self._cos[start : start + rows], self._sin[start : start + rows]
+            return self._cos[start : start + rows], self._sin[start : start + rows]
         places: list[int] = []
         for work in works:
             places.extend(range(work.span.start, work.span.start + work.end - work.begin))
-        places.extend([places[-1]] * (rows - len(places)))
         index = torch.tensor(places, device=self.storage.device)
         return self._cos.index_select(0, index), self._sin.index_select(0, index)
 
@@ -140,48 +165,46 @@ class LlamaRunner(Runner):
         layer: int,
         block: _Block,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        works: Sequence[PackedSpan],
+        rotation: tuple[Tensor, Tensor],
+        places: Sequence[_Place],
         blended: Tensor,
     ) -> None:
         """Adds the attention of one layer to ``hidden`` in place."""
         heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
-        rows = hidden.shape[0]
-        qkv = product(block.norm(hidden), block.qkv, block.qkv_bias).contiguous()
-        qkv = qkv.view(rows, heads + 2 * kv_heads, dim)
+        qkv = self._product(block.norm(hidden), block.qkv, block.qkv_bias).contiguous()
+        qkv = qkv.view(-1, heads + 2 * kv_heads, dim)
         turned = qkv[:, : heads + kv_heads]
         if block.query_norm is not None and block.key_norm is not None:
             turned[:, :heads] = block.query_norm(turned[:, :heads])
             turned[:, heads:] = block.key_norm(turned[:, heads:])
-        swapped = turned.unflatten(-1, (2, dim // 2)).flip(-2).flatten(-2)
-        turned.mul_(cos).addcmul_(swapped, sin)
-        storage = self.storage
-        pool = storage.pool_of[layer]
-        for work in works:
-            span, begin, end = work.span, work.begin, work.end
-            storage.write(
-                layer,
-                span.extent,
-                span.start,
-                qkv[begin:end, heads : heads + kv_heads],
-                qkv[begin:end, heads + kv_heads :],
-            )
+        swapped = turned.roll(dim // 2, -1)
+        turned.mul_(rotation[0]).addcmul_(swapped, rotation[1])
+        pool, number = self.storage.pool_of[layer], self.storage.place_of[layer]
+        # [heads, rows, dim] and [2, rows, kv_heads, dim].
+        queries = qkv[:, :heads].transpose(0, 1)
+        fresh = qkv[:, heads:].unflatten(1, (2, kv_heads)).transpose(0, 1)
+        for place in places:
+            row = place.begin
+            for target in place.targets[pool][number]:
+                count = target.shape[1]
+                target.copy_(fresh[:, row : row + count])
+                row += count
             mixed = attend(
-                qkv[begin:end, :heads],
-                storage.views(layer, span.extent, work.firsts[pool], span.start + end - begin),
-                work.masks[pool],
+                queries[:, place.begin : place.end].unsqueeze(0),
+                place.views[pool][number],
+                place.masks[pool],
                 scale=self._scale,
-                causal=work.causal,
+                causal=place.causal,
             )
-            blended[begin:end].view(end - begin, heads, dim).copy_(mixed)
-        hidden.add_(product(blended, block.out, block.out_bias))
+            blended[place.begin : place.end].copy_(mixed[0].transpose(0, 1))
+        flat = blended.view(-1, heads * dim)
+        hidden.add_(self._product(flat, block.out, block.out_bias))
 
     def _feed_forward(self, block: _Block, hidden: Tensor) -> None:
         """Adds the gated layers of one block to ``hidden`` in place."""
-        both = product(block.mlp_norm(hidden), block.gate_up)
+        both = self._product(block.mlp_norm(hidden), block.gate_up)
         gate = functional.silu(both[:, : self._half]).mul_(both[:, self._half :])
-        hidden.add_(product(gate.contiguous(), block.down))
+        hidden.add_(self._product(gate.contiguous(), block.down))
 
 
 def _block(layer: Any, config: Any, window: int | None) -> _Block:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from outrider.shared.cache import layer_kinds
+from outrider.shared.checkpoint import LlamaForCausalLM, load_plain
 from outrider.shared.config import ModelConfig
 from outrider.shared.errors import ConfigError
-from outrider.shared.hf_runner import HfRunner
 from outrider.shared.llama_runner import LlamaRunner, why_not
-from outrider.shared.models import load_model, model_path
+from outrider.shared.locate import model_path
+from outrider.shared.models import choose_dtype, load_model
 from outrider.shared.runner import ModelFacts, Runner
-from outrider.shared.storage import Storage, shared_pools
+from outrider.shared.storage import LayerKind, Storage, shared_pools
 from outrider.shared.vocabulary import fingerprint
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ def load_runner(
         torch.set_num_threads(config.threads)
     path = model_path(config.path)
     progress(f"loading {path}")
-    model = load_model(path, config.dtype, device)
+    model: Any = None
+    if config.runner != "generic":
+        model = load_plain(path, lambda own: choose_dtype(config.dtype, own, device), device)
+    if model is None:
+        model = load_model(path, config.dtype, device)
     try:
         return make_runner(model, config, path, progress)
     except ConfigError as error:
@@ -48,11 +53,11 @@ def make_runner(
     path: str = "",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Runner:
-    """A runner over a transformers module that is loaded already; see ``load_runner``."""
+    """A runner over a module that is loaded already; see ``load_runner``."""
     device, dtype = model.device, model.dtype
     fast = _want_fast(model, config.runner)
     facts = _facts(model, config.path, path, "llama" if fast else "generic")
-    kinds, index = layer_kinds(model)
+    kinds, index = _kinds(model)
     slack = max(config.prefill_chunk, config.max_k + 1)
     pools = shared_pools(
         kinds,
@@ -64,9 +69,16 @@ def make_runner(
     )
     progress(f"allocating the arena, {next(iter(pools.values())).tokens} tokens")
     storage = Storage(kinds, pools, dtype=dtype, device=device)
-    runner: Runner = (
-        LlamaRunner(model, facts, storage) if fast else HfRunner(model, facts, storage, index)
-    )
+    runner: Runner
+    kernels = _kernel_runner(model, facts, storage, config, progress) if fast else None
+    if kernels is not None:
+        runner = kernels
+    elif fast:
+        runner = LlamaRunner(model, facts, storage)
+    else:
+        from outrider.shared.hf_runner import HfRunner  # transformers: seconds to import
+
+        runner = HfRunner(model, facts, storage, index)
     log.info(
         "%s (%s) on %s, %s: %s; arena of %d tokens, %d bytes",
         config.path,
@@ -78,6 +90,48 @@ def make_runner(
         storage.nbytes,
     )
     return runner
+
+
+def _kernel_runner(
+    model: Any,
+    facts: ModelFacts,
+    storage: Storage,
+    config: ModelConfig,
+    progress: Callable[[str], None],
+) -> Runner | None:
+    """The runner with this project's kernels; None where they can't be used, and the log says why."""
+    if storage.device.type != "cuda" or config.runner == "llama":
+        return None
+    from outrider.shared.cuda_runner import CudaRunner, why_not
+
+    reason = why_not(model, storage.device, storage.dtype)
+    if reason is not None:
+        log.warning("%s runs without kernels: %s", config.path, reason)
+        return None
+    progress("compiling kernels")
+    runner = CudaRunner(
+        model,
+        replace(facts, runner="cuda"),
+        storage,
+        max_k=config.max_k,
+        exact=config.numerics != "fast",
+    )
+    for choice in runner.choices:
+        log.info("operation %s", choice)
+    runner.warm_up(progress)
+    return runner
+
+
+def _kinds(model: Any) -> tuple[list[LayerKind], dict[int, int]]:
+    """What each layer caches, and the model's layer index -> place among them."""
+    if isinstance(model, LlamaForCausalLM):
+        config = model.config
+        kind = LayerKind(config.num_key_value_heads, config.head_dim, config.head_dim)
+        count = config.num_hidden_layers
+        return [kind] * count, {number: number for number in range(count)}
+    from outrider.shared.cache import layer_kinds  # transformers: seconds to import
+
+    return layer_kinds(model)
 
 
 def choose_device(name: str) -> torch.device:
@@ -118,9 +172,6 @@ def _budget(config: ModelConfig, device: torch.device) -> int:
 
 def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
     config = model.config.get_text_config(decoder=True)
-    distinct = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
-    }
     vocab_size = model.get_output_embeddings().weight.shape[0]
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     if eos is None:
@@ -131,7 +182,7 @@ def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
         model=name,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(distinct.values()),
+        weight_bytes=_weight_bytes(model),
         vocab_size=vocab_size,
         vocab_fingerprint=fingerprint(path, vocab_size),
         # Without a limit of its own (ALiBi), a model is as long as its arena.
@@ -142,3 +193,17 @@ def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
         runner=runner,
     )
 
+
+def _weight_bytes(model: Any) -> int:
+    """Bytes of all parameters; shared storage counts once, packed weights as they are packed."""
+    sizes: dict[int, int] = {}
+    todo: list[Any] = [parameter.data for parameter in model.parameters()]
+    while todo:
+        tensor = todo.pop()
+        if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of plain tensors
+            names, _ = tensor.__tensor_flatten__()
+            todo.extend(getattr(tensor, name) for name in names)
+        else:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from outrider.shared import pair
 from outrider.shared.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def model_path(name: str) -> str:
-    """The folder or hub id that ``name`` means; ``base`` and ``draft`` are the bundled pair.
-
-    Raises ``ConfigError`` for a folder that is not there or holds no model.
-    """
-    if name in pair.NAMES and not Path(name).exists():
-        try:
-            return str(pair.path(name))
-        except FileNotFoundError as error:
-            raise ConfigError(f"path: {error}") from error
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"path: {name} holds no model: expected a folder with config.json and weights "
-                "(*.safetensors) as transformers saves them"
-            )
-        return str(folder)
-    # A hub id is "name" or "owner/name"; anything else was meant as a folder.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(
-            f"path: {name} does not exist: expected a folder with config.json and weights, a hub "
-            "id (owner/name), 'base' or 'draft'"
-        )
-    return name
 
 
 def load_model(path: str, dtype: str, device: torch.device) -> Any:
@@ -56,7 +27,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
         raise ConfigError(f"path: {path}: {reason}")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_dtype(dtype, config, device), low_cpu_mem_usage=True
+            path, dtype=choose_dtype(dtype, config, device), low_cpu_mem_usage=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
@@ -71,6 +42,8 @@ def refusal(config: Any, model: Any = None) -> str | None:
     kind = getattr(config, "model_type", "model")
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder: its decoder also reads an encoder's states"
+    if getattr(config, "is_decoder", True) is False:
+        return f"{kind} is an encoder: its rows read what comes after them"
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     unknown = types - {"full_attention", "sliding_attention"}
     if unknown:
@@ -86,7 +59,8 @@ def refusal(config: Any, model: Any = None) -> str | None:
     return None
 
 
-def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """The type of the weights for ``name`` (see ``load_model``) and a model's configuration."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":

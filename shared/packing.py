@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from outrider.shared.arena import Segment
 from outrider.shared.attention import visibility
 from outrider.shared.runner import Span
 from outrider.shared.storage import Storage
@@ -13,38 +14,46 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class PackedSpan:
-    """One span in a packed batch: its rows ``begin … end-1``; per pool the first position it
-    reads and the mask of its rows. ``causal``: its rows are all it reads."""
+    """One span in a packed batch.
+
+    ``begin … end-1``: its rows. ``causal``: they are all that it reads. Per pool: ``writes``,
+    where its rows go; ``reads``, where what it reads lies; ``masks``, which row sees what.
+    """
 
     span: Span
     begin: int
     end: int
-    firsts: list[int]
-    masks: list[Tensor | None]
     causal: bool
+    writes: list[list[Segment]]
+    reads: list[list[Segment]]
+    masks: list[Tensor | None]
 
 
 def pack(storage: Storage, spans: Sequence[Span]) -> list[PackedSpan]:
-    """Places spans one behind the other. Masks are made once and serve every layer."""
-    pools = storage.arena.pools
+    """Places spans one behind the other. What is worked out here serves every layer."""
+    arena = storage.arena
     packed, begin = [], 0
     for span in spans:
         rows = len(span.tokens)
-        firsts = [storage.arena.first_read(i, span.start) for i in range(len(pools))]
-        causal = span.start == 0 and all(p.window is None or p.window >= rows for p in pools)
-        masks: list[Tensor | None] = [None] * len(pools)
-        if not causal:
-            masks = [
-                visibility(
+        start, end = span.start, span.start + rows
+        causal = start == 0 and all(p.window is None or p.window >= rows for p in arena.pools)
+        writes, reads, masks = [], [], []
+        for number, pool in enumerate(arena.pools):
+            first = arena.first_read(number, start)
+            writes.append(arena.segments(span.extent, number, start, end))
+            reads.append(arena.segments(span.extent, number, first, end))
+            masks.append(
+                None
+                if causal
+                else visibility(
                     rows,
-                    span.start,
+                    start,
                     first,
                     window=pool.window,
                     dtype=storage.dtype,
                     device=storage.device,
                 )
-                for pool, first in zip(pools, firsts, strict=True)
-            ]
-        packed.append(PackedSpan(span, begin, begin + rows, firsts, masks, causal))
+            )
+        packed.append(PackedSpan(span, begin, begin + rows, causal, writes, reads, masks))
         begin += rows
     return packed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from outrider.shared.arena import Arena, Extent
 from outrider.shared.storage import Storage
+from outrider.shared.types import Decoding
 from torch import Tensor
 
 
@@ -67,6 +68,19 @@ class Runner(ABC):
         where a span starts elsewhere than at its extent's valid length or ends beyond its
         capacity; then nothing was written.
         """
+        self.check(spans)
+        limit = self.arena.max_rows
+        while limit is not None and any(len(span.tokens) > limit for span in spans):
+            spans = self._take_in(spans, limit)
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        logits = self._forward(spans)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        return logits
+
+    def check(self, spans: Sequence[Span]) -> None:
+        """Raises ``ValueError`` where the rows of a span may not be written; see ``forward``."""
         limit = self.arena.max_rows
         for span in spans:
             rows = len(span.tokens)
@@ -77,12 +91,31 @@ class Runner(ABC):
                 raise ValueError(
                     f"rows end at {span.start + rows}; the capacity is {span.extent.capacity}"
                 )
-        while limit is not None and any(len(span.tokens) > limit for span in spans):
-            spans = self._take_in(spans, limit)
-        logits = self._forward(spans)
-        for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
-        return logits
+
+    def judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+    ) -> list[tuple[int, int]] | None:
+        """Forwards and judges in one go, where the device can: (accepted, next token) per span.
+
+        A span's rows end with its proposal; what its decoding chooses is compared on the device.
+        The next token is -1 where the logits were not finite. None where this runner can't, or
+        not with these decodings: then nothing was done, and ``forward`` does it.
+        """
+        return None
+
+    def propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]] | None:
+        """Forwards the spans and then one chosen token after the other, where the device can.
+
+        Returns ``ks[i]`` tokens for each span (none where 0: its rows are only taken in), -1
+        from the first whose logits were not finite; valid lengths end before the last token.
+        None as in ``judge``.
+        """
+        return None
 
     def _take_in(self, spans: Sequence[Span], limit: int) -> list[Span]:
         """Forwards the first rows of spans that are too long; returns what is left."""
@@ -96,6 +129,8 @@ class Runner(ABC):
             count = min(limit, excess)
             heads.append(Span(span.extent, span.start, span.tokens[:count], 0))
             left.append(Span(span.extent, span.start + count, span.tokens[count:], span.wanted))
+        for head in heads:
+            head.extent.begin(head.start + len(head.tokens))
         self._forward(heads)
         for head in heads:
             head.extent.advance(head.start + len(head.tokens))

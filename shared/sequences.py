@@ -226,9 +226,7 @@ class Session(Generic[ItemT, AnswerT]):
             log.exception("the forward of %d sequences failed", len(work))
             message = f"the forward failed: {type(error).__name__}: {error}"
             for item, held in work:
-                self._engine.runner.arena.rollback(
-                    held.extent, min(item.base_len, held.extent.valid_len)
-                )
+                self._engine.runner.arena.distrust(held.extent, item.base_len)
             return [refusal(item, RefusalCode.MODEL, message) for item, _ in work], 0
 
     def _prepare(self, item: ItemT) -> Held:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from outrider.shared.arena import Arena, Extent, PoolPlan
+from outrider.shared.arena import Arena, PoolPlan, Segment
 from outrider.shared.errors import ConfigError
 from torch import Tensor
 
@@ -53,6 +53,8 @@ class Storage:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.tensors: list[Tensor] = []
+        # Per pool the whole tensor, where keys and values share one.
+        self.tensors_of: list[Tensor] = []
         pool_of, place_of = [0] * len(layers), [0] * len(layers)
         for number, (kind, pool) in enumerate(pools.items()):
             own = [i for i, layer in enumerate(layers) if layer == kind]
@@ -75,30 +77,50 @@ class Storage:
 
         if kind.key_dim == kind.value_dim:
             both = zeros(layers, 2, tokens, kind.kv_heads, kind.key_dim)
+            self.tensors_of.append(both)
             return both[:, 0], both[:, 1]
+        self.tensors_of.append(torch.empty(0))
         return (
             zeros(layers, tokens, kind.kv_heads, kind.key_dim),
             zeros(layers, tokens, kind.kv_heads, kind.value_dim),
         )
 
-    def write(self, layer: int, extent: Extent, start: int, keys: Tensor, values: Tensor) -> None:
-        """Copies rows ``[rows, kv_heads, dim]`` to positions ``start …`` of ``extent``."""
+    def write(self, layer: int, segments: Sequence[Segment], keys: Tensor, values: Tensor) -> None:
+        """Copies rows ``[rows, kv_heads, dim]`` to ``segments``, in order."""
         own_keys, own_values = self.layer_keys[layer], self.layer_values[layer]
-        rows = keys.shape[0]
-        for part in self.arena.segments(extent, self.pool_of[layer], start, start + rows):
-            row = part.position - start
+        row = 0
+        for part in segments:
             own_keys[part.slot : part.slot + part.count].copy_(keys[row : row + part.count])
             own_values[part.slot : part.slot + part.count].copy_(values[row : row + part.count])
+            row += part.count
 
-    def views(
-        self, layer: int, extent: Extent, first: int, end: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Zero-copy (keys, values), each ``[count, kv_heads, dim]``, of positions first … end-1."""
+    def views(self, layer: int, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
+        """Zero-copy (keys, values) of ``segments``, each ``[1, kv_heads, count, dim]``."""
         keys, values = self.layer_keys[layer], self.layer_values[layer]
         return [
-            (keys[s.slot : s.slot + s.count], values[s.slot : s.slot + s.count])
-            for s in self.arena.segments(extent, self.pool_of[layer], first, end)
+            (
+                keys[s.slot : s.slot + s.count].transpose(0, 1).unsqueeze(0),
+                values[s.slot : s.slot + s.count].transpose(0, 1).unsqueeze(0),
+            )
+            for s in segments
         ]
+
+    def all_targets(self, pool: int, segments: Sequence[Segment]) -> list[list[Tensor]]:
+        """For every layer of a pool, where rows go: ``[2, count, kv_heads, dim]`` per segment."""
+        whole = self.tensors_of[pool]
+        per_segment = [whole[:, :, s.slot : s.slot + s.count].unbind(0) for s in segments]
+        return [list(layer) for layer in zip(*per_segment, strict=True)]
+
+    def all_views(
+        self, pool: int, segments: Sequence[Segment]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """``views`` of every layer of a pool, in a few calls for all of them."""
+        whole = self.tensors_of[pool].flatten(0, 1)
+        per_segment = []
+        for s in segments:
+            both = whole[:, s.slot : s.slot + s.count].transpose(1, 2).unsqueeze(1).unbind(0)
+            per_segment.append(list(zip(both[0::2], both[1::2], strict=True)))
+        return [list(layer) for layer in zip(*per_segment, strict=True)]
 
 
 def shared_pools(

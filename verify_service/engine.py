@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.shared.errors import RefusalCode
+from outrider.shared.runner import Span
 from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.types import Refusal, Verdict, VerifyItem
-from outrider.verify_service.acceptance import JudgeItem, judge, malformed
+from outrider.verify_service.acceptance import Judged, JudgeItem, judge, malformed
 
 
 class VerifyEngine(Engine[VerifyItem, Verdict]):
@@ -43,8 +44,11 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         answers: list[Verdict | Refusal | None] = [None] * len(work)
         if not spans:
             return [_extended(item) for item, _ in work], 0
-        logits = self.runner.forward(spans)
         judged = [i for i, count in enumerate(wanted) if count]
+        quick = self._on_device(work, spans, judged)
+        if quick is not None:
+            return quick
+        logits = self.runner.forward(spans)
         finite = finite_rows(logits) if judged else []
         # One bad sequence must not spoil the batch: its rows are judged and thrown away.
         questions, row, broken = [], 0, set()
@@ -56,28 +60,52 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
             questions.append(JudgeItem(held.decoding, held.log, item.proposal, item.rows))
         verdicts = judge(logits, questions) if questions else []
         for i, verdict in zip(judged, verdicts, strict=True):
-            item, held = work[i]
-            committed = item.base_len + len(item.append)
-            if i in broken:
-                self.runner.arena.distrust(held.extent, item.base_len)
-                answers[i] = refusal(item, RefusalCode.MODEL, "the model's logits are not finite")
-                continue
-            accepted = verdict.num_accepted
-            held.extent.valid_len = committed + accepted
-            held.log.extend(item.proposal[:accepted])
-            held.log.append(verdict.next_token)
-            answers[i] = Verdict(
-                item.sequence_id,
-                item.epoch,
-                accepted,
-                verdict.next_token,
-                committed + accepted + 1,
-                verdict.logprobs,
-            )
+            answers[i] = self._broken(*work[i]) if i in broken else _settled(*work[i], verdict)
         return [
             answer if answer is not None else _extended(work[i][0])
             for i, answer in enumerate(answers)
         ], sum(len(span.tokens) for span in spans)
+
+    def _on_device(
+        self,
+        work: Sequence[tuple[VerifyItem, Held]],
+        spans: Sequence[Span],
+        judged: Sequence[int],
+    ) -> tuple[list[Verdict | Refusal], int] | None:
+        """The whole round as one launch, where the runner can; see ``Runner.judge``."""
+        if len(judged) != len(work):
+            return None
+        found = self.runner.judge(
+            spans, [held.decoding for _, held in work], [item.proposal for item, _ in work]
+        )
+        if found is None:
+            return None
+        answers: list[Verdict | Refusal] = [
+            self._broken(item, held) if token < 0 else _settled(item, held, Judged(accepted, token))
+            for (item, held), (accepted, token) in zip(work, found, strict=True)
+        ]
+        return answers, sum(len(span.tokens) for span in spans)
+
+    def _broken(self, item: VerifyItem, held: Held) -> Refusal:
+        """Refuses an item whose logits are not finite; its rows are forgotten."""
+        self.runner.arena.distrust(held.extent, item.base_len)
+        return refusal(item, RefusalCode.MODEL, "the model's logits are not finite")
+
+
+def _settled(item: VerifyItem, held: Held, judged: Judged) -> Verdict:
+    """The verdict; what was rejected is forgotten by setting the valid length."""
+    committed, accepted = item.base_len + len(item.append), judged.num_accepted
+    held.extent.valid_len = committed + accepted
+    held.log.extend(item.proposal[:accepted])
+    held.log.append(judged.next_token)
+    return Verdict(
+        item.sequence_id,
+        item.epoch,
+        accepted,
+        judged.next_token,
+        committed + accepted + 1,
+        judged.logprobs,
+    )
 
 
 def _extended(item: VerifyItem) -> Verdict:

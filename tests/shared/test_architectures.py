@@ -1,0 +1,319 @@
+"""Every decoder-only architecture over the arena, without code of its own.
+
+For each, a tiny random model: greedy tokens under speculation equal those of Hugging Face's
+``generate``, for a ragged batch, with chunked prefill, and with windows that wrap their rings
+several times; and after a rollback at every position the logits are those of a full recompute.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outrider.draft_service.engine import DraftEngine
+from outrider.shared.errors import ConfigError
+from outrider.shared.loading import load_runner
+from outrider.shared.runner import Runner, Span
+from outrider.verify_service.engine import VerifyEngine
+
+DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
+COUNT, K, WINDOW, SLACK = 16, 3, 8, 6
+MIXED = ["sliding_attention", "full_attention"]
+
+# What makes a model small, set where its configuration has such a field.
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_layers": 2,
+    "n_head": 4,
+    "n_heads": 4,
+    "n_positions": 128,
+    "d_model": 32,
+    "ffn_dim": 48,
+    "n_inner": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "sliding_window": WINDOW,
+    "rotary_dim": 8,
+    "initializer_range": 0.3,
+    "init_std": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
+# Name in the table -> (model type of transformers, changes to SMALL).
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "AFMoE": ("afmoe", {"layer_types": MIXED, "global_attn_every_n_layers": 2}),
+    "Apertus": ("apertus", {}),
+    "Arcee": ("arcee", {}),
+    "Aria (text)": ("aria_text", {}),
+    "BioGPT": ("biogpt", {}),
+    "BitNet": ("bitnet", {}),
+    "BLOOM (ALiBi)": ("bloom", {}),
+    "CodeGen": ("codegen", {}),
+    "Cohere": ("cohere", {}),
+    "Cohere 2": ("cohere2", {"layer_types": MIXED}),
+    "Cohere 2 MoE": ("cohere2_moe", {"layer_types": MIXED}),
+    "CTRL": ("ctrl", {"dff": 48}),
+    "DeepSeek V2 (latent attention)": ("deepseek_v2", LATENT),
+    "DeepSeek V3 (latent attention)": ("deepseek_v3", LATENT),
+    "DiffLlama": ("diffllama", {}),
+    "Doge": ("doge", {}),
+    "dots.llm1": ("dots1", {}),
+    "ERNIE 4.5": ("ernie4_5", {}),
+    "ERNIE 4.5 MoE": ("ernie4_5_moe", {}),
+    "EXAONE 4": ("exaone4", {"layer_types": MIXED}),
+    "Falcon": ("falcon", {"num_kv_heads": 1, "ffn_hidden_size": 48}),
+    "Falcon (ALiBi)": ("falcon", {"alibi": True, "num_kv_heads": 1, "ffn_hidden_size": 48}),
+    "Falcon (new decoder)": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
+    ),
+    "FlexOLMo": ("flex_olmo", {}),
+    "Gemma": ("gemma", {}),
+    "Gemma 2": ("gemma2", {"layer_types": MIXED, "query_pre_attn_scalar": 8}),
+    "Gemma 3 (text)": ("gemma3_text", {"layer_types": MIXED, "query_pre_attn_scalar": 8}),
+    "GLM": ("glm", {}),
+    "GLM 4": ("glm4", {}),
+    "GLM 4 MoE": ("glm4_moe", {}),
+    "GLM 4 MoE Lite (latent attention)": ("glm4_moe_lite", LATENT),
+    "GPT-2": ("gpt2", {}),
+    "GPT-BigCode": ("gpt_bigcode", {}),
+    "GPT-J": ("gptj", {}),
+    "GPT-Neo": (
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    ),
+    "GPT-NeoX": ("gpt_neox", {}),
+    "GPT-NeoX Japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    "gpt-oss (sinks)": ("gpt_oss", {"layer_types": MIXED}),
+    "Granite": ("granite", {}),
+    "Granite MoE": ("granitemoe", {}),
+    "Granite MoE shared": ("granitemoeshared", {}),
+    "Helium": ("helium", {}),
+    "HunYuan dense": ("hunyuan_v1_dense", {}),
+    "HunYuan MoE": ("hunyuan_v1_moe", {}),
+    "HyperCLOVA X": ("hyperclovax", {}),
+    "JetMoE": ("jetmoe", {"kv_channels": 8}),
+    "Llama": ("llama", {}),
+    "Llama (Llama-3 rotary)": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "MiMo V2 Flash": ("mimo_v2_flash", {"layer_types": MIXED}),
+    "MiniCPM 3 (latent attention)": ("minicpm3", LATENT),
+    "MiniMax M2": ("minimax_m2", {}),
+    "Ministral": ("ministral", {"layer_types": MIXED}),
+    "Mistral": ("mistral", {}),
+    "Mixtral": ("mixtral", {}),
+    "MPT (ALiBi)": ("mpt", {}),
+    "nanochat": ("nanochat", {}),
+    "Nemotron": ("nemotron", {}),
+    "OLMo": ("olmo", {}),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", {"layer_types": MIXED}),
+    "OLMoE": ("olmoe", {}),
+    "OPT": ("opt", {"word_embed_proj_dim": 32}),
+    "Persimmon": ("persimmon", {}),
+    "Phi": ("phi", {}),
+    "Phi-3": ("phi3", {}),
+    "Phi-3.5 MoE": ("phimoe", {}),
+    "Qwen2": ("qwen2", {}),
+    "Qwen2 (mixed windows)": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": MIXED},
+    ),
+    "Qwen2 MoE": ("qwen2_moe", {}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3 MoE": ("qwen3_moe", {}),
+    "Seed-OSS": ("seed_oss", {}),
+    "SmolLM3": ("smollm3", {}),
+    "StableLM": ("stablelm", {}),
+    "Starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
+    "VaultGemma": ("vaultgemma", {"layer_types": MIXED, "query_pre_attn_scalar": 8}),
+    "XGLM": ("xglm", {"attention_heads": 4}),
+    "Youtu-LLM (latent attention)": ("youtu", LATENT),
+}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "T5": ({"model_type": "t5"}, "encoder-decoder"),
+    "BART": ({"model_type": "bart"}, "encoder-decoder"),
+    "BERT": ({"model_type": "bert"}, "encoder"),
+    "Mamba": ({"model_type": "mamba"}, "linear_attention"),
+    "Mamba 2": ({"model_type": "mamba2"}, "linear_attention"),
+    "Falcon Mamba": ({"model_type": "falcon_mamba"}, "linear_attention"),
+    "Jamba": ({"model_type": "jamba"}, "linear_attention"),
+    "Falcon-H1": ({"model_type": "falcon_h1"}, "hybrid"),
+    "LFM2": (
+        {"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+        "conv",
+    ),
+    "RecurrentGemma": ({"model_type": "recurrent_gemma"}, "linear_attention"),
+    "Qwen3-Next": ({"model_type": "qwen3_next"}, "linear_attention"),
+    "MiniMax": ({"model_type": "minimax"}, "linear_attention"),
+    "Llama 4": ({"model_type": "llama4_text"}, "chunked_attention"),
+    "DeepSeek V4": ({"model_type": "deepseek_v4"}, "heavily_compressed_attention"),
+    "RWKV": (
+        {"model_type": "rwkv", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+        "recurrent state",
+    ),
+}
+
+HEAD = """# Architectures
+
+Any decoder-only model of transformers whose layers are full or sliding-window attention is served
+from the arena by its own code, without code for it here. This table is written by
+`tests/shared/test_architectures.py`, which runs a tiny random model of each:
+
+- **greedy**: under speculation with a random draft (K = 3, prefill in chunks), the tokens are those
+  of Hugging Face's `generate` on the model alone;
+- **rollback**: after rejected rows at every position, the next logits are those of a full
+  recompute;
+- **ragged**: sequences of different lengths in one batch give what each gives alone.
+
+Windows are 8 tokens in rings of 14, over 39 positions, so that every ring wraps. *llama* is the
+fast path for the Llama block family; *generic, packed* forwards the rows of all sequences at once
+through transformers' attention registry; *generic, one by one* is for models whose attention does
+not go through the registry. Which of the last two a model can do is found out when it is loaded,
+by comparing with its own plain forward.
+
+| model | class | layers | path | greedy | rollback | ragged |
+|---|---|---|---|---|---|---|
+"""
+TAIL = """
+Refused at load, with the reason: encoder-decoders (T5, BART), encoders (BERT), state-space and
+linear attention and their hybrids (Mamba, Mamba 2, Jamba, Falcon-H1, LFM2, RWKV, RecurrentGemma,
+Qwen3-Next, MiniMax), whose state can't be rolled back by a length; chunked and compressed attention
+(Llama 4, DeepSeek V4); layers that read the keys and values of another layer.
+"""
+
+_seen: dict[str, str] = {}
+
+
+def tiny(kind: str, changes: dict[str, Any]) -> Any:
+    """A random model of a kind, a few ten thousand parameters, float32."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields = CONFIG_MAPPING[kind]
+    plain = fields().to_dict()
+    chosen = {name: value for name, value in SMALL.items() if name in plain}
+    if plain.get("sliding_window") is None:
+        chosen.pop("sliding_window", None)
+    if kind == "mistral":
+        chosen["sliding_window"] = WINDOW
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(fields(**(chosen | changes))).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = None
+    return model
+
+
+def rollback_everywhere(runner: Runner, full: torch.Tensor, tokens: list[int]) -> None:
+    """Token by token, with rejected rows of another text in between."""
+    extent = runner.arena.admit(len(tokens) + K + 1)
+    for length, token in enumerate(tokens):
+        junk = [(token + 17 * i) % 97 for i in range(1, K + 2)]
+        runner.forward([Span(extent, length, junk, 1)])
+        assert runner.arena.rollback(extent, length)
+        logits = runner.forward([Span(extent, length, [token], 1)])
+        scale = max(1.0, full[length].abs().max().item())
+        assert (logits[0] - full[length]).abs().max().item() < 2e-3 * scale, length
+    runner.arena.free(extent)
+
+
+@pytest.fixture(scope="module")
+def draft(engines: Any) -> DraftEngine:
+    return DraftEngine(engines.runner(engines.tiny_llama(3, layers=1, hidden=16)), K)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_keeps_its_tokens(name: str, engines: Any, draft: DraftEngine) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if ARCHITECTURES[name][0] not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers does not have it")
+    model = tiny(*ARCHITECTURES[name])
+    asked = [engines.prompts(1, seed=n, shortest=n, longest=n)[0] for n in (3, 11, 23)]
+    wanted = [engines.reference(model, prompt, COUNT) for prompt in asked]
+    text = asked[2] + wanted[2]
+    with torch.inference_mode():
+        full = model(torch.tensor([text])).logits[0].clone()
+    runner = engines.runner(model, max_k=K, prefill_chunk=SLACK)
+    rings = [pool for pool in runner.arena.pools if pool.window is not None]
+    assert all(pool.window + pool.slack == WINDOW + SLACK for pool in rings)
+    courses = engines.speculate(VerifyEngine(runner, K), draft, asked, COUNT, K, chunk=SLACK)
+    assert [course.written for course in courses] == wanted
+    with torch.inference_mode():
+        rollback_everywhere(runner, full, text)
+    kinds = ["sliding" if p.window is not None else "full" for p in runner.arena.pools]
+    path = runner.facts.runner
+    if path == "generic":
+        path = "generic, packed" if runner.packed else "generic, one by one"
+    facts = [name, f"`{runner.facts.architecture}`", " + ".join(kinds), path, *["yes"] * 3]
+    _seen[name] = f"| {' | '.join(facts)} |"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_can_not_work_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    from outrider.shared.config import ModelConfig
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields, reason = REFUSED[name]
+    config = CONFIG_MAPPING[fields["model_type"]](
+        **{k: v for k, v in fields.items() if k != "model_type"}
+    )
+    if name == "RWKV":  # told by its class alone, so there must be a model
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    else:
+        config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        load_runner(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def test_the_table_in_the_docs_is_what_ran() -> None:
+    if set(_seen) != set(ARCHITECTURES):
+        pytest.skip("not every architecture ran")
+    text = HEAD + "\n".join(_seen[name] for name in ARCHITECTURES) + "\n" + TAIL
+    if os.environ.get("OUTRIDER_UPDATE_DOCS"):
+        DOCS.write_text(text, encoding="utf-8")
+    assert len(_seen) >= 40
+    assert DOCS.read_text(encoding="utf-8") == text, "run again with OUTRIDER_UPDATE_DOCS=1"

@@ -1,0 +1,234 @@
+"""Runners: both paths agree, branches share a prefix, nothing is copied or kept in steady state."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from outrider.draft_service.engine import DraftEngine
+from outrider.shared.errors import ConfigError
+from outrider.shared.runner import Runner, Span
+from outrider.shared.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.verify_service.engine import VerifyEngine
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def family(kind: str, **changes: Any) -> Any:
+    """A tiny member of the Llama block family."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    if kind == "mistral":
+        fields["sliding_window"] = 8
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**(fields | changes))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def ragged(runner: Runner) -> torch.Tensor:
+    """A few passes of three sequences, some rows rolled back; all logits that were wanted."""
+    with torch.inference_mode():
+        extents = [runner.arena.admit(40) for _ in range(3)]
+        texts = [[(7 * i + n) % 97 for i in range(30)] for n in (1, 2, 3)]
+        found = [
+            runner.forward(
+                [Span(e, 0, t[:n], 1) for e, t, n in zip(extents, texts, (4, 9, 1), strict=True)]
+            )
+        ]
+        for _ in range(6):
+            spans = [
+                Span(e, e.valid_len, t[e.valid_len : e.valid_len + n], n)
+                for e, t, n in zip(extents, texts, (1, 3, 4), strict=True)
+            ]
+            found.append(runner.forward(spans))
+            for extent in extents[1:]:
+                assert runner.arena.rollback(extent, extent.valid_len - 2)
+        for extent in extents:
+            runner.arena.free(extent)
+        return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_fast_path_equals_the_generic_one(kind: str, engines: Any) -> None:
+    options = {"prefill_chunk": 10, "max_k": 4}
+    fast = engines.runner(family(kind), runner="llama", **options)
+    generic = engines.runner(family(kind), runner="generic", **options)
+    assert (fast.facts.runner, generic.facts.runner) == ("llama", "generic")
+    torch.testing.assert_close(ragged(fast), ragged(generic), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "generic"])
+def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype, engines: Any) -> None:
+    exact = ragged(engines.runner(family("llama"), runner=kind))
+    half = ragged(engines.runner(family("llama").to(dtype), runner=kind))
+    assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_fused_weights_are_not_held_twice(engines: Any) -> None:
+    model = family("llama")
+    plain = sum(p.numel() for p in model.parameters())
+    runner = engines.runner(model)
+    storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    assert sum(p.untyped_storage().nbytes() for p in storages.values()) == 4 * plain
+    block = runner._blocks[0]
+    q = model.model.layers[0].self_attn.q_proj.weight
+    assert q.data_ptr() == block.qkv.data_ptr()
+
+
+def test_the_fast_path_is_refused_with_the_reason_where_it_does_not_fit(engines: Any) -> None:
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel is not of the Llama block family"):
+        engines.runner(engines.tiny_gpt2(), runner="llama")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert engines.runner(family("llama", rope_parameters=dynamic)).facts.runner == "generic"
+
+
+def test_positions_up_to_the_last_are_served(engines: Any) -> None:
+    runner = engines.runner(family("llama"), arena_bytes=1 << 20)
+    extent = runner.arena.admit(128)
+    with torch.inference_mode():
+        runner.forward([Span(extent, 0, [1] * 127, 0)])
+        assert runner.forward([Span(extent, 127, [2], 1)]).isfinite().all()
+
+
+def test_a_span_that_may_not_be_written_is_refused_before_anything_is(engines: Any) -> None:
+    runner = engines.runner(family("llama"))
+    one, two = runner.arena.admit(8), runner.arena.admit(8)
+    with torch.inference_mode():
+        for span in (Span(two, 1, [1], 1), Span(two, 0, [1] * 9, 1)):
+            with pytest.raises(ValueError, match=r"start|capacity"):
+                runner.forward([Span(one, 0, [1], 1), span])
+    assert (one.valid_len, two.valid_len) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [*FAMILY, "gpt2", "gptj", "gemma2"])
+def test_branches_read_the_prefix_of_their_parent(kind: str, engines: Any) -> None:
+    """n samples of one prompt: each continues it as if it owned the prompt's KV."""
+    if kind == "gpt2":
+        model = engines.tiny_gpt2()
+    elif kind == "gptj":
+        model = family("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
+    elif kind == "gemma2":
+        mixed = ["sliding_attention", "full_attention"]
+        model = family("gemma2", sliding_window=8, layer_types=mixed, initializer_range=0.2)
+    else:
+        model = family(kind)
+    prompt = [(5 * i + 1) % 97 for i in range(21)]
+    texts = [[(3 * i + n) % 97 for i in range(20)] for n in (2, 9)]
+    with torch.inference_mode():
+        full = [model(torch.tensor([prompt + text])).logits[0, 21:].clone() for text in texts]
+        runner = engines.runner(model, prefill_chunk=6, max_k=4)
+        parent = runner.arena.admit(24)
+        runner.forward([Span(parent, 0, prompt, 0)])
+        used = runner.arena.used
+        tails = [runner.arena.branch(parent, 21, 60) for _ in texts]
+        assert runner.arena.used == used + sum(
+            p.place_size(60 - 21) for p in runner.arena.pools[:1] for _ in texts
+        )
+        runner.arena.free(parent)
+        for at in range(0, 20, 4):
+            junk = [Span(t, 21 + at, [0, 1, 2], 1) for t in tails]
+            runner.forward(junk)
+            for tail in tails:
+                assert runner.arena.rollback(tail, 21 + at)
+            spans = [
+                Span(tail, 21 + at, text[at : at + 4], 4)
+                for tail, text in zip(tails, texts, strict=True)
+            ]
+            logits = runner.forward(spans)
+            wanted = torch.cat([rows[at : at + 4] for rows in full])
+            torch.testing.assert_close(logits, wanted, atol=2e-3, rtol=1e-3)
+        for tail in tails:
+            runner.arena.free(tail)
+    assert runner.arena.used == 0
+
+
+class _Watch(TorchDispatchMode):
+    """Counts operations, and notes the largest tensor that one newly made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if isinstance(out, torch.Tensor) and not any(
+            isinstance(a, torch.Tensor)
+            and a.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+            for a in args
+        ):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["llama", "generic"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int, engines: Any) -> None:
+    runner = engines.runner(engines.tiny_llama(1), runner=kind)
+    extent = runner.arena.admit(500)
+    with torch.no_grad():  # under inference mode composite operations stay whole
+        runner.forward([Span(extent, 0, [1] * 480, 0)])
+        with _Watch() as watch:
+            runner.forward([Span(extent, 480, [2] * rows, 1)])
+    keys_of_one_layer = 480 * 2 * 8
+    assert watch.largest < keys_of_one_layer / 2
+
+
+def test_a_rollback_moves_no_byte(engines: Any) -> None:
+    runner = engines.runner(engines.tiny_llama(1))
+    extent = runner.arena.admit(500)
+    with torch.inference_mode():
+        runner.forward([Span(extent, 0, [1] * 480, 0)])
+        before = [tensor.clone() for tensor in runner.storage.tensors]
+        with _Watch() as watch:
+            assert runner.arena.rollback(extent, 3)
+    assert watch.operations == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, runner.storage.tensors, strict=True))
+
+
+def test_a_thousand_rounds_keep_storage_and_memory_where_they_were(engines: Any) -> None:
+    verify = VerifyEngine(engines.runner(engines.tiny_llama(1)), 4)
+    draft = DraftEngine(engines.runner(engines.tiny_llama(2, layers=1)), 4)
+    sides = (verify.connect(), draft.connect())
+    for side in sides:
+        side.open(OpenSequence(1, 1, 100, Decoding()))
+    pointers = [t.data_ptr() for e in (verify, draft) for t in e.runner.storage.tensors]
+    prompt = tuple(range(40))
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            (proposal,) = sides[1].round([ProposeItem(1, 1, 0, prompt[:8], 3)]).answers
+            item = VerifyItem(1, 1, 0, prompt[:8], proposal.tokens)
+            assert sides[0].round([item]).answers
+
+    tracemalloc.start()
+    rounds(300)  # the interpreter's free lists fill up
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    rounds(1000)
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 16_384  # less than 17 bytes a round: no object is kept
+    assert pointers == [t.data_ptr() for e in (verify, draft) for t in e.runner.storage.tensors]
+    assert verify.info().arena_tokens_used == 100
