@@ -49,9 +49,7 @@ def _round(one: dict[str, Any]) -> list[dict[str, Any]]:
                 {"round": one["round"], "rows": exchange["rows"]},
             )
         )
-        made.append(
-            _slice(pid, f"{side} model", exchange["served_at"], exchange["model_seconds"])
-        )
+        made.append(_slice(pid, f"{side} model", exchange["served_at"], exchange["model_seconds"]))
     made.append(_count("K", at, {"asked": one["k"], "accepted": one["accepted"]}))
     return made
 

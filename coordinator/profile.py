@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-
 from outrider.coordinator import profile_record
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs

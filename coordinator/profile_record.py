@@ -40,9 +40,7 @@ def build(profile: pb.ProfileResponse, text: dict[str, Any]) -> dict[str, Any]:
         },
         "link": profile.link,
         "seconds": _seconds(profile, text),
-        "phases": {
-            name: spread([one["phases"][name] for one in rounds]) for name in PHASES
-        },
+        "phases": {name: spread([one["phases"][name] for one in rounds]) for name in PHASES},
         "round_seconds": spread([one["seconds"] for one in rounds]),
         "speculation": speculation,
         "memory": _memory(profile),
@@ -120,7 +118,7 @@ def _rounds(profile: pb.ProfileResponse) -> list[dict[str, Any]]:
 
 
 def _exchange(one: pb.RoundProfile, side: str, origin: int) -> dict[str, Any] | None:
-    if not one.HasField(side):  # type: ignore[arg-type]
+    if not one.HasField(side):
         return None
     exchange: pb.ExchangeProfile = getattr(one, side)
     whole = (exchange.answered_ns - exchange.sent_ns) / 1e9
@@ -232,11 +230,9 @@ def _model(profile: pb.ServiceProfile) -> dict[str, Any]:
 
 
 def _memory(profile: pb.ProfileResponse) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "coordinator": {"resident_bytes": profile.coordinator_resident_bytes}
-    }
+    made: dict[str, Any] = {"coordinator": {"resident_bytes": profile.coordinator_resident_bytes}}
     for role in ("base", "draft"):
-        if profile.HasField(role):  # type: ignore[arg-type]
+        if profile.HasField(role):
             one: pb.ServiceProfile = getattr(profile, role)
             made[role] = {
                 "resident_bytes": one.resident_bytes,
