@@ -1,4 +1,4 @@
-"""The coordinator as a program: ``python -m outrider.coordinator`` = ``outrider serve coordinator``."""
+"""The coordinator as a program: ``python -m outrider.coordinator``."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
+
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as pb_grpc
 from outrider.shared.errors import ConfigError, OutriderError, ProtocolError, ServiceUnavailable
@@ -53,6 +54,15 @@ class Endpoint:
         return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
 
 
+@dataclass(slots=True)
+class _Waiting(Generic[ResponseT]):
+    """Somebody who waits for an answer."""
+
+    sent: float
+    future: asyncio.Future[ResponseT]
+    late: Callable[[ResponseT], None] | None
+
+
 class Link(Generic[RequestT, ResponseT]):
     """The stream of rounds to one service."""
 
@@ -76,7 +86,7 @@ class Link(Generic[RequestT, ResponseT]):
         self._check = check
         self._changed = changed
         self._call: Any = None
-        self._pending: dict[int, tuple[float, asyncio.Future[ResponseT]]] = {}
+        self._pending: dict[int, _Waiting[ResponseT]] = {}
         self._number = 0
         self._lost = asyncio.Event()
         self._closing = False
@@ -96,16 +106,19 @@ class Link(Generic[RequestT, ResponseT]):
         self._number += 1
         return self._number
 
-    async def send(self, request: RequestT) -> asyncio.Future[ResponseT]:
+    async def send(
+        self, request: RequestT, late: Callable[[ResponseT], None] | None = None
+    ) -> asyncio.Future[ResponseT]:
         """Sends one round; the future has its answer, or raises ``ServiceUnavailable``.
 
-        Returns when the message is on its way. Not for concurrent use.
+        Whoever will not wait for ever may settle the future himself; the answer then goes to
+        ``late``. Returns when the message is on its way. Not for concurrent use.
         """
         call = self._call
         if not self.up or call is None:
             raise ServiceUnavailable(f"the {self.role} service is away")
         future: asyncio.Future[ResponseT] = asyncio.get_running_loop().create_future()
-        self._pending[request.round] = (time.monotonic(), future)
+        self._pending[request.round] = _Waiting(time.monotonic(), future, late)
         try:
             await call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
@@ -168,9 +181,10 @@ class Link(Generic[RequestT, ResponseT]):
 
     async def _ask_info(self, channel: grpc.aio.Channel) -> pb.ServiceInfoResponse:
         try:
-            return await self._stub(channel).Info(
+            info: pb.ServiceInfoResponse = await self._stub(channel).Info(
                 pb.ServiceInfoRequest(), timeout=INFO_TIMEOUT, metadata=self.endpoint.metadata
             )
+            return info
         except grpc.aio.AioRpcError as error:
             raise ServiceUnavailable(
                 f"the {self.role} service at {self.endpoint.target} can't be reached: "
@@ -192,8 +206,10 @@ class Link(Generic[RequestT, ResponseT]):
                         f"the {self.role} service answered round {response.round}, "
                         "which was not asked"
                     )
-                if not waiting[1].done():
-                    waiting[1].set_result(response)
+                if not waiting.future.done():
+                    waiting.future.set_result(response)
+                elif waiting.late is not None:
+                    waiting.late(response)
         except asyncio.CancelledError:
             # gRPC raises this as well, for a call that was cancelled under the reader.
             task = asyncio.current_task()
@@ -209,7 +225,7 @@ class Link(Generic[RequestT, ResponseT]):
         while True:
             await asyncio.sleep(pause)
             if self._pending:
-                since = min(sent for sent, _ in self._pending.values())
+                since = min(one.sent for one in self._pending.values())
                 if time.monotonic() - since > self.endpoint.timeout:
                     self._down(f"no answer within {self.endpoint.timeout:g} s")
                     call.cancel()
@@ -231,10 +247,10 @@ class Link(Generic[RequestT, ResponseT]):
         if self.failure is None:
             self.failure = ServiceUnavailable(f"the {self.role} service is away: {reason}")
         pending, self._pending = self._pending, {}
-        for _, future in pending.values():
-            if not future.done():
-                future.set_exception(ServiceUnavailable(f"the {self.role} service: {reason}"))
-                future.exception()  # nobody may be waiting any more
+        for one in pending.values():
+            if not one.future.done():
+                one.future.set_exception(ServiceUnavailable(f"the {self.role} service: {reason}"))
+                one.future.exception()  # nobody may be waiting any more
         if not self._closing:
             log.warning("lost the %s service: %s", self.role, reason)
         self._changed(False, reason)

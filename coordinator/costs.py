@@ -51,6 +51,11 @@ class Curve:
             self._amounts.insert(bisect_left(self._amounts, amount), amount)
         point.add(seconds, now)
 
+    @property
+    def largest(self) -> int:
+        """The largest amount measured; 0 for none."""
+        return self._amounts[-1] if self._amounts else 0
+
     def point(self, amount: int) -> Point | None:
         """What was measured for exactly ``amount``."""
         return self._points.get(amount)

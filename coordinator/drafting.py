@@ -9,8 +9,9 @@ goes on without its proposals.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from outrider.coordinator.clients import DraftLink
 from outrider.coordinator.records import NOT_ASKED, ServiceTiming, WallClock
@@ -25,11 +26,30 @@ LAG = 24
 """Rows that a proposal takes along; more is caught up in the background first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One sequence's proposal."""
+
+    tokens: list[int]
+    rows: Sequence[pb.SparseRow]
+    """For `rejection`: the distribution each token was drawn from; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One sequence of a draft message."""
+
+    sequence: Seq
+    n: int
+    """Length of the log when asked."""
+    k: int
+
+
 @dataclass(slots=True)
 class Proposals:
     """What the draft offered in one round, by sequence id."""
 
-    by_id: dict[int, pb.Proposal] = field(default_factory=dict)
+    by_id: dict[int, Offer] = field(default_factory=dict)
     timing: ServiceTiming = NOT_ASKED
     clean: bool = True
     """Whether its time says what proposing costs: no prompt rows were taken along."""
@@ -47,14 +67,14 @@ class Drafting:
         self._patience = patience
         self._vocab_size = vocab_size
         self._close: list[int] = []
-        self._late: asyncio.Future[pb.DraftResponse] | None = None
+        self._late = False  # an answer that nobody waited for is still to come
         self._clock = WallClock()
         self._blocked: set[Seq] = set()
 
     @property
     def available(self) -> bool:
         """Whether proposals can be asked for now."""
-        return self._link is not None and self._link.up and self._late is None
+        return self._link is not None and self._link.up and not self._late
 
     def usable(self, sequence: Seq) -> bool:
         """Whether the draft can serve this sequence."""
@@ -74,29 +94,46 @@ class Drafting:
             near.add(sequence)
         return near
 
-    async def propose(self, wanted: Sequence[tuple[Seq, int]], traceparent: str = "") -> Proposals:
-        """Asks for ``k`` tokens each; comes back empty-handed rather than late."""
+    async def propose(
+        self,
+        wanted: Sequence[tuple[Seq, int]],
+        traceparent: str = "",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Proposals:
+        """Asks for ``k`` tokens each; comes back empty-handed rather than late.
+
+        ``meanwhile`` is called once, while the draft works if it does.
+        """
         made = Proposals()
         link = self._link
         if not wanted or link is None or not self.available:
+            meanwhile()
             return made
         request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
         self._fill_close(request)
-        asked: dict[int, tuple[Seq, int]] = {}
+        asked: dict[int, Asked] = {}
         for sequence, k in wanted:
             n = len(sequence.log)
             rows = self._append(request, sequence, n, k)
             made.clean = made.clean and rows <= LAG
-            asked[sequence.sequence_id] = (sequence, n)
+            asked[sequence.sequence_id] = Asked(sequence, n, k)
         sent = self._clock()
         try:
-            future = await link.send(request)
-            response = await self._patiently(future)
+            future = await link.send(request, lambda answer: self._came_late(answer, asked))
+        except ServiceUnavailable:
+            meanwhile()
+            return made
+        meanwhile()
+        try:
+            timer = asyncio.get_running_loop().call_later(self._patience, _expire, future)
+            try:
+                response = await future
+            finally:
+                timer.cancel()
         except ServiceUnavailable:
             return made
         if response is None:
-            self._late = future
-            future.add_done_callback(lambda done: self._came_late(done, asked))
+            self._late = True
             return made
         made.timing = ServiceTiming(
             sent,
@@ -107,9 +144,11 @@ class Drafting:
         )
         for proposal in response.proposals:
             found = asked.get(proposal.sequence_id)
-            if found is not None and self._sound(proposal, *found):
-                found[0].draft.strikes = 0
-                made.by_id[proposal.sequence_id] = proposal
+            if found is not None:
+                tokens = list(proposal.tokens)
+                if self._sound(proposal, tokens, found):
+                    found.sequence.draft.strikes = 0
+                    made.by_id[proposal.sequence_id] = Offer(tokens, proposal.rows)
         self._absorb(response, asked)
         return made
 
@@ -119,7 +158,7 @@ class Drafting:
         if link is None or not link.up or link.waiting:
             return
         request: pb.DraftRequest | None = None
-        asked: dict[int, tuple[Seq, int]] = {}
+        asked: dict[int, Asked] = {}
         budget = self._chunk
         for sequence in sequences:
             held = sequence.draft
@@ -133,7 +172,7 @@ class Drafting:
                 self._fill_close(request)
             upto = min(n, held.length + budget)
             budget -= self._append(request, sequence, upto, 0)
-            asked[sequence.sequence_id] = (sequence, n)
+            asked[sequence.sequence_id] = Asked(sequence, n, 0)
         if request is not None:
             await self._send_and_absorb(request, asked)
 
@@ -164,7 +203,7 @@ class Drafting:
         """The stream is gone, and all that the draft held with it."""
         self._close.clear()
         self._blocked.clear()
-        self._late = None
+        self._late = False
         for sequence in sequences:
             held = sequence.draft
             held.lose()
@@ -179,14 +218,12 @@ class Drafting:
         if not held.open:
             request.open.append(write_open(sequence.opening(held)))
         base = min(held.length, upto - 1)
-        request.items.append(
-            pb.ProposeItem(
-                sequence_id=sequence.sequence_id,
-                epoch=held.epoch,
-                base_len=base,
-                append=sequence.log[base:upto],
-                k=k,
-            )
+        request.items.add(
+            sequence_id=sequence.sequence_id,
+            epoch=held.epoch,
+            base_len=base,
+            append=sequence.log[base:upto],
+            k=k,
         )
         held.length = upto
         return upto - base
@@ -198,66 +235,39 @@ class Drafting:
 
     # --- answers -----------------------------------------------------------------------------
 
-    async def _patiently(self, future: asyncio.Future[pb.DraftResponse]) -> pb.DraftResponse | None:
-        """The answer, or None when patience is at an end; the future stays valid."""
-        if not future.done():
-            loop = asyncio.get_running_loop()
-            gate: asyncio.Future[None] = loop.create_future()
-
-            def open_gate(_: object = None) -> None:
-                if not gate.done():
-                    gate.set_result(None)
-
-            future.add_done_callback(open_gate)
-            timer = loop.call_later(self._patience, open_gate)
-            try:
-                await gate
-            finally:
-                timer.cancel()
-        return future.result() if future.done() else None
-
-    async def _send_and_absorb(
-        self, request: pb.DraftRequest, asked: dict[int, tuple[Seq, int]]
-    ) -> None:
+    async def _send_and_absorb(self, request: pb.DraftRequest, asked: dict[int, Asked]) -> None:
+        """Sends a message whose answer nobody waits for."""
         assert self._link is not None
         try:
-            future = await self._link.send(request)
+            future = await self._link.send(request, lambda answer: self._absorb(answer, asked))
         except ServiceUnavailable:
             return
-        future.add_done_callback(lambda done: self._absorb_if_answered(done, asked))
+        _expire(future)
 
-    def _came_late(
-        self, done: asyncio.Future[pb.DraftResponse], asked: dict[int, tuple[Seq, int]]
-    ) -> None:
-        if self._late is done:
-            self._late = None
-        self._absorb_if_answered(done, asked)
+    def _came_late(self, answer: pb.DraftResponse, asked: dict[int, Asked]) -> None:
+        self._late = False
+        self._absorb(answer, asked)
 
-    def _absorb_if_answered(
-        self, done: asyncio.Future[pb.DraftResponse], asked: dict[int, tuple[Seq, int]]
-    ) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._absorb(done.result(), asked)
-
-    def _sound(self, proposal: pb.Proposal, sequence: Seq, n: int) -> bool:
+    def _sound(self, proposal: pb.Proposal, tokens: list[int], asked: Asked) -> bool:
         """A draft may be wrong about tokens, but not about what it was asked."""
         return (
-            proposal.epoch == sequence.draft.epoch
-            and proposal.committed_len == n
-            and len(proposal.tokens) > 0
-            and max(proposal.tokens) < self._vocab_size
+            proposal.epoch == asked.sequence.draft.epoch
+            and proposal.committed_len == asked.n
+            and 0 < len(tokens) <= asked.k
+            and max(tokens) < self._vocab_size
+            and len(proposal.rows) == (len(tokens) if asked.sequence.needs_rows else 0)
         )
 
-    def _absorb(self, response: pb.DraftResponse, asked: dict[int, tuple[Seq, int]]) -> None:
+    def _absorb(self, response: pb.DraftResponse, asked: dict[int, Asked]) -> None:
         for error in response.errors:
             found = asked.get(error.sequence_id)
-            if found is not None and found[0].draft.epoch == error.epoch:
-                self._refused(found[0], found[0].draft, error)
+            if found is not None and found.sequence.draft.epoch == error.epoch:
+                self._refused(found.sequence, found.sequence.draft, error)
 
     def _refused(self, sequence: Seq, held: Held, error: pb.SequenceError) -> None:
         if not held.open:
             return  # an item behind an open that was refused, or a sequence that is over
-        code = error.code
+        code = int(error.code)
         if code == RefusalCode.KV_MISSING:
             held.length = min(held.length, error.held_len)
         elif code == RefusalCode.NO_CAPACITY:
@@ -273,3 +283,9 @@ class Drafting:
         held.strikes += 1
         if held.strikes >= MOST_STRIKES:
             held.given_up = True
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    """Nobody waits for the answer any more."""
+    if not future.done():
+        future.set_result(None)

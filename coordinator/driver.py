@@ -13,10 +13,10 @@ import logging
 import time
 from collections import deque
 
+from outrider.coordinator import recording
 from outrider.coordinator.clients import DraftLink, VerifyLink
 from outrider.coordinator.drafting import Drafting
 from outrider.coordinator.job import Job
-from outrider.coordinator.output import Output
 from outrider.coordinator.pipeline import Outcome, Pipeline
 from outrider.coordinator.records import (
     LinkRecord,
@@ -28,12 +28,11 @@ from outrider.coordinator.records import (
 from outrider.coordinator.requests import GenerationRequest
 from outrider.coordinator.scheduler import Plan, Scheduler
 from outrider.coordinator.sequence import Sequence
-from outrider.coordinator.speculation import Acceptance, Speculation
-from outrider.coordinator.statistics import Statistics
-from outrider.coordinator.stopping import Finish, FinishReason, TokenStops
+from outrider.coordinator.speculation import Speculation
+from outrider.coordinator.stopping import Finish, FinishReason
 from outrider.coordinator.tokenizer import Tokenizer
 from outrider.coordinator.verifying import Verifying, never_fits
-from outrider.shared.errors import OutriderError, ServiceUnavailable
+from outrider.shared.errors import CapacityError, OutriderError, ServiceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Driver:
     @property
     def running(self) -> int:
         """Sequences running now."""
-        return len(self._scheduler.running)
+        return self._scheduler.admitted
 
     @property
     def waiting(self) -> int:
@@ -100,10 +99,7 @@ class Driver:
         """Queues a request; raises ``CapacityError`` and ``ServiceUnavailable``."""
         if self._away_since is not None and self._overdue():
             raise self._away()
-        job = Job(request)
-        job.samples = [
-            self._sequence(request, index, arrived_ns, job) for index in range(request.num_samples)
-        ]
+        job = Job(request, self._tokenizer, self._ids, arrived_ns, self._speculation.acceptance)
         self._scheduler.submit(job.samples)
         for sample in job.samples:
             self._jobs[sample] = job
@@ -189,13 +185,30 @@ class Driver:
             self._finish(sequence)
         for sequence, error in outcome.failed:
             self._finish(sequence, error)
-        for sequence in outcome.full:
+        # The last refused goes back first, so that the queue keeps its order.
+        for sequence in reversed(outcome.full):
             info = self._verify_link.info
             if info is not None and sequence.capacity > info.arena_tokens:
                 self._finish(sequence, never_fits(sequence, info.arena_tokens))
             elif not sequence.statistics.admitted_ns:
                 self._drafting.forget(sequence)
                 self._scheduler.refuse(sequence)
+            elif self._homeless_for(sequence) > self._patience:
+                self._finish(
+                    sequence,
+                    CapacityError(
+                        "the base came back without room for the sequence, which needs "
+                        f"{sequence.capacity} token slots"
+                    ),
+                )
+
+    @staticmethod
+    def _homeless_for(sequence: Sequence) -> float:
+        """Seconds since a sequence that ran was first refused room after a failure."""
+        now = time.monotonic()
+        held = sequence.verify
+        held.full_since = now if held.full_since is None else held.full_since
+        return now - held.full_since
 
     async def _idle(self) -> None:
         """Nothing can run: tell the services what to free and wait."""
@@ -252,7 +265,7 @@ class Driver:
                     self._ended.append(other)
         job.close(sequence)
         if self._observer.follows:
-            self._ends.append(_record(sequence, error))
+            self._ends.append(recording.request_record(sequence, error))
 
     def _fail_all(self, error: OutriderError) -> None:
         for sequence in self._scheduler.drop_all():
@@ -270,29 +283,6 @@ class Driver:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _sequence(
-        self, request: GenerationRequest, index: int, arrived_ns: int, job: Job
-    ) -> Sequence:
-        output = Output(
-            self._tokenizer,
-            request.prompt_ids,
-            stop_strings=request.stop_strings,
-            stops=TokenStops(request.eos_token_ids, request.stop_token_ids, request.max_new_tokens),
-            echo=request.prompt_text if request.echo else "",
-            wake=job.changed.set,
-        )
-        if request.resume_ids:
-            output.resume(request.resume_ids)
-        return Sequence(
-            sequence_id=next(self._ids),
-            request=request,
-            sample_index=index,
-            decoding=request.sample_decoding(index),
-            output=output,
-            acceptance=Acceptance(self._speculation.acceptance),
-            statistics=Statistics(arrived_ns),
-        )
-
     def limit_k(self) -> None:
         limits = [
             link.info.max_k for link in (self._verify_link, self._draft_link) if link and link.info
@@ -300,7 +290,8 @@ class Driver:
         self._speculation.max_k = min([self._speculation.limit, *limits])
 
     def _hand_over(self) -> None:
-        """Gives records to the observer; called while the verifier works."""
+        """Gives records to the observer; called while the verifier works, or nobody does."""
+        self._pipeline.reflect()
         while self._records:
             self._observer.round(self._records.popleft())
         while self._ends:
@@ -313,33 +304,3 @@ class Driver:
     @staticmethod
     def _sequences_of(plan: Plan[Sequence]) -> list[Sequence]:
         return [*plan.decode, *(sequence for sequence, _ in plan.prefill)]
-
-
-def _record(sequence: Sequence, error: OutriderError | None) -> RequestRecord:
-    statistics, request = sequence.statistics, sequence.request
-    finish = sequence.output.finish
-    reason = error.status if error is not None else finish.reason.name if finish else ""
-    return RequestRecord(
-        request_id=request.request_id,
-        sample_index=sequence.sample_index,
-        sequence_id=sequence.sequence_id,
-        traceparent=request.traceparent,
-        arrived_ns=statistics.arrived_ns,
-        admitted_ns=statistics.admitted_ns,
-        first_token_ns=statistics.first_token_ns,
-        finished_ns=statistics.finished_ns,
-        prompt_tokens=len(request.prompt_ids),
-        resumed_tokens=len(request.resume_ids),
-        completion_tokens=sequence.output.emitted,
-        reason=reason,
-        error="" if error is None else str(error),
-        k=request.k,
-        rule=sequence.decoding.rule.name,
-        temperature=sequence.decoding.temperature,
-        rounds=statistics.rounds,
-        proposed_by_position=tuple(statistics.proposed),
-        accepted_by_position=tuple(statistics.accepted),
-        decoding=sequence.decoding,
-        max_new_tokens=request.max_new_tokens,
-        num_samples=request.num_samples,
-    )

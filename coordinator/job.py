@@ -5,24 +5,47 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from outrider.coordinator.detokenize import Decoder
+from outrider.coordinator.output import Output
 from outrider.coordinator.requests import GenerationRequest
 from outrider.coordinator.sequence import Sequence
-from outrider.coordinator.stopping import Finish
+from outrider.coordinator.speculation import Acceptance
+from outrider.coordinator.statistics import Statistics
+from outrider.coordinator.stopping import Finish, TokenStops
 from outrider.protos import generation_pb2 as pb
 
 
 class Job:
     """The samples of one request. The driver ends them, the client's call drains them."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        decoder: Decoder | None,
+        ids: Iterator[int],
+        arrived_ns: int,
+        acceptance: Acceptance,
+    ) -> None:
+        """``ids`` gives sequence ids; ``acceptance`` is where new sequences' estimates start."""
         self.request = request
-        self.samples: list[Sequence] = []
         self.changed = asyncio.Event()
         """Set when there may be something to drain."""
         self.error: Exception | None = None
         self._announced: set[int] = set()
         self._reported: set[int] = set()
         self._over: set[int] = set()
+        self.samples = [
+            Sequence(
+                sequence_id=next(ids),
+                request=request,
+                sample_index=index,
+                decoding=request.sample_decoding(index),
+                output=self._output(decoder),
+                acceptance=Acceptance(acceptance),
+                statistics=Statistics(arrived_ns),
+            )
+            for index in range(request.num_samples)
+        ]
 
     @property
     def done(self) -> bool:
@@ -63,6 +86,20 @@ class Job:
             if over and sample.output.finish is not None:
                 self._reported.add(index)
                 yield pb.GenerateResponse(sample_index=index, finished=self._finished(sample))
+
+    def _output(self, decoder: Decoder | None) -> Output:
+        request = self.request
+        output = Output(
+            decoder,
+            request.prompt_ids,
+            stop_strings=request.stop_strings,
+            stops=TokenStops(request.eos_token_ids, request.stop_token_ids, request.max_new_tokens),
+            echo=request.prompt_text if request.echo else "",
+            wake=self.changed.set,
+        )
+        if request.resume_ids:
+            output.resume(request.resume_ids)
+        return output
 
     def _started(self, sample: Sequence) -> pb.Started:
         return pb.Started(

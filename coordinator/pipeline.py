@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from outrider.coordinator import recording
 from outrider.coordinator.drafting import Drafting, Proposals
-from outrider.coordinator.records import Observer, RoundRecord, SequenceRound, WallClock
+from outrider.coordinator.records import Observer, RoundRecord, WallClock
 from outrider.coordinator.scheduler import Plan
 from outrider.coordinator.sequence import Sequence
 from outrider.coordinator.speculation import Lane, Speculation
-from outrider.coordinator.verifying import Asked, Judged, Verifying
+from outrider.coordinator.verifying import Asked, Judged, Prepared, Verifying
 from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.errors import OutriderError
@@ -65,44 +66,70 @@ class Pipeline:
         self._clock = clock
         self._records = records
         self._round = 0
+        self._reflect: Callable[[], None] | None = None
 
     async def round(
         self, plan: Plan[Sequence], started_ns: int, meanwhile: Callable[[], None], waiting: int
     ) -> Outcome:
         """Runs one round; ``meanwhile`` is called once, while the verifier works."""
         self._round += 1
+        number, observer = self._round, self._observer
         traceparent = ""
-        if self._observer.enabled:
-            traceparent = self._observer.traceparent(self._round, _request_ids(plan))
+        if observer.enabled:
+            traceparent = observer.traceparent(number, _request_ids(plan))
         # SPECULATE
         ks = self._choose(plan.decode)
         wanted = [(seq, k) for seq, k in zip(plan.decode, ks, strict=True) if k > 0]
-        proposals = Proposals()
-        if wanted:
-            proposals = await self._drafting.propose(wanted, traceparent)
+        message: list[Prepared] = []
+        proposals = await self._drafting.propose(
+            wanted,
+            traceparent,
+            meanwhile=lambda: message.append(self._verifying.prepare(plan, traceparent)),
+        )
 
         # VERIFY
         async def beside() -> None:
+            self.reflect()
             meanwhile()
             await self._drafting.catch_up(self._behind(plan, proposals), traceparent)
 
-        judged = await self._verifying.verify(
-            plan, proposals.by_id, traceparent=traceparent, meanwhile=beside
-        )
+        judged = await self._verifying.verify(message[0], proposals.by_id, beside)
         # COMMIT
         outcome = Outcome(full=judged.full, failed=judged.failed, lost=judged.lost)
         for asked, verdict in judged.verdicts:
             self._commit(outcome, asked, verdict, started_ns)
         finished_ns = self._clock()
-        self._learn(plan, proposals, judged)
         self._account(judged, proposals, started_ns, finished_ns)
-        if self._observer.enabled:
-            self._records(
-                self._record(
-                    plan, ks, proposals, judged, traceparent, started_ns, finished_ns, waiting
+
+        def reflect() -> None:
+            self._learn(plan, proposals, judged)
+            if observer.enabled:
+                self._records(
+                    recording.round_record(
+                        number,
+                        plan,
+                        ks,
+                        proposals,
+                        judged,
+                        traceparent=traceparent,
+                        started_ns=started_ns,
+                        finished_ns=finished_ns,
+                        waiting=waiting,
+                    )
                 )
-            )
+
+        self.reflect()  # where the verifier was lost before anybody had time to
+        self._reflect = reflect
         return outcome
+
+    def reflect(self) -> None:
+        """Learns from the last round and makes its record, once; off the critical path.
+
+        The next round does it while the verifier works, the driver when there is none.
+        """
+        if self._reflect is not None:
+            reflect, self._reflect = self._reflect, None
+            reflect()
 
     # --- SPECULATE ---------------------------------------------------------------------------
 
@@ -144,17 +171,14 @@ class Pipeline:
         if not verdict.HasField("next_token") or seq.output.finish is not None:
             return
         accepted = verdict.num_accepted
-        if asked.proposal is None:
-            proposed = 0
-            tokens = [verdict.next_token]
-            origins = [BASE]
-        else:
-            proposed = len(asked.proposal.tokens)
-            tokens = [*asked.proposal.tokens[:accepted], verdict.next_token]
+        proposed = len(asked.proposed)
+        tokens = [*asked.proposed[:accepted], verdict.next_token]
+        if proposed:
             origins = [ACCEPTED] * accepted
             origins.append(BONUS if accepted == proposed else CORRECTED)
             self._drafting.settle(seq, asked.n, proposed, accepted)
-            seq.acceptance.observe(proposed, accepted)
+        else:
+            origins = [BASE]
         seq.log.extend(tokens)
         statistics = seq.statistics
         if not statistics.first_token_ns:
@@ -167,7 +191,11 @@ class Pipeline:
             outcome.finished.append(seq)
 
     def _learn(self, plan: Plan[Sequence], proposals: Proposals, judged: Judged) -> None:
-        """Tells the controller what the round took, where that says something of decoding."""
+        """Tells the controller how the proposals fared, and what the round took where that says
+        something of decoding."""
+        for asked, verdict in judged.verdicts:
+            if asked.proposed:
+                asked.sequence.acceptance.observe(len(asked.proposed), verdict.num_accepted)
         if plan.prefill or judged.lost or not plan.decode or not proposals.clean:
             return
         self._speculation.observe(
@@ -189,60 +217,6 @@ class Pipeline:
                 statistics.spent(
                     seconds, proposals.timing.model_seconds, judged.timing.model_seconds
                 )
-
-    def _record(
-        self,
-        plan: Plan[Sequence],
-        ks: list[int],
-        proposals: Proposals,
-        judged: Judged,
-        traceparent: str,
-        started_ns: int,
-        finished_ns: int,
-        waiting: int,
-    ) -> RoundRecord:
-        asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, ks, strict=True)}
-        answered = {one.sequence.sequence_id: (one, verdict) for one, verdict in judged.verdicts}
-        made = []
-        for seq in (*plan.decode, *(seq for seq, _ in plan.prefill)):
-            key = seq.sequence_id
-            found = answered.get(key)
-            proposal = proposals.by_id.get(key)
-            proposed = 0 if proposal is None else len(proposal.tokens)
-            accepted = emitted = rows = 0
-            n = len(seq.log)
-            if found is not None:
-                one, verdict = found
-                n, rows, accepted = one.n, one.rows, verdict.num_accepted
-                emitted = len(seq.log) - n
-            made.append(
-                SequenceRound(
-                    request_id=seq.request.request_id,
-                    sample_index=seq.sample_index,
-                    sequence_id=key,
-                    committed_len=n,
-                    k=asked_k.get(key, 0),
-                    proposed=proposed,
-                    accepted=accepted,
-                    emitted=emitted,
-                    rows=rows,
-                    rollback=proposed - accepted if found is not None else 0,
-                    verify_epoch=seq.verify.epoch,
-                    draft_epoch=seq.draft.epoch,
-                    refused=judged.refusals.get(key, 0),
-                )
-            )
-        return RoundRecord(
-            round=self._round,
-            traceparent=traceparent,
-            started_ns=started_ns,
-            finished_ns=finished_ns,
-            draft=proposals.timing,
-            verify=judged.timing,
-            sequences=tuple(made),
-            waiting=waiting,
-            lost="verify" if judged.lost else "",
-        )
 
 
 def _request_ids(plan: Plan[Sequence]) -> list[str]:

@@ -216,7 +216,7 @@ def _ranged(
     low: int,
     high: int,
 ) -> int:
-    if not message.HasField(name):  # type: ignore[arg-type]
+    if not message.HasField(name):
         return default
     value: int = getattr(message, name)
     if not low <= value <= high:

@@ -73,7 +73,7 @@ def _number(
     good: Callable[[float], bool],
     allowed: str,
 ) -> float:
-    if not sampling.HasField(name):  # type: ignore[arg-type]
+    if not sampling.HasField(name):
         return default
     value = float(getattr(sampling, name))
     if not (math.isfinite(value) and good(value)):

@@ -1,9 +1,9 @@
 """Which sequences run in a round. Pure policy: neither torch nor gRPC, no clock.
 
 Waiting is first come, first served: the head of the queue is admitted as soon as there is room,
-and nobody overtakes it, so a large request is never starved by small ones. Prompts are taken in
-by chunks: all prompts of a round share one budget of rows, oldest first, so that running
-sequences never wait longer than for one chunk.
+and once it was refused nobody overtakes it, so a large request is never starved by small ones.
+Prompts are taken in by chunks: all prompts of a round share one budget of rows, oldest first,
+so that running sequences never wait longer than for one chunk.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class Scheduler(Generic[SequenceT]):
         return list(self._running)
 
     @property
+    def admitted(self) -> int:
+        """How many sequences are admitted."""
+        return len(self._running)
+
+    @property
     def waiting(self) -> int:
         """Sequences that wait for admission."""
         return len(self._waiting)
@@ -74,7 +79,7 @@ class Scheduler(Generic[SequenceT]):
         Those that can run at once do not count as waiting.
         """
         new = list(sequences)
-        free = max(0, self._max_running - len(self._running))
+        free = 0 if self._full else max(0, self._max_running - len(self._running))
         over = len(self._waiting) + len(new) - free
         if over > self._max_waiting:
             raise CapacityError(

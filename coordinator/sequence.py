@@ -12,7 +12,7 @@ from outrider.coordinator.output import Output
 from outrider.coordinator.requests import GenerationRequest
 from outrider.coordinator.speculation import Acceptance
 from outrider.coordinator.statistics import Statistics
-from outrider.shared.types import Decoding, OpenSequence
+from outrider.shared.types import Decoding, OpenSequence, Rule
 
 
 @dataclass(slots=True)
@@ -29,6 +29,8 @@ class Held:
     """The service can't serve this sequence at all."""
     strikes: int = 0
     """Refusals in a row."""
+    full_since: float | None = None
+    """When room was first refused to a sequence that had it before; monotonic seconds."""
 
     def lose(self) -> None:
         """The service no longer has the sequence, or is to begin anew."""
@@ -77,6 +79,11 @@ class Sequence:
     def max_k(self) -> int:
         """Most draft tokens worth verifying: the base writes one token of its own each round."""
         return self.output.left - 1
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether its rule needs the draft's distributions beside the proposed tokens."""
+        return self.decoding.rule is Rule.REJECTION
 
     def opening(self, held: Held) -> OpenSequence:
         """The message that opens it on the service of ``held``, under a new epoch."""

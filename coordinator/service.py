@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from outrider.coordinator import profiling, requests, runtime
 from outrider.coordinator.clients import DraftLink, VerifyLink
 from outrider.coordinator.job import Job
@@ -24,6 +25,10 @@ from outrider.shared.rpc import AioServer
 
 NAME = "outrider.v1.Generation"
 HEALTH_SECONDS = 0.25
+WRITE_SECONDS = 0.25e-3
+"""Time of the event loop that one message may take: with many requests at once, each sends
+fewer and larger deltas, so that sending never holds up the rounds."""
+LEAST_PACE, MOST_PACE = 2e-3, 40e-3
 LONG_TEXT = 1 << 14
 """Characters above which a prompt is tokenized beside the event loop."""
 
@@ -53,6 +58,9 @@ class GenerationServicer(pb_grpc.GenerationServicer):
                     await context.write(message)
                 if job.error is not None:
                     raise job.error
+                pace = min(WRITE_SECONDS * driver.running, MOST_PACE)
+                if pace > LEAST_PACE and not job.done:
+                    await asyncio.sleep(pace)  # what comes meanwhile is sent as one delta
         finally:
             # Also when the client cancelled or went away: its extents are freed with the next
             # round.
@@ -126,7 +134,8 @@ async def serve(
     """
     gate = _Gate()
     # Bound before anything else, so that a port in use is told at once.
-    server = AioServer(config, lambda s: pb_grpc.add_GenerationServicer_to_server(gate, s), [NAME])
+    add: Any = pb_grpc.add_GenerationServicer_to_server  # generated, without types
+    server = AioServer(config, lambda grpc_server: add(gate, grpc_server), [NAME])
     await server.start()
     try:
         starting = runtime.running(config, observer=observer, progress=progress)

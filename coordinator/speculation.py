@@ -8,7 +8,7 @@ per second,
 where p_i is the sequence's estimated chance that position i is accepted given that the ones
 before were (moving averages), and the times are those that rounds really took (``costs``). K = 0
 skips the draft and is a candidate like any other: where speculation does not pay, it stops, and
-is tried again from time to time, more rarely each time that it still does not pay.
+is tried again from time to time, as often as a hundredth of the time allows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from outrider.coordinator.costs import Costs
 
 PRIOR = 0.7
 """Chance of acceptance assumed before anything was seen."""
+BELIEF = 4
+"""Observations that a first guess counts as."""
 START_K = 4
+STEP = 2
+"""How far beyond the largest K yet tried the next one may go."""
 HOLD = 8
 """Rounds between decisions while the batch stays the same."""
 EXPLORE = 24
@@ -29,9 +33,11 @@ STALE = 256
 """Rounds after which a measured time is worth measuring again."""
 MARGIN = 1.02
 """A change of K must promise this much."""
-PROBE_ROUNDS = 4
-PROBE_FIRST, PROBE_LAST = 32, 1024
-"""Rounds between probes while speculation does not pay: at first, and at most."""
+PROBE_ROUNDS = 6
+PROBE_SHARE = 0.01
+"""Share of the time that probes may cost while speculation does not pay."""
+PROBE_SOON, PROBE_LATE = 32, 4096
+"""Least and most rounds between probes."""
 
 
 class Acceptance:
@@ -39,20 +45,20 @@ class Acceptance:
 
     __slots__ = ("_counts", "_floor", "_parent", "_rates")
 
-    def __init__(self, parent: Acceptance | None = None, *, floor: float = 0.05) -> None:
+    def __init__(self, parent: Acceptance | None = None, *, floor: float = 0.03) -> None:
         """Starts from ``parent``'s estimates and teaches it; ``floor`` is the least weight."""
         self._parent = parent
         self._floor = floor
         self._rates: list[float] = list(parent._rates) if parent else []
         # What is inherited counts as a few observations.
-        self._counts: list[int] = [min(4, n) for n in parent._counts] if parent else []
+        self._counts: list[int] = [min(BELIEF, n) for n in parent._counts] if parent else []
 
     def observe(self, proposed: int, accepted: int) -> None:
         """A verdict: positions after the first rejected one say nothing."""
         for position in range(min(accepted + 1, proposed)):
             if position == len(self._rates):
                 self._rates.append(self._rates[-1] if self._rates else PRIOR)
-                self._counts.append(1)
+                self._counts.append(BELIEF)
             self._counts[position] += 1
             weight = max(self._floor, 1.0 / self._counts[position])
             self._rates[position] += weight * ((position < accepted) - self._rates[position])
@@ -102,7 +108,6 @@ class Speculation:
         self._k = START_K
         self._decide_at = 0
         self._explore_at = EXPLORE
-        self._probe_gap = PROBE_FIRST
         self._probe_at = 0
         self._probing = 0
 
@@ -122,10 +127,7 @@ class Speculation:
         self._round += 1
         adaptive = [lane for lane in lanes if lane.fixed is None and lane.limit > 0]
         k = self._adaptive_k(lanes, adaptive) if adaptive else 0
-        return [
-            max(0, min(k if lane.fixed is None else lane.fixed, lane.limit, self.max_k))
-            for lane in lanes
-        ]
+        return [self._own_k(lane, k) for lane in lanes]
 
     def observe(
         self, batch: int, k: int, rows: int, draft_seconds: float, verify_seconds: float
@@ -166,11 +168,14 @@ class Speculation:
         if costs is None:
             costs = self._nearest(len(lanes))
         if costs is None:
+            self._decide_at = self._round + 1
             return START_K
         untried = self._untried(costs, lanes, top)
         if untried is not None:
             self._decide_at = self._round + 1
             return untried
+        # Far beyond what was tried, times and chances are guesses: go there step by step.
+        top = min(top, max(START_K, costs.draft.largest) + STEP)
         rates = [self._rate(costs, lanes, k) for k in range(top + 1)]
         best = max(range(top + 1), key=lambda k: rates[k])
         current = min(self._k, top)
@@ -201,7 +206,13 @@ class Speculation:
         return tokens / (costs.draft_seconds(longest) + verify)
 
     def _own_k(self, lane: Lane, k: int) -> int:
-        return max(0, min(k if lane.fixed is None else lane.fixed, lane.limit, self.max_k))
+        wanted = k if lane.fixed is None else lane.fixed
+        # Comparisons rather than min and max: this runs for every sequence of every round.
+        if wanted > self.max_k:
+            wanted = self.max_k
+        if wanted > lane.limit:
+            wanted = lane.limit
+        return wanted if wanted > 0 else 0
 
     def _rows(self, lanes: Sequence[Lane], k: int) -> int:
         return sum(self._own_k(lane, k) + 1 for lane in lanes)
@@ -230,7 +241,7 @@ class Speculation:
 
     def _maybe_probe(self, lanes: Sequence[Lane], top: int) -> int:
         if self._probe_at == 0:
-            self._probe_at = self._round + self._probe_gap
+            self._probe_at = self._round + PROBE_SOON
         if self._round < self._probe_at or top < 1:
             return 0
         self._probing = PROBE_ROUNDS
@@ -246,12 +257,22 @@ class Speculation:
     def _end_probe(self, lanes: Sequence[Lane], top: int) -> None:
         self._k = self._best(lanes, top)
         self._decide_at = self._round + HOLD
-        if self._k > 0:
-            self._probe_gap = PROBE_FIRST
-            self._probe_at = 0
-        else:
-            self._probe_gap = min(2 * self._probe_gap, PROBE_LAST)
-            self._probe_at = self._round + self._probe_gap
+        self._probe_at = 0 if self._k else self._round + self._probe_gap(lanes, top)
+
+    def _probe_gap(self, lanes: Sequence[Lane], top: int) -> int:
+        """Rounds until the next probe, so that what probes lose stays within their share."""
+        costs = self._costs.get(_bucket(len(lanes)))
+        k = self._probe_k(lanes, top)
+        if costs is None:
+            return PROBE_SOON
+        plain, probed = self._rate(costs, lanes, 0), self._rate(costs, lanes, k)
+        seconds = costs.verify_seconds(self._rows(lanes, 0))
+        tried = costs.verify_seconds(self._rows(lanes, k))
+        if not (plain and probed and seconds and tried):
+            return PROBE_SOON
+        # A probing round emits probed * its time; plain decoding would have done so in less.
+        lost = (costs.draft_seconds(k) + tried) * (1 - probed / plain) / seconds
+        return int(min(max(PROBE_ROUNDS * lost / PROBE_SHARE, PROBE_SOON), PROBE_LATE))
 
 
 def _bucket(batch: int) -> int:

@@ -108,7 +108,8 @@ class TokenStops:
         A token that ends the text belongs to the output (it is counted, and sent as an id).
         """
         watched = self._watched
-        for index, token in enumerate(tokens[: self._left]):
+        candidates = () if watched.isdisjoint(tokens) else tokens[: self._left]
+        for index, token in enumerate(candidates):
             if token in watched:
                 self._left -= index + 1
                 reason = (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from outrider.coordinator.clients import VerifyLink
+from outrider.coordinator.drafting import Offer
 from outrider.coordinator.records import NOT_ASKED, ServiceTiming, WallClock
 from outrider.coordinator.scheduler import Plan
 from outrider.coordinator.sequence import Sequence
@@ -29,7 +31,18 @@ class Asked:
     upto: int
     """Tokens of the log that the message brings the verifier to."""
     rows: int
-    proposal: pb.Proposal | None = None
+    item: pb.VerifyItem
+    proposed: Sequence_[int] = ()
+    """The proposal's tokens."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A verify message that lacks only the proposals."""
+
+    request: pb.VerifyRequest
+    asked: dict[int, Asked]
+    """By sequence id."""
 
 
 @dataclass(slots=True)
@@ -56,25 +69,32 @@ class Verifying:
         self._close: list[int] = []
         self._clock = WallClock()
 
+    def prepare(self, plan: Plan[Sequence], traceparent: str = "") -> Prepared:
+        """Builds the message of a round; there is time for it while the draft works."""
+        made = Prepared(pb.VerifyRequest(traceparent=traceparent), {})
+        for sequence in plan.decode:
+            self._append(made, sequence, len(sequence.log))
+        for sequence, rows in plan.prefill:
+            self._append(made, sequence, sequence.verify.base_len(len(sequence.log)) + rows)
+        self._fill_close(made.request)
+        return made
+
     async def verify(
         self,
-        plan: Plan[Sequence],
-        proposals: dict[int, pb.Proposal],
-        *,
-        traceparent: str = "",
+        prepared: Prepared,
+        offers: dict[int, Offer],
         meanwhile: Callable[[], Awaitable[None]],
     ) -> Judged:
         """Sends the round and reads the verdicts; ``meanwhile`` runs while the verifier works."""
         link = self._link
-        request = pb.VerifyRequest(traceparent=traceparent)
-        asked: dict[int, Asked] = {}
-        for sequence in plan.decode:
-            n = len(sequence.log)
-            self._append(request, asked, sequence, n, proposals.get(sequence.sequence_id))
-        for sequence, rows in plan.prefill:
-            base = sequence.verify.base_len(len(sequence.log))
-            self._append(request, asked, sequence, base + rows, None)
-        self._fill_close(request)
+        request, asked = prepared.request, prepared.asked
+        for key, offer in offers.items():
+            one = asked[key]
+            one.proposed = offer.tokens
+            one.rows += len(offer.tokens)
+            one.item.proposal.extend(offer.tokens)
+            if offer.rows:
+                one.item.rows.extend(offer.rows)
         judged = Judged()
         sent = self._clock()
         try:
@@ -90,13 +110,13 @@ class Verifying:
             sent, self._clock(), timing.model_seconds, timing.service_seconds, timing.rows
         )
         for verdict in response.verdicts:
-            one = asked.get(verdict.sequence_id)
-            if one is not None and one.sequence.verify.epoch == verdict.epoch:
-                self._verdict(judged, one, verdict)
+            found = asked.get(verdict.sequence_id)
+            if found is not None and found.sequence.verify.epoch == verdict.epoch:
+                self._verdict(judged, found, verdict)
         for error in response.errors:
-            one = asked.get(error.sequence_id)
-            if one is not None and one.sequence.verify.epoch == error.epoch:
-                self._refused(judged, one, error)
+            found = asked.get(error.sequence_id)
+            if found is not None and found.sequence.verify.epoch == error.epoch:
+                self._refused(judged, found, error)
         return judged
 
     async def flush(self) -> None:
@@ -124,34 +144,20 @@ class Verifying:
 
     # --- parts of a message ------------------------------------------------------------------
 
-    def _append(
-        self,
-        request: pb.VerifyRequest,
-        asked: dict[int, Asked],
-        sequence: Sequence,
-        upto: int,
-        proposal: pb.Proposal | None,
-    ) -> None:
+    def _append(self, made: Prepared, sequence: Sequence, upto: int) -> None:
         held = sequence.verify
         if not held.open:
-            request.open.append(write_open(sequence.opening(held)))
+            made.request.open.append(write_open(sequence.opening(held)))
         n = len(sequence.log)
         base = min(held.length, upto - 1)
-        item = pb.VerifyItem(
+        item = made.request.items.add(
             sequence_id=sequence.sequence_id,
             epoch=held.epoch,
             base_len=base,
             append=sequence.log[base:upto],
             extend_only=upto < n,
         )
-        rows = upto - base
-        if proposal is not None:
-            item.proposal.extend(proposal.tokens)
-            rows += len(proposal.tokens)
-            if proposal.rows:
-                item.rows.extend(proposal.rows)
-        request.items.append(item)
-        asked[sequence.sequence_id] = Asked(sequence, n, upto, rows, proposal)
+        made.asked[sequence.sequence_id] = Asked(sequence, n, upto, upto - base, item)
 
     def _fill_close(self, request: pb.VerifyRequest) -> None:
         if self._close:
@@ -164,7 +170,7 @@ class Verifying:
         """Checks a verdict against what was asked and notes what the verifier now holds."""
         sequence = one.sequence
         accepted = verdict.num_accepted
-        proposed = 0 if one.proposal is None else len(one.proposal.tokens)
+        proposed = len(one.proposed)
         chosen = verdict.HasField("next_token")
         wanted = one.upto + accepted + chosen
         if verdict.committed_len != wanted or accepted > proposed or chosen != (one.upto == one.n):
@@ -180,12 +186,13 @@ class Verifying:
             return
         sequence.verify.length = one.upto + accepted
         sequence.verify.strikes = 0
+        sequence.verify.full_since = None
         judged.verdicts.append((one, verdict))
 
     def _refused(self, judged: Judged, one: Asked, error: pb.SequenceError) -> None:
         sequence = one.sequence
         held = sequence.verify
-        code = error.code
+        code = int(error.code)
         if not held.open:
             return  # an item behind an open that was refused
         judged.refusals[sequence.sequence_id] = code

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+
 from outrider.coordinator import service
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
@@ -78,8 +79,10 @@ class Result:
 class Client:
     """A client of the coordinator under test."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: str, stop: asyncio.Event) -> None:
         self.stub = pb_grpc.GenerationStub(channel)
+        self.target = target
+        self.stop = stop
 
     async def info(self) -> pb.InfoResponse:
         return await self.stub.Info(pb.InfoRequest())
@@ -122,7 +125,7 @@ def client_of(tmp_path: Path) -> Callable[..., Any]:
             if task in done:
                 await task
             async with grpc.aio.insecure_channel(listen) as channel:
-                yield Client(channel)
+                yield Client(channel, listen, stop)
         finally:
             stop.set()
             await asyncio.gather(task, return_exceptions=True)

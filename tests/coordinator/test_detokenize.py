@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from outrider.coordinator.detokenize import KEEP, WINDOW, Detokenizer
-from outrider.coordinator.tokenizer import Tokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+
+from outrider.coordinator.detokenize import KEEP, WINDOW, Detokenizer
+from outrider.coordinator.tokenizer import Tokenizer
 
 
 class _NoChat:
@@ -34,7 +35,16 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback() -> Tokenizer:
     """Llama-2 style SentencePiece: words, and single bytes for what is not a word."""
-    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁the", "cat", "é", "▁▁", "\ufffd"]
+    pieces = [
+        "<unk>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        "▁the",
+        "cat",
+        "é",
+        "▁▁",
+        "\ufffd",
+    ]
     backend = Backend(
         models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
     )

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from outrider.protos import generation_pb2 as pb
 
 

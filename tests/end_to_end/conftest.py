@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,12 @@ def bundled_target() -> Iterator[str]:
 @pytest.fixture
 def tiny_target(tiny_base: Path, tiny_draft: Path) -> Iterator[str]:
     """A running coordinator with a tiny random pair."""
-    flags = {
-        "base.path": str(tiny_base),
-        "draft.path": str(tiny_draft),
-        "coordinator.tokenizer": str(tiny_base),
-    }
-    with deployment(load(None, flags=flags)) as target:
+    config = load(None, flags={})
+    config = dataclasses.replace(
+        config,
+        base=dataclasses.replace(config.base, path=str(tiny_base)),
+        draft=dataclasses.replace(config.draft, path=str(tiny_draft)),
+        coordinator=dataclasses.replace(config.coordinator, tokenizer=str(tiny_base)),
+    )
+    with deployment(config) as target:
         yield target
