@@ -75,7 +75,7 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show versions, devices and what is missing")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
-    _add_bench(commands, full="bench" in words)
+    _add_bench(commands, words)
     profile.add_parser(commands)
     report.add_parser(commands)
     return parser
@@ -199,35 +199,27 @@ def _doctor(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def _add_bench(commands: Any, *, full: bool) -> None:
+def _add_bench(commands: Any, words: Sequence[str]) -> None:
     parser = commands.add_parser("bench", help="measure speculation against the base alone")
-    parser.add_argument(
-        "what",
-        nargs="?",
-        choices=("speculation", "tracing"),
-        default="speculation",
-        help="tracing: what it costs to trace every round",
-    )
     _add_models(parser)
     _add_target(parser)
-    if full:
-        from outrider.coordinator.bench import command
+    if "bench" in words:
+        from outrider.coordinator.bench import command, studies
 
         command.add_arguments(parser)
-    parser.set_defaults(run=_bench)
+        studies.add_parsers(parser, words, _add_models)
+    parser.set_defaults(run=_bench, study=None)
 
 
 def _bench(args: argparse.Namespace) -> int:
     config = _load(args)
     _interruptible()
-    if args.what == "tracing":
-        from outrider.coordinator.bench import tracing
-
-        return tracing.run(args, config)
     from outrider.coordinator import display
-    from outrider.coordinator.bench import command
+    from outrider.coordinator.bench import command, studies
     from outrider.coordinator.private import deployment
 
+    if args.study is not None:
+        return studies.run(args, config)
     if args.target is not None:
         return command.run(args, args.target)
     progress = display.Progress(sys.stderr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from outrider.coordinator.bench import ceiling, hardware, speculation, tables
@@ -15,8 +17,10 @@ from outrider.shared import pair
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of the plain ``outrider bench``."""
     parser.add_argument(
-        "--ks", type=_ks, default=[0, 1, 2, 3, 4, 5, 6, 7, 8], help="K values, as 0,1,4 or 0-8; "
-        "auto is the server's own choice (default: 0-8)",
+        "--ks",
+        type=_ks,
+        default=[0, 1, 2, 3, 4, 5, 6, 7, 8],
+        help="K values, as 0,1,4 or 0-8; auto is the server's own choice (default: 0-8)",
     )
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -24,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=1, help="unmeasured repeats")
     parser.add_argument("--concurrency", type=int, default=1, help="requests at once")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--rule", choices=["auto", "greedy", "coupled", "rejection"], default="auto")
+    parser.add_argument(
+        "--rule", choices=["auto", "greedy", "coupled", "rejection"], default="auto"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
 def run(arguments: argparse.Namespace, target: str) -> int:
     """Measures the coordinator at ``target`` and prints a table."""
-    prompts = [str(entry["text"]) for entry in pair.heldout_prompts()]
-    step = max(1, len(prompts) // arguments.prompts)
     workload = speculation.Workload(
-        prompts=prompts[::step][: arguments.prompts],
+        prompts=_prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         rule={"auto": 0, "greedy": 1, "coupled": 2, "rejection": 3}[arguments.rule],
@@ -96,6 +100,15 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
     header = ["K", "tokens/s", "against base", "acceptance", "tokens/round", "draft ms"]
     header += ["verify ms", "overhead ms", "of ceiling", "same tokens"]
     return tables.markdown(header, rows)
+
+
+def _prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
+    if tokens is not None:
+        draw = random.Random(0)
+        # Ids that every vocabulary has, special ones left out.
+        return [[draw.randrange(16, 256) for _ in range(tokens)] for _ in range(count)]
+    texts = [str(entry["text"]) for entry in pair.heldout_prompts()]
+    return texts[:: max(1, len(texts) // count)][:count]
 
 
 def _ks(text: str) -> list[int | None]:

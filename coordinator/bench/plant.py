@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from outrider.coordinator.bench.planted import SHAPES, Plan, save
+from outrider.shared.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, config: Config) -> int:
     """Writes the folder; returns the exit status."""
     began = time.perf_counter()
     plan = Plan(args.shape, args.seed, args.agreement, args.spread, args.dtype)

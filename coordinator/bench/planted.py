@@ -188,9 +188,7 @@ def plant(
     return model
 
 
-def _fill(
-    plan: Plan, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> None:
+def _fill(plan: Plan, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     noise = _Noise(plan.seed * 2 + (plan.agreement is not None) * 1_000_003 + 17, device, dtype)
     embedding = next(
         t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "wte.weight"))
@@ -261,9 +259,7 @@ def save_tokenizer(vocabulary: int, folder: Path) -> None:
     of one vocabulary size, so that fingerprints agree."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(
-        models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0")
-    )
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Sequence([decoders.Replace("t", " t"), decoders.Fuse()])
     folder.mkdir(parents=True, exist_ok=True)

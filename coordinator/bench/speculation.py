@@ -20,9 +20,9 @@ from outrider.protos import generation_pb2_grpc as rpc
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What every variant runs."""
+    """What every variant runs; a prompt is text or token ids."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[str | Sequence[int]]
     max_new_tokens: int
     temperature: float = 0.0
     rule: int = pb.ACCEPTANCE_RULE_UNSPECIFIED
@@ -96,8 +96,11 @@ def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateReques
     speculation = pb.SpeculationParameters(rule=workload.rule)  # type: ignore[arg-type]
     if k is not None:
         speculation.k = k
+    prompt = workload.prompts[index]
+    text = prompt if isinstance(prompt, str) else None
     return pb.GenerateRequest(
-        prompt=workload.prompts[index],
+        prompt=text,
+        prompt_token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
         sampling=pb.SamplingParameters(
             temperature=workload.temperature, seed=workload.seed + index
         ),
@@ -168,8 +171,7 @@ def _summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str
     }
     if base is not None:
         summary["speedup"] = statistics.median(
-            (r.tokens / r.seconds) / (b.tokens / b.seconds)
-            for r, b in zip(runs, base, strict=True)
+            (r.tokens / r.seconds) / (b.tokens / b.seconds) for r, b in zip(runs, base, strict=True)
         )
         summary["same_tokens_as_base"] = all(
             r.outputs == b.outputs for r, b in zip(runs, base, strict=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench import hardware
+from outrider.shared.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, config: Config) -> int:
     """Measures and prints; returns the exit status."""
     import torch
 
@@ -233,6 +234,7 @@ def _step_bytes(runner: Any) -> int:
 
 def _parts(runner: Any, args: argparse.Namespace) -> list[Any]:
     import torch
+
     from outrider.shared.cuda_forward import Batch
     from outrider.shared.cuda_profile import parts
 
@@ -292,8 +294,10 @@ def _parts_table(parts: Sequence[Any], bandwidth: float) -> str:
         )
     alone = sum(p.seconds for p in parts[:-1])
     saved = alone - parts[-1].seconds
-    lines.append(f"\nAlone the operations sum to {alone * 1e6:.0f} µs; in one chain the seams "
-                 f"{'save' if saved >= 0 else 'cost'} {abs(saved) * 1e6:.0f} µs.")
+    lines.append(
+        f"\nAlone the operations sum to {alone * 1e6:.0f} µs; in one chain the seams "
+        f"{'save' if saved >= 0 else 'cost'} {abs(saved) * 1e6:.0f} µs."
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up; the first column is left-aligned, the others right."""
+    """A Markdown table whose columns line up: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -14,9 +14,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
         return "| " + " | ".join([first, *rest]) + " |"
 
-    rule = "| " + " | ".join(
-        ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    )
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join([line(header), rule + " |", *(line(row) for row in rows)])
 
 

@@ -24,9 +24,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
+
 from outrider.coordinator.bench import hardware, tables
 from outrider.coordinator.private import deployment
 from outrider.coordinator.records import RequestRecord, RoundRecord, SequenceRound, ServiceTiming
@@ -37,17 +39,30 @@ from outrider.shared.config import Config, TelemetryConfig
 from outrider.shared.types import Decoding
 
 MODES = ("off", "sampled out", "traced")
+SETTLE_SECONDS = 0.7
+"""Pause after a request, so that its spans are sent before the next one starts."""
 RATE = 2000
 RATE_SECONDS = 5.0
+
+
+NEEDS_MODELS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of ``outrider bench tracing``."""
+    parser.add_argument("--k", type=int, default=4, help="draft tokens per proposal (default: 4)")
+    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
 def run(args: argparse.Namespace, config: Config) -> int:
     """Runs the benchmark; ``args`` are those of ``outrider bench``. Returns the exit status."""
     prompts = [str(entry["text"]) for entry in pair.heldout_prompts()]
     prompts = prompts[:: max(1, len(prompts) // args.prompts)][: args.prompts]
-    k = next((k for k in reversed(args.ks) if k), 4) if len(args.ks) == 1 else 4
     with collector() as (endpoint, counts):
-        figures = cost(config, endpoint, prompts, args.max_new_tokens, args.repeats, k)
+        figures = cost(config, endpoint, prompts, args.max_new_tokens, args.repeats, args.k)
         figures["collector"] = counts()
     with collector() as (endpoint, counts):
         figures["rate"] = at_rate(endpoint, counts)
@@ -61,13 +76,14 @@ def run(args: argparse.Namespace, config: Config) -> int:
 def cost(
     config: Config, endpoint: str, prompts: Sequence[str], tokens: int, repeats: int, k: int
 ) -> dict[str, Any]:
-    """Throughput in each mode, and the ratios to "off" within the same prompt."""
+    """Throughput and processor time in each mode, and ratios to "off" within the same prompt."""
     off = dataclasses.replace(config, telemetry=TelemetryConfig(log_level="warning"))
     on = dataclasses.replace(
         config,
         telemetry=TelemetryConfig(log_level="warning", traces="otlp-grpc", endpoint=endpoint),
     )
     speeds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    worked: dict[str, float] = dict.fromkeys(MODES, 0.0)
     rounds = 0
     with (
         deployment(off) as plain,
@@ -84,9 +100,12 @@ def cost(
             for prompt in prompts:
                 order = random.Random(f"{repeat} {prompt}").sample(MODES, len(MODES))
                 for mode in order:
+                    before = processor_seconds()
                     seconds, count = _request(stub[mode], prompt, tokens, k, mode)
+                    time.sleep(SETTLE_SECONDS)
                     if repeat:  # the first is for warming up
                         speeds[mode].append(tokens / seconds)
+                        worked[mode] += processor_seconds() - before
                         rounds += count if mode == "traced" else 0
     ratios = {
         mode: [one / base for one, base in zip(speeds[mode], speeds["off"], strict=True)]
@@ -95,6 +114,7 @@ def cost(
     return {
         "k": k,
         "requests": len(speeds["off"]),
+        "processor_seconds": worked,
         "traced_rounds": rounds,
         "tokens_per_second": {mode: statistics.median(speeds[mode]) for mode in MODES},
         "cost": {
@@ -143,6 +163,17 @@ def at_rate(endpoint: str, counts: Any) -> dict[str, Any]:
     }
 
 
+def processor_seconds() -> float:
+    """Processor time of all children of this process so far; 0 where the system can't tell."""
+    total = 0
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError):
+                    total += int(task.read_text().split()[0])
+    return total / 1e9
+
+
 @contextmanager
 def collector() -> Iterator[tuple[str, Any]]:
     """A collector in a process of its own: its endpoint, and a function for spans by name."""
@@ -166,15 +197,19 @@ def collector() -> Iterator[tuple[str, Any]]:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    rows = [["off", tables.number(figures["tokens_per_second"]["off"], 1), "-", "-"]]
+    worked = figures["processor_seconds"]
+    speed = tables.number(figures["tokens_per_second"]["off"], 1)
+    rows = [["off", speed, "-", "-", "-"]]
     for mode in MODES[1:]:
         one = figures["cost"][mode]
         low, high = one["interval95"]
         speed = tables.number(figures["tokens_per_second"][mode], 1)
-        rows.append([mode, speed, f"{one['median']:.2%}", f"{low:.2%} to {high:.2%}"])
+        more = f"{worked[mode] / worked['off'] - 1:.2%}" if worked["off"] else "-"
+        rows.append([mode, speed, f"{one['median']:.2%}", f"{low:.2%} to {high:.2%}", more])
     rate = figures["rate"]
     return (
-        tables.markdown(["telemetry", "tokens/s", "cost", "95 % interval"], rows)
+        tables.markdown(["telemetry", "tokens/s", "cost", "95 % interval", "processor"], rows)
+        + "\n\ncost: throughput lost; processor: more time of all processes, the collector's too"
         + f"\n\n{figures['traced_rounds']} rounds traced at K = {figures['k']}. At "
         f"{rate['rounds_per_second']:.0f} rounds/s: {rate['dropped']} of {rate['spans']} spans "
         f"dropped, {rate['event_loop_us_per_round']:.1f} µs a round on the event loop, "
