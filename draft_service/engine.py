@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from outrider.shared.errors import RefusalCode
 from outrider.shared.runner import Span
 from outrider.shared.sampling import RowContext, choice_noise, propose
 from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.types import Proposal, ProposeItem, Refusal, SparseRow
-from torch import Tensor
 
 # Numbers drawn ahead at most, per round: beyond this the memory costs more than the calls.
 _NOISE_AHEAD = 1 << 22

@@ -19,14 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from outrider.shared.arena import Extent, Segment
 from outrider.shared.attention import attend
 from outrider.shared.errors import ConfigError
 from outrider.shared.packing import PackedSpan
 from outrider.shared.storage import LayerKind, Storage, exact_pools
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class _Blind(CacheLayerMixin):

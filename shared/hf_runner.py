@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from outrider.shared.arena import Extent
 from outrider.shared.cache import ArenaCache, PackedCache, register
 from outrider.shared.errors import ConfigError
 from outrider.shared.packing import pack
 from outrider.shared.runner import ModelFacts, Runner, Span
 from outrider.shared.storage import Storage
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from outrider.shared.attention import attend
 from outrider.shared.linear import Products, RmsNorm, fuse
 from outrider.shared.packing import PackedSpan, pack
 from outrider.shared.runner import ModelFacts, Runner, Span
 from outrider.shared.storage import Storage
-from torch import Tensor
-from torch.nn import functional
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")

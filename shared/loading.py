@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from outrider.shared.checkpoint import LlamaForCausalLM, load_plain
 from outrider.shared.config import ModelConfig
 from outrider.shared.errors import ConfigError

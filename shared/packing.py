@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from outrider.shared.arena import Segment
 from outrider.shared.attention import visibility
 from outrider.shared.runner import Span
 from outrider.shared.storage import Storage
-from torch import Tensor
 
 
 @dataclass(slots=True)

@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from outrider.shared.arena import Arena, Extent
 from outrider.shared.storage import Storage
 from outrider.shared.types import Decoding
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

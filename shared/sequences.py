@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+
 from outrider.shared.arena import Extent
 from outrider.shared.errors import CapacityError, RefusalCode, SequenceRefused
 from outrider.shared.runner import Runner, Span
 from outrider.shared.types import Decoding, OpenSequence, Refusal, RoundResult
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

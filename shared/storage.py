@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from outrider.shared.arena import Arena, PoolPlan, Segment
 from outrider.shared.errors import ConfigError
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

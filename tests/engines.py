@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.config import ModelConfig
 from outrider.shared.loading import make_runner

@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", choices=["auto", "greedy", "coupled", "rejection"], default="auto"
     )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        help="prompts of this many random token ids instead of held-out code, for models "
+        "without text such as planted ones",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 

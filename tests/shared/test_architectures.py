@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.errors import ConfigError
 from outrider.shared.loading import load_runner
@@ -294,8 +295,9 @@ def test_architecture_keeps_its_tokens(name: str, engines: Any, draft: DraftEngi
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_can_not_work_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
-    from outrider.shared.config import ModelConfig
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from outrider.shared.config import ModelConfig
 
     fields, reason = REFUSED[name]
     config = CONFIG_MAPPING[fields["model_type"]](

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
 from outrider.shared.arena import Arena, Extent, PoolPlan
 from outrider.shared.errors import CapacityError
 from outrider.shared.slots import SlotAllocator
@@ -135,87 +137,123 @@ def test_a_parent_outlives_its_free_until_its_last_branch_is_freed() -> None:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """The arena against a list of slots, each with (owner, position) or None."""
+    """The arena against lists of slots, each with (owner, position) or None.
+
+    A forward that would break a rule is tried and must be refused; every other one is written
+    to the lists, and what the arena says is valid must be found there.
+    """
 
     extents = Bundle("extents")
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena([PoolPlan(TOKENS), PoolPlan(4 * RING, WINDOW, SLACK)])
-        self.slots: list[list[tuple[int, int] | None]] = [
+        self.slots: list[list[tuple[Extent, int] | None]] = [
             [None] * pool.tokens for pool in self.arena.pools
         ]
-        self.live: dict[int, Extent] = {}
-        self.written: dict[int, int] = {}
+        self.live: list[Extent] = []
+        self.held_by_branches: list[Extent] = []
 
     @rule(target=extents, capacity=st.integers(1, 40))
     def admit(self, capacity: int) -> Extent | None:
-        try:
-            extent = self.arena.admit(capacity)
-        except CapacityError as error:
-            free = [0] * len(self.arena.pools)
-            runs = [0] * len(self.arena.pools)
-            owned = self._owned()
-            for pool, marks in enumerate(owned):
-                for mark in marks:
-                    runs[pool] = 0 if mark else runs[pool] + 1
-                    free[pool] = max(free[pool], runs[pool])
-            sizes = [pool.place_size(capacity) for pool in self.arena.pools]
-            assert any(size > room for size, room in zip(sizes, free, strict=True))
-            assert not error.permanent
-            return None
-        self.live[id(extent)] = extent
-        self.written[id(extent)] = 0
-        return extent
+        return self._reserve(capacity, lambda: self.arena.admit(capacity))
 
-    @rule(extent=extents, rows=st.integers(1, SLACK))
+    @rule(target=extents, parent=extents, more=st.integers(1, 20), back=st.integers(0, SLACK))
+    def branch(self, parent: Extent | None, more: int, back: int) -> Extent | None:
+        if parent is None or parent not in self.live:
+            return None
+        prefix = parent.valid_len - back
+        legal = (
+            parent.parent is None
+            and prefix > 0
+            and all(self._intact(parent, pool, prefix) for pool in range(2))
+        )
+        if not legal:
+            with pytest.raises(ValueError, match=r"branch|prefix_len"):
+                self.arena.branch(parent, prefix, prefix + more)
+            return None
+        return self._reserve(more, lambda: self.arena.branch(parent, prefix, prefix + more))
+
+    @rule(extent=extents, rows=st.integers(1, SLACK + 1))
     def extend(self, extent: Extent | None, rows: int) -> None:
-        if extent is None or id(extent) not in self.live:
+        if extent is None or extent not in self.live:
             return
         start = extent.valid_len
-        if start + rows > extent.capacity:
-            with pytest.raises(ValueError, match="capacity"):
+        if start + rows > extent.capacity or rows > SLACK or extent.branches:
+            with pytest.raises(ValueError, match=r"capacity|rings"):
                 self.arena.check_write(extent, start, rows)
             return
         self.arena.check_write(extent, start, rows)
         for pool, marks in enumerate(self.slots):
             for segment in self.arena.segments(extent, pool, start, start + rows):
                 for i in range(segment.count):
-                    marks[segment.slot + i] = (id(extent), segment.position + i)
+                    marks[segment.slot + i] = (extent, segment.position + i)
         extent.advance(start + rows)
-        self.written[id(extent)] = max(self.written[id(extent)], start + rows)
 
     @rule(extent=extents, back=st.integers(0, 2 * SLACK))
     def rollback(self, extent: Extent | None, back: int) -> None:
-        if extent is None or id(extent) not in self.live:
+        if extent is None or extent not in self.live:
             return
-        length = max(0, extent.valid_len - back)
+        length = max(extent.prefix_len, extent.valid_len - back)
         before = [list(marks) for marks in self.slots]
-        held = length == 0 or all(
-            self._intact(extent, pool, length) for pool in range(len(self.slots))
-        )
+        pinned = any(b.parent is extent and b.prefix_len > length for b in self.live)
+        held = not pinned and all(self._intact(extent, pool, length) for pool in range(2))
+        was = extent.valid_len
         assert self.arena.rollback(extent, length) == held
         assert self.slots == before
-        if held:
-            assert extent.valid_len == length
+        assert extent.valid_len == (length if held else was)
 
-    @rule(extent=consumes(extents))
-    def free(self, extent: Extent | None) -> None:
-        if extent is not None and self.live.pop(id(extent), None) is not None:
-            self.arena.free(extent)
-            self.arena.free(extent)
+    @rule(extent=consumes(extents), adopt=st.booleans())
+    def free(self, extent: Extent | None, adopt: bool) -> None:
+        if extent is None or extent not in self.live:
+            return
+        if adopt and extent.parent is not None:
+            # The branch goes on alone; its parent is freed, the prefix stays.
+            parent = extent.parent
+            self.arena.adopt(extent)
+            if parent in self.live:
+                self.live.remove(parent)
+                self.held_by_branches.append(parent)
+            return
+        self.live.remove(extent)
+        if extent.branches:
+            self.held_by_branches.append(extent)
+        self.arena.free(extent)
+        self.arena.free(extent)
+
+    def _reserve(self, size: int, reserve: Callable[[], Extent]) -> Extent | None:
+        """Admission succeeds exactly where every pool has a run of free slots that is long
+        enough."""
+        fits = True
+        for pool, marks in zip(self.arena.pools, self._owned(), strict=True):
+            runs = [len(list(run)) for owned, run in itertools.groupby(marks) if owned == 0]
+            fits = fits and max(runs, default=0) >= pool.place_size(size)
+        if not fits:
+            with pytest.raises(CapacityError) as error:
+                reserve()
+            assert not error.value.permanent
+            return None
+        extent = reserve()
+        self.live.append(extent)
+        return extent
 
     def _intact(self, extent: Extent, pool: int, length: int) -> bool:
+        def owner(position: int) -> Extent:
+            return extent if position >= extent.prefix_len else extent.parent or extent
+
         first = self.arena.first_read(pool, length)
         return all(
-            self.slots[pool][segment.slot + i] == (id(extent), segment.position + i)
+            self.slots[pool][segment.slot + i]
+            == (owner(segment.position + i), segment.position + i)
             for segment in self.arena.segments(extent, pool, first, length)
             for i in range(segment.count)
         )
 
     def _owned(self) -> list[list[int]]:
+        """How many extents own each slot."""
+        self.held_by_branches = [e for e in self.held_by_branches if e.branches]
         owned = [[0] * pool.tokens for pool in self.arena.pools]
-        for extent in self.live.values():
+        for extent in self.live + self.held_by_branches:
             for marks, (start, size) in zip(owned, extent.places, strict=True):
                 for slot in range(start, start + size):
                     marks[slot] += 1
@@ -233,10 +271,10 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @invariant()
     def valid_positions_are_intact(self) -> None:
-        for extent in self.live.values():
+        for extent in self.live:
             for pool in range(len(self.slots)):
                 assert self._intact(extent, pool, extent.valid_len)
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestArenaMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

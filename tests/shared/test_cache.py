@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.shared.cache import ArenaCache, layer_kinds
 from outrider.shared.errors import ConfigError
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.errors import ConfigError
 from outrider.shared.runner import Runner, Span
 from outrider.shared.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
-from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.errors import RefusalCode, SequenceRefused
 from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
@@ -130,9 +131,7 @@ def test_a_draft_message_sent_again_has_the_same_effect(draft: DraftEngine) -> N
     assert result.answers == [fresh]
 
 
-def test_prefill_in_chunks_equals_prefill_at_once(
-    verify: VerifyEngine, draft: DraftEngine
-) -> None:
+def test_prefill_in_chunks_equals_prefill_at_once(verify: VerifyEngine, draft: DraftEngine) -> None:
     prompt = tuple(range(30))
     session = opened(verify)
     (whole,) = session.round([VerifyItem(1, 1, 0, prompt)]).answers

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.verify_service.engine import VerifyEngine
 
