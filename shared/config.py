@@ -49,7 +49,7 @@ class ModelConfig(Checked):
         None, help="bytes of the KV arena, such as 512MiB; none takes arena_share", low=1, size=True
     )
     arena_share: float = setting(
-        0.8,
+        0.6,
         help="share of free device memory for the arena; on cpu the default is 512 MiB",
         low=0.0,
         high=1.0,
@@ -100,6 +100,14 @@ class DraftConfig(ModelConfig, ServeConfig):
     """The draft service, section ``[draft]``."""
 
     path: str = setting("draft", help="folder or hub id; 'draft' is the bundled one")
+    # The draft's KV is a fraction of the base's, and both may share one device.
+    arena_share: float = setting(
+        0.2,
+        help="share of free device memory for the arena; on cpu the default is 512 MiB",
+        low=0.0,
+        high=1.0,
+        open_low=True,
+    )
     listen: str = setting("127.0.0.1:50053", help="host:port or unix:/path")
     enabled: bool = setting(True, help="run a draft at all")
 

@@ -81,7 +81,8 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
     for v in figures["variants"]:
         k = v["k"]
         top = None
-        if k is not None and figures["workload"]["concurrency"] == 1:
+        # The bandwidth was measured on this host's processor, so it is a ceiling for it alone.
+        if k is not None and figures["workload"]["concurrency"] == 1 and base["device"] == "cpu":
             top = ceiling.shared_device(
                 base["weight_bytes"],
                 draft["weight_bytes"] if draft else 0,

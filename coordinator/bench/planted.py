@@ -8,9 +8,10 @@ model continues t with pi(t). A draft has random weights of its own and a permut
 agrees with pi on a fixed random share alpha of the tokens: along the base's text it proposes
 the base's token with probability alpha, which is its greedy acceptance rate in any engine.
 
-With ``spread`` s > 0 the law is soft: the m-th successor of t under pi has probability
-proportional to exp(-m / s), m = 1 … 8, in base and draft alike (the draft's first successor
-being its own).
+With ``spread`` s > 0 the law is soft: on average over tokens the m-th successor of t under pi
+is exp(-1 / s) times as likely as the one before it, m = 1 … 8, in base and draft alike (the
+draft's first successor being its own). Base and draft then differ by chance as well, so the
+acceptance rate of sampling is measured, not known.
 
 The embedding is not tied to the head, since the head is a permutation of it: a step reads the
 head and one row of the embedding, as many bytes as with tied weights.

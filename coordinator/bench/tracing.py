@@ -38,6 +38,7 @@ from outrider.shared import pair
 from outrider.shared.config import Config, TelemetryConfig
 from outrider.shared.types import Decoding
 
+NEEDS_MODELS = True
 MODES = ("off", "sampled out", "traced")
 SETTLE_SECONDS = 0.7
 """Pause after a request, so that its spans are sent before the next one starts."""
@@ -57,8 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the study's flags."""
+    parser.add_argument("--k", type=int, default=4, help="draft tokens per proposal (default: 4)")
+    parser.add_argument("--prompts", type=int, default=10, help="held-out prompts (default: 10)")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+
+
 def run(args: argparse.Namespace, config: Config) -> int:
-    """Runs the benchmark; ``args`` are those of ``outrider bench``. Returns the exit status."""
+    """Runs the study; returns the exit status."""
     prompts = [str(entry["text"]) for entry in pair.heldout_prompts()]
     prompts = prompts[:: max(1, len(prompts) // args.prompts)][: args.prompts]
     with collector() as (endpoint, counts):
