@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outrider.coordinator.bench.shapes import SHAPES, Shape
 from torch import Tensor
+
+from outrider.coordinator.bench.shapes import SHAPES, Shape
 
 SUCCESSORS = 8
 # Logit of the likeliest successor: far above the noise of the others at every size here.

@@ -38,7 +38,6 @@ from outrider.shared import pair
 from outrider.shared.config import Config, TelemetryConfig
 from outrider.shared.types import Decoding
 
-NEEDS_MODELS = True
 MODES = ("off", "sampled out", "traced")
 SETTLE_SECONDS = 0.7
 """Pause after a request, so that its spans are sent before the next one starts."""
@@ -47,15 +46,6 @@ RATE_SECONDS = 5.0
 
 
 NEEDS_MODELS = True
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of ``outrider bench tracing``."""
-    parser.add_argument("--k", type=int, default=4, help="draft tokens per proposal (default: 4)")
-    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
