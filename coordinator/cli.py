@@ -7,7 +7,6 @@ Every command imports what it needs when it runs, so that help and errors come a
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -17,9 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from outrider.coordinator import decoding_flags, plan
 from outrider.coordinator import profile_command as profile
 from outrider.coordinator import report_command as report
-from outrider.coordinator.arguments import number, whole
+from outrider.coordinator.arguments import whole
 from outrider.shared import flags, lifecycle, telemetry_flags, tuning
 from outrider.shared.config import Config, load
 from outrider.shared.errors import ConfigError, InvalidRequest, OutriderError
@@ -78,6 +78,7 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_bench(commands, words)
     profile.add_parser(commands)
     report.add_parser(commands)
+    plan.add_parser(commands)
     return parser
 
 
@@ -86,24 +87,12 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt")
-    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
     _add_models(parser)
     _add_target(parser)
-    parser.add_argument("--k", type=whole(0), help="draft tokens per proposal; unset adapts")
-    parser.add_argument("--no-draft", action="store_true", help="the base alone")
+    decoding_flags.add_arguments(parser)
     parser.add_argument(
-        "--rule", choices=("auto", "greedy", "coupled", "rejection"), default="auto"
+        "--logprobs", type=whole(0), metavar="COUNT", help="of each token and the likeliest ones"
     )
-    parser.add_argument("--max-new-tokens", type=whole(1))
-    parser.add_argument("--temperature", type=number(0.0, math.inf), help="0 is greedy")
-    parser.add_argument("--top-k", type=whole(0, 2**31 - 1), help="0 keeps all")
-    parser.add_argument("--top-p", type=number(0.0, 1.0, low_open=True))
-    parser.add_argument("--min-p", type=number(0.0, 1.0, high_open=True))
-    parser.add_argument("--seed", type=whole(0, 2**64 - 1))
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
-    parser.add_argument("--echo", action="store_true", help="print the prompt too")
-    parser.add_argument("--chat", action="store_true", help="PROMPT is a message of a user")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--stats", action="store_true", help="show figures afterwards")
     parser.add_argument(

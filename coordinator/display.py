@@ -100,6 +100,48 @@ def reason_name(reason: int) -> str:
     return name.removeprefix("FINISH_REASON_").lower()
 
 
+class Sample:
+    """One sample of a request, gathered from its messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.origins: list[int] = []
+        self.logprobs: list[pb.TokenLogprobs] = []
+        self.finished: pb.Finished | None = None
+
+    def add(self, delta: pb.Delta) -> None:
+        """Takes in the next delta."""
+        self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.origins.extend(delta.origins)
+        self.logprobs.extend(delta.logprobs)
+
+    def headed(self, index: int) -> str:
+        """Its text under a line that tells it from the others."""
+        assert self.finished is not None
+        return f"== sample {index}, seed {self.finished.seed} ==\n{''.join(self.texts)}"
+
+    def statistics(self) -> str:
+        """The figures for a person."""
+        assert self.finished is not None
+        return statistics(self.finished, self.origins)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of ``--json``."""
+        assert self.finished is not None
+        made = as_json("".join(self.texts), self.token_ids, self.finished)
+        if self.logprobs:
+            made["logprobs"] = [
+                {
+                    "logprob": one.logprob,
+                    "top": [{"token_id": top.token_id, "logprob": top.logprob} for top in one.top],
+                }
+                for one in self.logprobs
+            ]
+        return made
+
+
 def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[str, Any]:
     """The one object of ``--json``."""
     made: dict[str, Any] = {

@@ -79,14 +79,14 @@ class Drafting:
     def usable(self, sequence: Seq) -> bool:
         """Whether the draft can serve this sequence."""
         held = sequence.draft
-        return not (held.given_up or held.blocked)
+        return not (held.given_up or held.blocked) and sequence.may_open(held)
 
     def select(self, sequences: Iterable[Seq]) -> set[Seq]:
         """Those near enough to the log to have a proposal without a long wait."""
         budget = self._chunk
         near = set()
         for sequence in sequences:
-            rows = len(sequence.log) - sequence.draft.base_len(len(sequence.log))
+            rows = len(sequence.log) - sequence.base_len(sequence.draft)
             if rows > LAG:
                 if rows > budget:
                     continue
@@ -160,17 +160,18 @@ class Drafting:
         request: pb.DraftRequest | None = None
         asked: dict[int, Asked] = {}
         budget = self._chunk
-        for sequence in sequences:
+        # Asked of all first: a prompt that this very message brings can't be shared in it.
+        for sequence in [one for one in sequences if self.usable(one)]:
             held = sequence.draft
             n = len(sequence.log)
             if budget <= 0:
                 break
-            if not self.usable(sequence) or (held.open and n - held.length <= LAG):
+            if held.open and n - held.length <= LAG:
                 continue
             if request is None:
                 request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
                 self._fill_close(request)
-            upto = min(n, held.length + budget)
+            upto = min(n, sequence.base_len(held) + budget)
             budget -= self._append(request, sequence, upto, 0)
             asked[sequence.sequence_id] = Asked(sequence, n, 0)
         if request is not None:

@@ -216,9 +216,9 @@ class Driver:
         await self._verifying.flush()
         await self._drafting.flush()
         self._hand_over()
-        # With nothing running here, the room that the head of the queue waits for is held by
+        # With nothing to run here, the room that the head of the queue waits for is held by
         # somebody else, who will not tell.
-        alone = self._scheduler.full and not self._scheduler.running
+        alone = self._scheduler.full
         await self._sleep(RETRY_SECONDS if alone else None)
         if alone:
             self._scheduler.retry()

@@ -9,7 +9,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 import grpc
+
 from outrider.coordinator import display
+from outrider.coordinator.asking import request_of
 from outrider.coordinator.private import deployment
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -21,19 +23,14 @@ from outrider.shared.status import message_of
 if TYPE_CHECKING:
     from outrider.coordinator.profile import Collector
 
-RULES = {
-    "auto": pb.ACCEPTANCE_RULE_UNSPECIFIED,
-    "greedy": pb.ACCEPTANCE_RULE_GREEDY,
-    "coupled": pb.ACCEPTANCE_RULE_COUPLED,
-    "rejection": pb.ACCEPTANCE_RULE_REJECTION,
-}
-
 
 def run(args: argparse.Namespace, config: Config) -> int:
     """Runs the command; returns the exit status."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise InvalidRequest("PROMPT", prompt, "text of at least one character")
+    prompt = (sys.stdin.read() if args.prompt == "-" else args.prompt) or ""
+    if bool(prompt) == (args.messages is not None):
+        raise InvalidRequest("PROMPT", prompt, "text of at least one character, or --messages")
+    if args.logprobs is not None and not args.json:
+        raise InvalidRequest("--logprobs", args.logprobs, "given with --json")
     if args.target is None and args.k is not None and args.k > config.coordinator.max_k:
         raise InvalidRequest("--k", args.k, f"a whole number from 0 to {config.coordinator.max_k}")
     request = request_of(args, prompt)
@@ -52,31 +49,6 @@ def run(args: argparse.Namespace, config: Config) -> int:
             return _stream(args, config, request, target, collector)
     finally:
         progress.clear()
-
-
-def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
-    """The request that the flags ask for; what they do not say stays unset."""
-    sampling = pb.SamplingParameters()
-    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-        if (value := getattr(args, name)) is not None:
-            setattr(sampling, name, value)
-    stopping = pb.StopConditions(stop=args.stop or (), ignore_eos=args.ignore_eos)
-    if args.max_new_tokens is not None:
-        stopping.max_new_tokens = args.max_new_tokens
-    speculation = pb.SpeculationParameters(rule=RULES[args.rule])
-    if args.k is not None or args.no_draft:
-        speculation.k = 0 if args.no_draft else args.k
-    request = pb.GenerateRequest(
-        sampling=sampling,
-        stopping=stopping,
-        speculation=speculation,
-        output=pb.OutputOptions(echo=args.echo),
-    )
-    if args.chat:
-        request.conversation.messages.append(pb.ChatMessage(role="user", content=prompt))
-    else:
-        request.prompt = prompt
-    return request
 
 
 def open_channel(target: str, ca: str | None = None) -> grpc.Channel:
@@ -113,33 +85,34 @@ def _stream(
 
 
 def _show(args: argparse.Namespace, config: Config, call: Any) -> int:
-    texts: list[str] = []
-    tokens: list[int] = []
-    origins: list[int] = []
-    finished: pb.Finished | None = None
-    painter = _painter(args, config, sys.stdout)
+    samples = [display.Sample() for _ in range(args.n or 1)]
+    # Samples come side by side: only one alone can be shown as it comes.
+    live = len(samples) == 1 and not args.json
+    painter = _painter(args, config, sys.stdout) if live else None
     for response in call:
         kind = response.WhichOneof("event")
         if kind == "delta":
-            delta = response.delta
-            texts.append(delta.text)
-            tokens.extend(delta.token_ids)
-            origins.extend(delta.origins)
-            if not args.json:
-                sys.stdout.write(painter.paint(delta) if painter else delta.text)
+            samples[response.sample_index].add(response.delta)
+            if live:
+                sys.stdout.write(painter.paint(response.delta) if painter else response.delta.text)
                 sys.stdout.flush()
         elif kind == "finished":
-            finished = response.finished
-    if finished is None:
+            samples[response.sample_index].finished = response.finished
+    if any(sample.finished is None for sample in samples):
         raise ConnectionError("the stream ended without its last message")
     if args.json:
-        json.dump(display.as_json("".join(texts), tokens, finished), sys.stdout, ensure_ascii=False)
+        objects = [sample.as_json() for sample in samples]
+        whole = objects[0] if len(objects) == 1 else {"samples": objects}
+        json.dump(whole, sys.stdout, ensure_ascii=False)
+    elif not live:
+        sys.stdout.write("\n".join(sample.headed(i) for i, sample in enumerate(samples)))
     sys.stdout.write("\n")
     sys.stdout.flush()
     if args.stats:
         if painter:
             print(display.legend(), file=sys.stderr)
-        print(display.statistics(finished, origins), file=sys.stderr)
+        for sample in samples:
+            print(sample.statistics(), file=sys.stderr)
     return 0
 
 

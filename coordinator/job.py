@@ -34,18 +34,20 @@ class Job:
         self._announced: set[int] = set()
         self._reported: set[int] = set()
         self._over: set[int] = set()
-        self.samples = [
-            Sequence(
-                sequence_id=next(ids),
-                request=request,
-                sample_index=index,
-                decoding=request.sample_decoding(index),
-                output=self._output(decoder),
-                acceptance=Acceptance(acceptance),
-                statistics=Statistics(arrived_ns),
+        self.samples: list[Sequence] = []
+        for index in range(request.num_samples):
+            self.samples.append(
+                Sequence(
+                    sequence_id=next(ids),
+                    request=request,
+                    sample_index=index,
+                    decoding=request.sample_decoding(index),
+                    output=self._output(decoder),
+                    acceptance=Acceptance(acceptance),
+                    statistics=Statistics(arrived_ns),
+                    parent=self.samples[0] if index else None,
+                )
             )
-            for index in range(request.num_samples)
-        ]
 
     @property
     def done(self) -> bool:

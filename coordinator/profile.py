@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from outrider.coordinator import profile_record
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -36,7 +37,9 @@ class Collector:
         self._finished: pb.Finished | None = None
 
     def see(self, response: pb.GenerateResponse) -> None:
-        """Takes one message of the stream."""
+        """Takes one message of the stream; the profile is of the first sample."""
+        if response.sample_index:
+            return
         kind = response.WhichOneof("event")
         if kind == "started":
             self._text["request_id"] = response.started.request_id

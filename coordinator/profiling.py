@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import grpc
+
 from outrider.coordinator.records import RoundRecord, SequenceRound, ServiceTiming
 from outrider.coordinator.rounds_kept import Kept, RoundsKept
 from outrider.protos import generation_pb2 as pb

@@ -23,6 +23,14 @@ class Schedulable(Protocol):
     def missing(self) -> int:
         """Rows that the verifier must take in before it writes a token; 1 while decoding."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether it may run now: not while it waits for a prompt that it shares."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether others wait for its prompt: that is taken in before anything is decoded."""
+
 
 SequenceT = TypeVar("SequenceT", bound=Schedulable)
 
@@ -123,11 +131,13 @@ class Scheduler(Generic[SequenceT]):
         made: Plan[SequenceT] = Plan()
         budget = self._chunk
         for sequence in self._running:
+            if not sequence.ready:
+                continue
             missing = sequence.missing
             if missing <= 1:
                 made.decode.append(sequence)
             elif budget > 0:
-                rows = min(missing, budget)
+                rows = min(missing - sequence.shares, budget)
                 budget -= rows
                 made.prefill.append((sequence, rows))
         return made

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from opentelemetry.sdk.trace import Event
 from opentelemetry.trace import SpanKind
+
 from outrider.coordinator import span_attributes as about
 from outrider.coordinator.records import LinkRecord, RequestRecord, RoundRecord, SequenceRound
 from outrider.shared import phases
@@ -197,6 +198,8 @@ class Tracing:
         for request in self._requests.values():
             if not request.root.sampled:
                 continue
+            if not request.samples and not request.ended:
+                self._sample(request, 0)  # lost before its first round was over
             for sample in request.samples.values():
                 if len(sample.events) < MOST_EVENTS:
                     sample.events.append(Event(name, attributes, record.at_ns))

@@ -75,7 +75,7 @@ class Verifying:
         for sequence in plan.decode:
             self._append(made, sequence, len(sequence.log))
         for sequence, rows in plan.prefill:
-            self._append(made, sequence, sequence.verify.base_len(len(sequence.log)) + rows)
+            self._append(made, sequence, sequence.base_len(sequence.verify) + rows)
         self._fill_close(made.request)
         return made
 

@@ -36,16 +36,20 @@ SEQUENCE_ERROR_CODE_INVALID: SequenceErrorCode
 SEQUENCE_ERROR_CODE_MODEL: SequenceErrorCode
 
 class OpenSequence(_message.Message):
-    __slots__ = ("sequence_id", "epoch", "capacity", "decoding")
+    __slots__ = ("sequence_id", "epoch", "capacity", "decoding", "parent_id", "prefix_len")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     DECODING_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_LEN_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     epoch: int
     capacity: int
     decoding: Decoding
-    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., capacity: _Optional[int] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ...) -> None: ...
+    parent_id: int
+    prefix_len: int
+    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., capacity: _Optional[int] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., parent_id: _Optional[int] = ..., prefix_len: _Optional[int] = ...) -> None: ...
 
 class Decoding(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "eos_token_ids", "min_new_tokens", "prompt_len", "seed", "rule", "logprobs", "draft_top")

@@ -231,6 +231,8 @@ class Arena:
             raise ValueError(f"rows start at {start}; the valid length is {extent.valid_len}")
         if end > extent.capacity:
             raise ValueError(f"rows end at {end}; the capacity is {extent.capacity}")
+        if start < extent.pinned:
+            raise ValueError(f"rows start at {start}; branches read up to {extent.pinned}")
         limit = self.max_rows
         if limit is not None:
             if rows > limit:

@@ -1,138 +1,24 @@
-"""The arena as a transformers cache; the only file that knows that interface.
+"""The arena as a transformers cache: what the rows of one forward, or a whole ``generate``, need.
 
-Two caches, for two ways to forward:
-
-* ``PackedCache``: the rows of many sequences in one packed row dimension. ``update`` writes each
-  sequence's rows to its extent, and an attention function of our own, put into transformers'
-  attention registry, reads them from there. No mask is made: the registry knows no mask
-  function for our name.
-* ``ArenaCache``: the rows of one sequence, or of a batch of equal lengths, with whatever attention
-  the model has. ``update`` returns views of the valid prefix. It is also what Hugging Face's own
-  ``generate(past_key_values=...)`` takes.
+This file, ``packed_cache`` and ``probing`` are the only ones that know that interface. An
+``ArenaCache`` serves one sequence, or a batch of equal lengths, with whatever attention the model
+has: ``update`` returns views of the valid prefix. It is also what Hugging Face's own
+``generate(past_key_values=...)`` takes.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from outrider.shared.arena import Extent, Segment
-from outrider.shared.attention import attend
-from outrider.shared.errors import ConfigError
-from outrider.shared.packing import PackedSpan
-from outrider.shared.storage import LayerKind, Storage, exact_pools
-
-
-class _Blind(CacheLayerMixin):
-    """Stands where a model looks at a layer's length; the packed rows have none in common."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is allocated here."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Not used: ``PackedCache.update`` writes."""
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As for an empty cache."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """As for an empty cache; positions are passed explicitly."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-
-class PackedCache(Cache):
-    """Writes the packed rows of many sequences into their extents; see ``packing``.
-
-    ``attention`` is the attention function to register: it reads what was last updated.
-    """
-
-    def __init__(self, storage: Storage, index: Mapping[int, int], layers: int) -> None:
-        """``index``: the model's layer index -> the storage's; ``layers``: of the model."""
-        super().__init__(layers=[_Blind() for _ in range(layers)])
-        self._storage = storage
-        self._index = index
-        self._layer: int | None = None
-        self.spans: Sequence[PackedSpan] = ()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes rows ``[1, kv_heads, rows, dim]``; returns them as they came."""
-        layer = self._layer = self._index[layer_idx]
-        pool = self._storage.pool_of[layer]
-        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        for packed in self.spans:
-            rows = slice(packed.begin, packed.end)
-            self._storage.write(layer, packed.writes[pool], keys[rows], values[rows])
-        return key_states, value_states
-
-    def attention(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """``query`` [1, heads, rows, dim] -> [1, rows, heads, value_dim]."""
-        layer = self._layer
-        self._layer = None
-        if layer is None or query.shape[0] != 1:
-            raise ConfigError("a layer attends to keys and values that it did not cache itself")
-        if position_bias is not None:
-            raise ConfigError("attention with a learned position bias can't be packed")
-        storage = self._storage
-        pool = storage.pool_of[layer]
-        _, heads, rows, dim = query.shape
-        out = query.new_empty(1, rows, heads, value.shape[-1])
-        for packed in self.spans:
-            mixed = attend(
-                query[:, :, packed.begin : packed.end],
-                storage.views(layer, packed.reads[pool]),
-                packed.masks[pool],
-                scale=dim**-0.5 if scaling is None else scaling,
-                softcap=softcap,
-                sinks=s_aux,
-                causal=packed.causal,
-            )
-            out[:, packed.begin : packed.end] = mixed.transpose(1, 2)
-        return out, None
-
-
-_numbers = itertools.count()
-
-
-def register(owner: object, attention: Callable[..., Any]) -> str:
-    """Puts an attention function into transformers' registry; returns its unique name.
-
-    It is taken out when ``owner`` is collected.
-    """
-    name = f"outrider_arena_{next(_numbers)}"
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    weakref.finalize(owner, ALL_ATTENTION_FUNCTIONS.pop, name, None)
-    return name
+from outrider.shared.packed_cache import Blind
+from outrider.shared.probing import layer_kinds
+from outrider.shared.storage import Storage, exact_pools
 
 
 class ArenaLayer(CacheLayerMixin):
@@ -279,7 +165,7 @@ class ArenaCache(Cache):
         self._extents = tuple(extents)
         super().__init__(
             layers=[
-                ArenaLayer(storage, index[i], extents, seen) if i in index else _Blind()
+                ArenaLayer(storage, index[i], extents, seen) if i in index else Blind()
                 for i in range(max(index) + 1)
             ]
         )
@@ -307,55 +193,3 @@ class ArenaCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """See ``ArenaLayer.update``."""
         return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
-
-
-class _Recorder(DynamicCache):
-    """A cache that notes the shapes of what each layer stores."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
-        self.seen: dict[int, tuple[int, int, int]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.seen[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-def layer_kinds(model: Any) -> tuple[list[LayerKind], dict[int, int]]:
-    """What each layer of ``model`` caches, found by forwarding one token.
-
-    Returns the kinds, and the model's layer index -> place among them. Needs no knowledge of
-    the architecture: heads and sizes are those that arrive, windows those that transformers
-    gives its own cache. Raises ``ConfigError`` where some layer's state is not keys and values.
-    """
-    config = model.config.get_text_config(decoder=True)
-    try:
-        recorder = _Recorder(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"its cache has layers of an unknown kind: {error}") from error
-    for layer in recorder.layers:
-        check_layer(layer)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        model(input_ids=token, past_key_values=recorder, use_cache=True)
-    if not recorder.seen:
-        raise ConfigError("its layers store no keys and values in transformers' cache")
-    kinds, index = [], {}
-    for place, number in enumerate(sorted(recorder.seen)):
-        heads, key_dim, value_dim = recorder.seen[number]
-        window = getattr(recorder.layers[number], "sliding_window", None)
-        kinds.append(LayerKind(heads, key_dim, value_dim, window))
-        index[number] = place
-    return kinds, index
-
-
-def check_layer(layer: Any) -> None:
-    """Raises ``ConfigError`` where a layer of transformers' own cache is not plain keys and
-    values of full or sliding-window attention."""
-    name = type(layer).__name__
-    if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
-        raise ConfigError(
-            f"a layer's state is a {name}, not keys and values of full or sliding-window attention"
-        )

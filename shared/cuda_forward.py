@@ -62,7 +62,10 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The cut of every linear layer, and whether launches overlap. Changes no result."""
+    """The cut of every linear layer, and whether launches overlap. Changes no result.
+
+    ``wider``: instead of this one for more than 8 rows, and so on for more than 16.
+    """
 
     qkv: Tile = Tile(5, 3)
     output: Tile = Tile(3, 4)
@@ -71,18 +74,28 @@ class Tuning:
     head: Tile = Tile(8, 2)
     attention_blocks: int = 4
     overlap: bool = True
+    wider: Tuning | None = None
+
+    def at(self, rows: int) -> Tuning:
+        """The tuning for so many rows."""
+        if rows <= 8 or self.wider is None:
+            return self
+        if rows <= 16 or self.wider.wider is None:
+            return self.wider
+        return self.wider.wider
 
     @classmethod
     def for_hidden(cls, hidden: int) -> Tuning:
         """What measured best on an H200 for models about as wide."""
+        many = cls(Tile(3, 3), Tile(3, 4), Tile(4, 3), Tile(3, 4), Tile(3, 3))
+        some = cls(Tile(5, 3), Tile(6, 3), Tile(6, 3), Tile(6, 3), Tile(8, 2), wider=many)
         if hidden <= 2048:
             return cls(
-                qkv=Tile(3, 3), output=Tile(2, 4), gate_up=Tile(4, 3, 2), down=Tile(2, 4, 2),
-                head=Tile(4, 3, 2),
-            )  # fmt: skip
+                Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(2, 4, 2), Tile(4, 3, 2), wider=some
+            )
         if hidden <= 3072:
-            return cls()
-        return cls(qkv=Tile(4, 3), output=Tile(4, 3), down=Tile(4, 3))
+            return cls(wider=some)
+        return cls(qkv=Tile(4, 3), output=Tile(4, 3), down=Tile(4, 3), wider=some)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +188,7 @@ class Forward:
         """Queries, keys and values of the normalised rows."""
         w = self.weights.layers[layer]
         self._linear(
-            self.x, w.qkv, self._qkv, rows, self.tuning.qkv, norm=w.input_norm, bias=w.qkv_bias
+            self.x, w.qkv, self._qkv, rows, self.tuning.at(rows).qkv, norm=w.input_norm, bias=w.qkv_bias
         )
 
     def attention(
@@ -209,7 +222,7 @@ class Forward:
         """x += output projection of what was attended."""
         w = self.weights.layers[layer]
         self._linear(
-            self._attended, w.output, self.x, rows, self.tuning.output, bias=w.output_bias,
+            self._attended, w.output, self.x, rows, self.tuning.at(rows).output, bias=w.output_bias,
             residual=self.x, epilogue=Epilogue.RESIDUAL,
         )  # fmt: skip
 
@@ -217,7 +230,7 @@ class Forward:
         """The gated activation of the normalised rows."""
         w = self.weights.layers[layer]
         self._linear(
-            self.x, w.gate_up, self._gated, rows, self.tuning.gate_up, norm=w.post_norm,
+            self.x, w.gate_up, self._gated, rows, self.tuning.at(rows).gate_up, norm=w.post_norm,
             epilogue=Epilogue.GATED,
         )  # fmt: skip
 
@@ -225,7 +238,7 @@ class Forward:
         """x += down projection."""
         w = self.weights.layers[layer]
         self._linear(
-            self._gated, w.down, self.x, rows, self.tuning.down, residual=self.x,
+            self._gated, w.down, self.x, rows, self.tuning.at(rows).down, residual=self.x,
             epilogue=Epilogue.RESIDUAL,
         )  # fmt: skip
 
@@ -238,7 +251,7 @@ class Forward:
                 tokens=picks, table=self.x, out=x, rows=rows, overlap=self.tuning.overlap
             )
         self._linear(
-            x, w.head, self.logits, rows, self.tuning.head, norm=w.norm,
+            x, w.head, self.logits, rows, self.tuning.at(rows).head, norm=w.norm,
             epilogue=Epilogue.STORE_FLOAT,
         )  # fmt: skip
 

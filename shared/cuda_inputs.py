@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# name -> (shape, type); MAX rows and sequences are both 64.
-_TYPES = {"i": (np.int32, torch.int32), "f": (np.float32, torch.float32), "l": (np.int64, torch.int64)}
+_TYPES = {
+    "i": (np.int32, torch.int32),
+    "f": (np.float32, torch.float32),
+    "l": (np.int64, torch.int64),
+}
 
 
 @dataclass(frozen=True, slots=True)

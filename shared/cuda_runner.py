@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from outrider.kernels import linear
 from outrider.kernels.attention import HEAD_DIMS, Heads, need
 from outrider.kernels.linear import MAX_ROWS
@@ -34,7 +36,6 @@ from outrider.shared.runner import ModelFacts, Span
 from outrider.shared.storage import Storage
 from outrider.shared.types import Decoding, Rule
 from outrider.shared.warpers import truncates
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def simple(d: Decoding) -> bool:
 
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
+
+    reads_branches = False  # the kernels read one extent a sequence
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class CudaRunner(LlamaRunner):
         self._use_graphs = graphs and device.type == "cuda"
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple[object, ...]] = set()
+        self._pending = False
 
     def _weights(self, model: Any) -> Weights:
         storage, layers = self.storage, []
@@ -230,7 +234,9 @@ class CudaRunner(LlamaRunner):
         left = [(i, span, 0) for i, span in enumerate(spans)]
         passes: list[list[tuple[int, Span]]] = []
         while left:
-            rows, room, rest = [], MAX_ROWS, []
+            room = MAX_ROWS
+            rows: list[tuple[int, Span]] = []
+            rest: list[tuple[int, Span, int]] = []
             ends: list[int] = []
             longest = 0
             for i, span, done in left:
@@ -434,6 +440,7 @@ class CudaRunner(LlamaRunner):
     def _wait(self) -> None:
         if self.storage.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+        self._pending = False
 
     def _whole(self, spans: Sequence[Span], rows: int) -> bool:
         """Whether one pass takes all spans."""
@@ -456,8 +463,9 @@ class CudaRunner(LlamaRunner):
 
     def _place(self, spans: Sequence[Span]) -> tuple[int, int]:
         """Writes where the rows stand; returns (rows, most rows of one sequence)."""
-        # The copy of the step before may still read the buffer.
-        self._wait()
+        if self._pending:
+            # The copy of the step before may still read the buffer.
+            self._wait()
         host, row, longest = self._inputs.host, 0, 0
         host["row_counts"][:] = 0
         for s, span in enumerate(spans):
@@ -474,6 +482,7 @@ class CudaRunner(LlamaRunner):
 
     def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
         """Runs; the second time a key is seen it is captured, from then on replayed."""
+        self._pending = True
         if not self._use_graphs:
             run()
             return

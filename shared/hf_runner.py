@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from outrider.shared.arena import Extent
-from outrider.shared.cache import ArenaCache, PackedCache, register
+from outrider.shared.cache import ArenaCache
 from outrider.shared.errors import ConfigError
+from outrider.shared.packed_cache import PackedCache, register
 from outrider.shared.packing import pack
 from outrider.shared.runner import ModelFacts, Runner, Span
 from outrider.shared.storage import Storage
@@ -32,7 +33,7 @@ class HfRunner(Runner):
     def __init__(
         self, model: Any, facts: ModelFacts, storage: Storage, index: Mapping[int, int]
     ) -> None:
-        """``index``: see ``cache.layer_kinds``. Raises ``ConfigError`` where neither mode
+        """``index``: see ``probing.layer_kinds``. Raises ``ConfigError`` where neither mode
         gives the model's own logits."""
         super().__init__(facts, storage)
         self.model = model

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.shared.attention import attend
+from outrider.shared.attention import attend, fold_mask
 from outrider.shared.linear import Products, RmsNorm, fuse
 from outrider.shared.packing import PackedSpan, pack
 from outrider.shared.runner import ModelFacts, Runner, Span
@@ -96,6 +96,7 @@ class LlamaRunner(Runner):
         self._kv_heads: int = config.num_key_value_heads
         self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._scale = self._dim**-0.5
+        self._group = self._heads // self._kv_heads
         self._half: int = config.intermediate_size
         self._embedding: Tensor = model.model.embed_tokens.weight
         self._head: Tensor = model.lm_head.weight
@@ -144,7 +145,7 @@ class LlamaRunner(Runner):
             work.begin,
             work.end,
             work.causal,
-            work.masks,
+            [fold_mask(m, work.end - work.begin, self._group) for m in work.masks],
             [storage.all_targets(pool, work.writes[pool]) for pool in pools],
             [storage.all_views(pool, work.reads[pool]) for pool in pools],
         )

@@ -18,7 +18,9 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     with bfloat16 made float16 where the device has none. Raises ``ConfigError``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # what loads is reported by the service
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

@@ -93,6 +93,25 @@ class Runner(ABC):
                     f"rows end at {span.start + rows}; the capacity is {span.extent.capacity}"
                 )
 
+    reads_branches = True
+    """Whether a forward reads the KV that a branch shares with its parent where it lies."""
+
+    def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent:
+        """An extent whose first ``prefix_len`` positions are those of ``parent``, already valid.
+
+        A branch where the parent can go on beside it; elsewhere the prefix is copied, once.
+        ``capacity`` counts the prefix. Nothing is valid where neither can be done. Raises
+        ``CapacityError``.
+        """
+        if self.reads_branches and self.arena.max_rows is None:
+            return self.arena.branch(parent, prefix_len, capacity)
+        extent = self.arena.admit(capacity)
+        if [size for _, size in extent.places] == [size for _, size in parent.places]:
+            self.storage.copy(parent, extent)
+            # Equal rings with equal contents have lost the same positions.
+            extent.high, extent.valid_len = parent.high, prefix_len
+        return extent
+
     def judge(
         self,
         spans: Sequence[Span],

@@ -149,7 +149,7 @@ class Session(Generic[ItemT, AnswerT]):
         self._released = False
 
     def open(self, request: OpenSequence) -> None:
-        """Reserves the whole extent of a sequence.
+        """Reserves the whole extent of a sequence, less what it shares with its parent.
 
         The same epoch again is a no-op; a higher one frees what was held first. Raises
         ``SequenceRefused``: NO_CAPACITY, STALE_EPOCH or INVALID.
@@ -172,10 +172,11 @@ class Session(Generic[ItemT, AnswerT]):
                     RefusalCode.INVALID, f"capacity: got {request.capacity}; must be at least 1"
                 )
             try:
-                extent = self._engine.runner.arena.admit(request.capacity)
+                extent, tokens = self._reserve(request)
             except CapacityError as error:
                 raise SequenceRefused(RefusalCode.NO_CAPACITY, str(error)) from error
-            self._held[request.sequence_id] = Held(request.epoch, request.decoding, extent)
+            held = Held(request.epoch, request.decoding, extent, tokens)
+            self._held[request.sequence_id] = held
             self._engine.sequences += 1
 
     def close(self, sequence_id: int) -> None:
@@ -268,6 +269,12 @@ class Session(Generic[ItemT, AnswerT]):
                 f"base_len {item.base_len} is more than the {extent.valid_len} held",
                 held_len=extent.valid_len,
             )
+        if item.base_len < extent.pinned:
+            raise SequenceRefused(
+                RefusalCode.KV_MISSING,
+                f"base_len {item.base_len} is within the {extent.pinned} that samples share",
+                held_len=extent.valid_len,
+            )
         if not arena.rollback(extent, item.base_len):
             extent.clear()
             raise SequenceRefused(
@@ -278,6 +285,24 @@ class Session(Generic[ItemT, AnswerT]):
         del held.log[item.base_len :]
         held.log.extend(item.append)
         return held
+
+    def _reserve(self, request: OpenSequence) -> tuple[Extent, list[int]]:
+        """An extent, and the tokens whose KV it holds: those shared with a parent, or none.
+
+        Where the parent is gone, or no longer holds the prefix, there is nothing to share: the
+        coordinator sends those tokens. Raises ``CapacityError``.
+        """
+        runner, prefix = self._engine.runner, request.prefix_len
+        parent = self._held.get(-1 if request.parent_id is None else request.parent_id)
+        if (
+            parent is None
+            or parent.extent.parent is not None
+            or not 0 < prefix < request.capacity
+            or not runner.arena.holds(parent.extent, prefix)
+        ):
+            return runner.arena.admit(request.capacity), []
+        extent = runner.share(parent.extent, prefix, request.capacity)
+        return extent, parent.log[: extent.valid_len]
 
     def _free(self, sequence_id: int) -> None:
         held = self._held.pop(sequence_id, None)

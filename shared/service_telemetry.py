@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opentelemetry.trace import SpanKind
+
 from outrider.shared.errors import RefusalCode
 from outrider.shared.spans import parse_traceparent
 from outrider.shared.telemetry import Telemetry

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from outrider.shared.arena import Arena, PoolPlan, Segment
+from outrider.shared.arena import Arena, Extent, PoolPlan, Segment
 from outrider.shared.errors import ConfigError
 
 
@@ -94,6 +94,15 @@ class Storage:
             own_keys[part.slot : part.slot + part.count].copy_(keys[row : row + part.count])
             own_values[part.slot : part.slot + part.count].copy_(values[row : row + part.count])
             row += part.count
+
+    def copy(self, source: Extent, target: Extent) -> None:
+        """Copies all valid KV of ``source`` to ``target``, whose places have the same sizes."""
+        for keys, values, (start, size), (to, _) in zip(
+            self.keys, self.values, source.places, target.places, strict=True
+        ):
+            count = min(size, source.high)
+            for tensor in (keys, values):
+                tensor[:, to : to + count].copy_(tensor[:, start : start + count])
 
     def views(self, layer: int, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Zero-copy (keys, values) of ``segments``, each ``[1, kv_heads, count, dim]``."""

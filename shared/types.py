@@ -56,12 +56,19 @@ class SparseRow:
 
 @dataclass(frozen=True, slots=True)
 class OpenSequence:
-    """Admission of one sequence: ``capacity`` token slots are reserved or it is refused."""
+    """Admission of one sequence: ``capacity`` token slots are reserved or it is refused.
+
+    With ``parent_id``, its first ``prefix_len`` tokens are those of that sequence, and so is
+    their KV where the service can share it; else nothing is held and the first item that relies
+    on it is refused as ``KV_MISSING``.
+    """
 
     sequence_id: int
     epoch: int
     capacity: int
     decoding: Decoding
+    parent_id: int | None = None
+    prefix_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)

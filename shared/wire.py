@@ -57,6 +57,8 @@ def write_open(item: OpenSequence) -> pb.OpenSequence:
             logprobs=d.logprobs,
             draft_top=d.draft_top,
         ),
+        parent_id=item.parent_id,
+        prefix_len=item.prefix_len,
     )
 
 
@@ -93,6 +95,8 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
             logprobs=d.logprobs if d.HasField("logprobs") else None,
             draft_top=d.draft_top,
         ),
+        message.parent_id if message.HasField("parent_id") else None,
+        message.prefix_len,
     )
 
 

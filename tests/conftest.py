@@ -162,13 +162,23 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 @pytest.fixture(scope="session")
 def engines() -> Any:
     """The module tests/engines.py: tiny models and a loop over real engines."""
+    return _helper("engines")
+
+
+@pytest.fixture(scope="session")
+def processors() -> Any:
+    """The module tests/processors.py: distributions by transformers' own processors."""
+    return _helper("processors")
+
+
+def _helper(module: str) -> Any:
+    """A module beside this file; no package, so that test folders shadow nothing."""
     import importlib.util
 
-    name = "outrider_test_engines"
+    name = f"outrider_test_{module}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "engines.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{module}.py")
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

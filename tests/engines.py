@@ -12,7 +12,14 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.config import ModelConfig
 from outrider.shared.loading import make_runner
 from outrider.shared.runner import Runner
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.shared.types import (
+    Decoding,
+    OpenSequence,
+    PositionLogprobs,
+    Proposal,
+    ProposeItem,
+    VerifyItem,
+)
 from outrider.verify_service.engine import VerifyEngine
 
 VOCAB = 97
@@ -102,6 +109,7 @@ class Course:
     proposed: int = 0
     accepted: int = 0
     lengths: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
 
     @property
     def written(self) -> list[int]:
@@ -137,7 +145,7 @@ def speculate(
             helper.open(request)
     while not all(course.done for course in courses):
         live = [i for i, course in enumerate(courses) if not course.done]
-        proposals: dict[int, tuple[int, ...]] = {}
+        proposals: dict[int, Proposal] = {}
         if helper is not None:
             items = [_ask(i, courses[i], ks[i], chunk) for i in live]
             result = helper.round(items)
@@ -146,7 +154,7 @@ def speculate(
                 course = courses[proposal.sequence_id]
                 assert len(proposal.tokens) == item.k
                 course.draft_len = item.base_len + len(item.append) + max(item.k - 1, 0)
-                proposals[proposal.sequence_id] = proposal.tokens
+                proposals[proposal.sequence_id] = proposal
         asks = []
         for i in live:
             course = courses[i]
@@ -156,7 +164,9 @@ def speculate(
                     VerifyItem(i, 1, course.base_len, tuple(rest[:chunk]), extend_only=True)
                 )
             else:
-                asks.append(VerifyItem(i, 1, course.base_len, tuple(rest), proposals.get(i, ())))
+                offer = proposals.get(i)
+                judged_too = (offer.tokens, offer.rows) if offer is not None else ()
+                asks.append(VerifyItem(i, 1, course.base_len, tuple(rest), *judged_too))
         judged = base.round(asks)
         assert not judged.refusals, judged.refusals
         for ask, verdict in zip(asks, judged.answers, strict=True):
@@ -167,6 +177,7 @@ def speculate(
             course.proposed += len(ask.proposal)
             course.accepted += verdict.num_accepted
             course.lengths.append(verdict.num_accepted)
+            course.logprobs.extend(verdict.logprobs)
             n = len(course.log)
             course.log.extend(ask.proposal[: verdict.num_accepted])
             course.log.append(verdict.next_token)
@@ -178,6 +189,7 @@ def speculate(
         helper.release()
     for course in courses:
         del course.log[course.prompt_len + count :]
+        del course.logprobs[count:]
     return courses
 
 

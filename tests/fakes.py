@@ -34,6 +34,7 @@ from outrider.shared.types import (
 )
 
 VOCAB = 300
+_BLOCK = bytes(1 << 15)
 
 
 def _hash(*parts: object) -> int:
@@ -156,7 +157,7 @@ class _Session:
         if toy.spin:
             until = time.perf_counter() + pause
             while time.perf_counter() < until:
-                pass
+                hashlib.sha256(_BLOCK)  # computes without the interpreter's lock, as a model does
         elif pause:
             time.sleep(pause)
         result.model_seconds = time.perf_counter() - started

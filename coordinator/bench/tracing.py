@@ -45,9 +45,6 @@ RATE = 2000
 RATE_SECONDS = 5.0
 
 
-NEEDS_MODELS = True
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the study's flags."""
     parser.add_argument("--k", type=int, default=4, help="draft tokens per proposal (default: 4)")

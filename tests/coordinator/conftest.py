@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from outrider.coordinator import service
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
-from outrider.shared.config import CoordinatorConfig
+from outrider.shared.config import CoordinatorConfig, DraftConfig, ServeConfig, VerifyConfig
 
 
 @pytest.fixture(scope="session")
@@ -184,3 +184,53 @@ def ask() -> Callable[..., pb.GenerateRequest]:
         return request
 
     return make
+
+
+def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
+    """One service over the engine that its program would build; ``rows``: of each round."""
+    from outrider.shared.rounds import add_to_server
+    from outrider.shared.rpc import Server
+
+    if role == "draft":
+        from outrider.draft_service.__main__ import build
+        from outrider.draft_service.service import make_servicer
+    else:
+        from outrider.verify_service.__main__ import build
+        from outrider.verify_service.service import make_servicer
+    servicer = make_servicer()
+    engine = build(config, lambda text: None)
+    rows: list[int] = []
+    servicer.watch(lambda message, items, result, arrived, answered: rows.append(result.rows))
+    servicer.attach(engine)
+    name = role.capitalize()
+    server = Server(
+        ServeConfig(listen=listen, max_calls=8, reflection=False),
+        lambda grpc_server: add_to_server(grpc_server, servicer, name),
+        [f"outrider.v1.{name}"],
+    )
+    server.serving()
+    return SimpleNamespace(server=server, engine=engine, listen=listen, rows=rows)
+
+
+@pytest.fixture(scope="session")
+def start_model() -> Callable[..., SimpleNamespace]:
+    """``start_model("verify", config, address)``: a service over a real engine."""
+    return _start_model
+
+
+@pytest.fixture(scope="module")
+def model_pair(
+    tiny_base: Path, tiny_draft: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """Both services over real engines with tiny random models, in this process."""
+    folder = tmp_path_factory.mktemp("pair")
+    options = {"device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1}
+    with ExitStack() as stack:
+        made = {}
+        for role, config in (
+            ("verify", VerifyConfig(path=str(tiny_base), **options)),
+            ("draft", DraftConfig(path=str(tiny_draft), **options)),
+        ):
+            made[role] = _start_model(role, config, f"unix:{folder}/{role}")
+            stack.callback(made[role].server.drain, grace=0)
+        yield SimpleNamespace(**made, folder=tiny_base)

@@ -17,6 +17,8 @@ from outrider.shared.errors import CapacityError
 class One:
     missing: int = 1
     name: str = ""
+    ready: bool = True
+    shares: bool = False
 
 
 def make(**options: int) -> Scheduler[One]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,51 +11,9 @@ from typing import Any
 import pytest
 
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import DraftConfig, ServeConfig, VerifyConfig
-from outrider.shared.rounds import add_to_server
-from outrider.shared.rpc import Server
+from outrider.shared.config import VerifyConfig
 
 Make = Callable[..., Any]
-
-
-def start(role: str, config: Any, listen: str) -> tuple[Any, Any]:
-    """One service over the engine that its program would build."""
-    if role == "draft":
-        from outrider.draft_service.__main__ import build
-        from outrider.draft_service.service import make_servicer
-    else:
-        from outrider.verify_service.__main__ import build
-        from outrider.verify_service.service import make_servicer
-    servicer = make_servicer()
-    engine = build(config, lambda text: None)
-    servicer.attach(engine)
-    name = role.capitalize()
-    server = Server(
-        ServeConfig(listen=listen, max_calls=8, reflection=False),
-        lambda grpc_server: add_to_server(grpc_server, servicer, name),
-        [f"outrider.v1.{name}"],
-    )
-    server.serving()
-    return server, engine
-
-
-@pytest.fixture(scope="module")
-def pair(
-    tiny_base: Path, tiny_draft: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("pair")
-    options = {"device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1}
-    with ExitStack() as stack:
-        made = {}
-        for role, config in (
-            ("verify", VerifyConfig(path=str(tiny_base), **options)),
-            ("draft", DraftConfig(path=str(tiny_draft), **options)),
-        ):
-            listen = f"unix:{folder}/{role}"
-            server, engine = start(role, config, listen)
-            stack.callback(server.drain, grace=0)
-            made[role] = SimpleNamespace(listen=listen, engine=engine)
-        yield SimpleNamespace(**made, folder=tiny_base)
 
 
 def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
@@ -78,14 +35,14 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 def test_models_greedy_equals_transformers_for_every_k(
-    pair: SimpleNamespace, client_of: Make, ask: Make
+    model_pair: SimpleNamespace, client_of: Make, ask: Make
 ) -> None:
     prompts = [[5, 9, 40], [7] * 20, list(range(1, 90))]
-    wanted = [reference(pair.folder, prompt, 40) for prompt in prompts]
+    wanted = [reference(model_pair.folder, prompt, 40) for prompt in prompts]
 
     async def run() -> None:
-        settings = {"tokenizer": str(pair.folder), "prefill_chunk": 32}
-        async with client_of(pair.verify, pair.draft, **settings) as client:
+        settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": 32}
+        async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
             for k in [*range(9), None]:
                 results = await asyncio.gather(
                     *(
@@ -96,15 +53,19 @@ def test_models_greedy_equals_transformers_for_every_k(
                 assert [result.only.ids for result in results] == wanted
 
     asyncio.run(run())
-    assert pair.verify.engine.info().sequences == pair.draft.engine.info().sequences == 0
-    assert pair.verify.engine.info().arena_tokens_used == 0
+    assert (
+        model_pair.verify.engine.info().sequences == model_pair.draft.engine.info().sequences == 0
+    )
+    assert model_pair.verify.engine.info().arena_tokens_used == 0
 
 
 def test_models_same_seed_same_tokens_whatever_k_and_company(
-    pair: SimpleNamespace, client_of: Make, ask: Make
+    model_pair: SimpleNamespace, client_of: Make, ask: Make
 ) -> None:
     async def run() -> None:
-        async with client_of(pair.verify, pair.draft, tokenizer=str(pair.folder)) as client:
+        async with client_of(
+            model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
+        ) as client:
 
             def one(seed: int, k: int | None) -> pb.GenerateRequest:
                 return ask(
@@ -131,10 +92,12 @@ def test_models_same_seed_same_tokens_whatever_k_and_company(
 
 
 def test_models_text_and_logprobs_belong_to_the_tokens(
-    pair: SimpleNamespace, client_of: Make
+    model_pair: SimpleNamespace, client_of: Make
 ) -> None:
     async def run() -> None:
-        async with client_of(pair.verify, pair.draft, tokenizer=str(pair.folder)) as client:
+        async with client_of(
+            model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
+        ) as client:
             for k in (0, 3):
                 request = pb.GenerateRequest(
                     prompt="def add(",
@@ -145,7 +108,7 @@ def test_models_text_and_logprobs_belong_to_the_tokens(
                 one = (await client.generate(request)).only
                 from tokenizers import Tokenizer
 
-                backend = Tokenizer.from_file(str(pair.folder / "tokenizer.json"))
+                backend = Tokenizer.from_file(str(model_pair.folder / "tokenizer.json"))
                 assert one.text == "def add(" + backend.decode(one.ids)
                 assert len(one.logprobs) == 25
                 for token, entry in zip(one.ids, one.logprobs, strict=True):
@@ -156,13 +119,13 @@ def test_models_text_and_logprobs_belong_to_the_tokens(
 
 
 def test_models_base_that_dies_and_comes_back_changes_no_token(
-    tiny_base: Path, tmp_path: Path, client_of: Make, ask: Make
+    tiny_base: Path, tmp_path: Path, client_of: Make, ask: Make, start_model: Make
 ) -> None:
     config = VerifyConfig(
         path=str(tiny_base), device="cpu", dtype="float32", arena_bytes=8 << 20, threads=1
     )
     listen = f"unix:{tmp_path}/verify"
-    server, _ = start("verify", config, listen)
+    server = start_model("verify", config, listen).server
     base = SimpleNamespace(listen=listen)
 
     async def run() -> Any:
@@ -173,7 +136,7 @@ def test_models_base_that_dies_and_comes_back_changes_no_token(
             call = asyncio.create_task(client.generate(request))
             await asyncio.sleep(0.05)
             await asyncio.to_thread(server.drain, grace=0)
-            server, _ = await asyncio.to_thread(start, "verify", config, listen)
+            server = (await asyncio.to_thread(start_model, "verify", config, listen)).server
             assert (await call).only.ids == whole
 
     try:

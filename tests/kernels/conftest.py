@@ -57,10 +57,12 @@ class EmulatedCompiler:
             f'#include "{HERE / "emulation.h"}"\n#include "{SOURCES / name}.cu"\n'
             f'extern "C" void run(int gx, int gy, int threads, int shared, int late, '
             f"{', '.join(parameters)}) {{\n"
-            f"  run_grid(gx, gy, threads, shared, late, [&] {{ {entry}({', '.join(names)}); }});\n}}\n"
+            f"  run_grid(gx, gy, threads, shared, late, [&] {{\n"
+            f"    {entry}({', '.join(names)});\n  }});\n}}\n"
         )
         flags = [f"-D{k}={v}" for k, v in {**defines, "ARCH": self.arch}.items()]
-        headers = "".join(p.read_text() for p in [*sorted(SOURCES.glob("*.cuh")), HERE / "emulation.h"])
+        included = [*sorted(SOURCES.glob("*.cuh")), HERE / "emulation.h"]
+        headers = "".join(p.read_text() for p in included)
         key = hashlib.sha256((text + source + headers + str(flags)).encode()).hexdigest()[:16]
         library = self.folder / f"{name}-{key}.so"
         if not library.exists():

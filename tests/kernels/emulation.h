@@ -218,7 +218,6 @@ template <int PENDING> static void copy_wait() {
 
 static uint4 load_constant(const void* p) { return *(const uint4*)p; }
 template <typename V> static V load_fresh(const V* p) { return *p; }
-static void prefetch(const void*) {}
 static void wait_for_previous() {}
 static void let_next_start() {}
 template <typename V> static V shuffle_with(V v, int from) {

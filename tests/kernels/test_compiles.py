@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from outrider.kernels import attention, linear
 from outrider.kernels.linear import Tile
 
@@ -33,7 +34,6 @@ def variants(arch: int):
                         "GROUPS": groups,
                         "UNITS": units,
                         "STAGES": stages,
-                        "PREFETCH": 2,
                         "NORM": int(groups <= 2),
                         "EPILOGUE": epilogue,
                         "MIN_BLOCKS": 1,
@@ -77,7 +77,7 @@ def test_linear_uses_the_tensor_cores(arch, tmp_path):
     """What Triton does not give sm_75: its product is plain FMA there."""
     disassembler = _disassembler()
     defines = {
-        "GROUPS": 1, "UNITS": 4, "STAGES": 3, "PREFETCH": 0, "NORM": 1, "EPILOGUE": 0, "MIN_BLOCKS": 1,
+        "GROUPS": 1, "UNITS": 4, "STAGES": 3, "NORM": 1, "EPILOGUE": 0, "MIN_BLOCKS": 1,
     }  # fmt: skip
     code = compile_for("linear", defines, arch, tmp_path)
     (tmp_path / "linear.cubin").write_bytes(code)

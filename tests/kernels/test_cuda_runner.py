@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.kernels import registry
 from outrider.kernels.registry import Tools

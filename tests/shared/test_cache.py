@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.shared.cache import ArenaCache, layer_kinds
+from outrider.shared.cache import ArenaCache
 from outrider.shared.errors import ConfigError
+from outrider.shared.probing import layer_kinds
 
 WINDOW = 8
 MIXED = ["sliding_attention", "full_attention"]

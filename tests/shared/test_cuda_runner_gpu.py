@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.config import ModelConfig
 from outrider.shared.loading import make_runner

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from outrider.shared import logs
 from outrider.shared.spans import TraceContext
 

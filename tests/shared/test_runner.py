@@ -191,8 +191,8 @@ def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int, eng
         runner.forward([Span(extent, 0, [1] * 480, 0)])
         with _Watch() as watch:
             runner.forward([Span(extent, 480, [2] * rows, 1)])
-    keys_of_one_layer = 480 * 2 * 8
-    assert watch.largest < keys_of_one_layer / 2
+    of_one_layer = 2 * 480 * 2 * 8
+    assert watch.largest < of_one_layer / 2
 
 
 def test_a_rollback_moves_no_byte(engines: Any) -> None:

@@ -181,3 +181,17 @@ def test_sampling_needs_no_more_than_the_seed(
     assert written[0] == written[1] == written[-1]
     other = Decoding(temperature=0.9, top_p=0.95, seed=12, rule=rule)
     assert [c.written for c in engines.speculate(verify, draft, asked, 12, 5, other)] != written[0]
+
+
+def test_what_samples_share_is_not_written_again(verify: VerifyEngine, engines: Any) -> None:
+    """A parent whose message comes twice leaves the KV that its branches read alone."""
+    session = opened(verify)
+    prompt = tuple(range(1, 11))
+    (first,) = session.round([VerifyItem(1, 1, 0, prompt)]).answers
+    session.open(OpenSequence(2, 1, 40, GREEDY, parent_id=1, prefix_len=9))
+    again = session.round([VerifyItem(1, 1, 0, prompt)])
+    assert refused(again) == (RefusalCode.KV_MISSING, 10)
+    (child,) = session.round([VerifyItem(2, 1, 9, prompt[9:])]).answers
+    assert child.next_token == first.next_token
+    session.close(2)
+    assert session.round([VerifyItem(1, 1, 0, prompt)]).answers == [first]

@@ -19,6 +19,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
+
 from outrider.shared.config import TelemetryConfig, load
 from outrider.shared.errors import ConfigError
 from outrider.shared.instruments import METRICS

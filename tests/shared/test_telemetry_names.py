@@ -13,6 +13,7 @@ import opentelemetry.semconv._incubating.attributes as incubating_attributes
 import opentelemetry.semconv._incubating.metrics as incubating_metrics
 import opentelemetry.semconv.attributes as stable_attributes
 import pytest
+
 from outrider.shared.attributes import ATTRIBUTES
 from outrider.shared.instruments import METRICS, Metric
 

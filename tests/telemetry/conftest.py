@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -19,6 +20,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
+
 from outrider.coordinator import children
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -139,6 +141,15 @@ class Cluster:
         os.kill(self._children[name].process.pid, signal.SIGKILL)
         self._children[name].process.wait()
         self._children[name].process.stdin.close()
+
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """Halts a part for the length of the block."""
+        os.kill(self._children[name].process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._children[name].process.pid, signal.SIGCONT)
 
     def log(self, name: str) -> list[str]:
         """The log lines of a part so far."""

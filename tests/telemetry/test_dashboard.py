@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from opentelemetry.exporter.prometheus._mapping import sanitize_attribute
+
 from outrider.shared.config import TelemetryConfig
 from outrider.shared.instruments import METRICS
 from outrider.shared.telemetry import Telemetry

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from outrider.coordinator import chrome, profile, profile_record
 from outrider.coordinator.report import rounds_of_tokens
 from outrider.protos import generation_pb2 as pb

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outrider.shared.instruments import ALL, COORDINATOR, METRICS, SERVICES
 
 pytestmark = pytest.mark.skipif(

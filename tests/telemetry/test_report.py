@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outrider.coordinator import profile_record
 from outrider.coordinator.report import page, rounds_of_tokens
 

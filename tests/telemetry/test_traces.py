@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
+import time
 from typing import Any
 
 import pytest
+
 from outrider.shared.attributes import ATTRIBUTES
 
 ROOT = "text_completion"
@@ -214,7 +216,7 @@ def test_request_that_the_client_does_not_sample_leaves_nothing(
 
 
 def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> None:
-    undisturbed, _, _ = cluster.generate(tokens=300)
+    undisturbed, _, _ = cluster.generate(tokens=900)
     trace, _, metadata = traceparent()
     restarted = threading.Event()
 
@@ -226,10 +228,10 @@ def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> Non
     thread = threading.Thread(target=restart)
 
     def seen(response: Any) -> None:
-        if response.WhichOneof("event") == "delta" and not thread.ident:
+        if response.WhichOneof("event") == "started":
             thread.start()
 
-    ids, _, _ = cluster.generate(tokens=300, metadata=metadata, seen=seen)
+    ids, _, _ = cluster.generate(tokens=900, metadata=metadata, seen=seen)
     thread.join()
     assert restarted.is_set()
     assert ids == undisturbed
@@ -253,19 +255,27 @@ def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> Non
 
 def test_lost_draft_is_seen_in_the_trace(cluster: Any, collector: Any) -> None:
     trace, _, metadata = traceparent()
-    killed = threading.Event()
-
-    def seen(response: Any) -> None:
-        if response.WhichOneof("event") == "delta" and not killed.is_set():
-            cluster.kill("draft")
-            killed.set()
-
-    ids, _, _ = cluster.generate(tokens=200, metadata=metadata, seen=seen)
+    told = len(lost_draft(cluster))
+    with cluster.paused("base"):
+        # The verifier can't answer, so the request runs for as long as we like.
+        thread = threading.Thread(target=cluster.generate, kwargs={"metadata": metadata})
+        thread.start()
+        cluster.kill("draft")
+        until = time.monotonic() + 30
+        while len(lost_draft(cluster)) == told and time.monotonic() < until:
+            time.sleep(0.05)
+    thread.join()
     cluster.start("draft")
-    assert len(ids) == 200
     spans = collector[1].trace(trace)
     root = root_of(spans)
     events = [(name, about.get("outrider.service")) for name, about in root.events]
     assert ("outrider.failover", "draft") in events
+    assert not named(spans, "draft")
     modes = [one.attributes["outrider.round.mode"] for one in named(spans, "round")]
     assert modes[-1] == "plain"
+    assert sum(one.attributes["outrider.emitted"] for one in named(spans, "round")) == 24
+
+
+def lost_draft(cluster: Any) -> list[str]:
+    """The log lines that say so."""
+    return [line for line in cluster.log("coordinator") if "lost the draft service" in line]
