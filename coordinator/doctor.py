@@ -9,6 +9,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from outrider.shared import operations
+
 PACKAGES = (
     "outrider",
     "torch",
@@ -55,7 +57,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": packages,
         "devices": _devices(problems),
-        "operations": _operations(),
+        "operations": operations.chosen(),
         "pair": _pair(problems),
         "problems": problems,
     }
@@ -76,22 +78,6 @@ def _devices(problems: list[str]) -> dict[str, str]:
     if torch.backends.mps.is_available():
         found["mps"] = "Apple GPU"
     return found
-
-
-def _operations() -> dict[str, str]:
-    """Which implementation of each operation runs on the best device here, and why."""
-    try:
-        import torch
-        from outrider.kernels import registry
-    except ImportError as error:
-        return {"none": str(error)}
-    device, dtype = torch.device("cpu"), torch.float32
-    if torch.cuda.is_available():
-        device = torch.device("cuda:0")
-        major, _ = torch.cuda.get_device_capability(device)
-        dtype = torch.bfloat16 if major >= 8 else torch.float16
-    found = {choice.operation: str(choice) for choice in registry.choices(device, dtype)}
-    return {name: text.removeprefix(f"{name}: ") for name, text in found.items()}
 
 
 def _pair(problems: list[str]) -> dict[str, str]:

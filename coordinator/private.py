@@ -20,7 +20,8 @@ from outrider.shared.errors import ServiceUnavailable
 
 START_SECONDS = 600.0
 """A large model may take minutes to load; one that takes longer is given up."""
-STOP_SECONDS = 5.0
+STOP_SECONDS = 15.0
+"""The driver takes seconds to give back a large GPU arena."""
 
 
 @contextmanager
@@ -90,16 +91,19 @@ def _wait(
 ) -> None:
     """Until every part is ready."""
     until = time.monotonic() + START_SECONDS
-    while not all(child.ready for child in running):
+    ready: set[str] = set()  # by the events, so that none is left untold
+    while len(ready) < len(running):
         try:
             event = events.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            late = ", ".join(child.name for child in running if not child.ready)
+            late = ", ".join(child.name for child in running if child.name not in ready)
             raise ServiceUnavailable(f"not ready after {START_SECONDS:g} s: {late}") from None
         if event.kind == "ended":
             raise ServiceUnavailable(event.text)
         if event.kind == "failed":
             raise ServiceUnavailable(f"{event.child.name}: {event.text}")
+        if event.kind == "ready":
+            ready.add(event.child.name)
         if event.kind in ("progress", "ready"):
             progress(event.child.name, event.text if event.kind == "progress" else "ready")
         elif log is not None:

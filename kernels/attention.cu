@@ -87,7 +87,71 @@ DEVICE void embed(const Raw& raw, const Turn& turn, const elem* weight, float ep
 #define QUERIES_PER_WARP (16 / WARPS)
 #define NEW_AT_ONCE 2
 
-ENTRY void __launch_bounds__(THREADS)
+struct Cuts {   // where the partial results of one (sequence, KV head) lie and go
+  const float* partial;
+  const float2* stats;
+  elem* out;
+  int first_item;
+  size_t step;
+  int row_capacity, cuts, queries, first_row, group, head, heads;
+};
+
+// Adds up the cuts in ascending order. A thread makes four columns of QUERIES rows at a time,
+// BATCH cuts on their way at once; neither number changes a bit.
+template <int QUERIES, int BATCH> DEVICE void combine(const Cuts& c, int tid) {
+  const int all = c.queries * (HEAD_DIM / 4);
+  for (int e0 = tid; e0 < all; e0 += QUERIES * THREADS) {
+    float top[QUERIES], total[QUERIES], y[QUERIES][4];
+    size_t at0[QUERIES];
+    int column[QUERIES];
+#pragma unroll
+    for (int n = 0; n < QUERIES; ++n) {
+      const int e = min(e0 + n * THREADS, all - 1);
+      column[n] = e % (HEAD_DIM / 4) * 4;
+      at0[n] = (size_t)c.first_item * c.row_capacity + e / (HEAD_DIM / 4);
+      top[n] = NEGATIVE_INFINITY;
+      total[n] = y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0.f;
+    }
+    for (int i0 = 0; i0 < c.cuts; i0 += BATCH) {
+      float peak[QUERIES][BATCH], sum[QUERIES][BATCH];
+      uint4 v[QUERIES][BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i)
+#pragma unroll
+        for (int n = 0; n < QUERIES; ++n) {
+          const size_t at = at0[n] + min(i0 + i, c.cuts - 1) * c.step;
+          peak[n][i] = load_fresh((const float*)(c.stats + at));
+          sum[n][i] = load_fresh((const float*)(c.stats + at) + 1);
+          v[n][i] = load_fresh((const uint4*)(c.partial + at * HEAD_DIM + column[n]));
+        }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i)
+        if (i0 + i < c.cuts)
+#pragma unroll
+          for (int n = 0; n < QUERIES; ++n) {
+            const float higher = fmaxf(top[n], peak[n][i]);
+            const float base = higher == NEGATIVE_INFINITY ? 0.f : higher;
+            const float old = exp2_fast(top[n] - base), weight = exp2_fast(peak[n][i] - base);
+            top[n] = higher;
+            total[n] = fmaf(total[n], old, weight * sum[n][i]);
+            y[n][0] = fmaf(y[n][0], old, weight * __uint_as_float(v[n][i].x));
+            y[n][1] = fmaf(y[n][1], old, weight * __uint_as_float(v[n][i].y));
+            y[n][2] = fmaf(y[n][2], old, weight * __uint_as_float(v[n][i].z));
+            y[n][3] = fmaf(y[n][3], old, weight * __uint_as_float(v[n][i].w));
+          }
+    }
+#pragma unroll
+    for (int n = 0; n < QUERIES; ++n) {
+      const int e = e0 + n * THREADS, q = e / (HEAD_DIM / 4);
+      if (e >= all) continue;
+      const size_t row = (size_t)(c.first_row + q / c.group) * c.heads + c.head * c.group + q % c.group;
+      *(uint2*)(c.out + row * HEAD_DIM + column[n]) =
+          make_uint2(pack(y[n][0] / total[n], y[n][1] / total[n]), pack(y[n][2] / total[n], y[n][3] / total[n]));
+    }
+  }
+}
+
+ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     attention(const elem* __restrict__ qkv, elem* keys, elem* values, elem* __restrict__ out,
               const int* starts, const int* first_rows, const int* row_counts,
               const int* positions, int position_offset, const float2* __restrict__ rope,
@@ -322,37 +386,10 @@ ENTRY void __launch_bounds__(THREADS)
       BARRIER_BLOCK();
       if (*flag) {
         __threadfence();
-        for (int e = tid; e < queries * (HEAD_DIM / 4); e += THREADS) {
-          const int q = e / (HEAD_DIM / 4), column = e % (HEAD_DIM / 4) * 4;
-          const size_t at0 = (size_t)(before + head) * row_capacity + q, step = (size_t)kv_heads * row_capacity;
-          float top = NEGATIVE_INFINITY, total = 0.f, y[4] = {0.f, 0.f, 0.f, 0.f};
-          for (int i0 = 0; i0 < cuts; i0 += 8) {
-            float peak[8], sum[8];
-            uint4 v[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const size_t at = at0 + min(i0 + i, cuts - 1) * step;
-              peak[i] = load_fresh((const float*)(partial_stats + at));
-              sum[i] = load_fresh((const float*)(partial_stats + at) + 1);
-              v[i] = load_fresh((const uint4*)(partial + at * HEAD_DIM + column));
-            }
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-              if (i0 + i < cuts) {
-                const float higher = fmaxf(top, peak[i]);
-                const float base = higher == NEGATIVE_INFINITY ? 0.f : higher;
-                const float old = exp2_fast(top - base), weight = exp2_fast(peak[i] - base);
-                top = higher;
-                total = fmaf(total, old, weight * sum[i]);
-                y[0] = fmaf(y[0], old, weight * __uint_as_float(v[i].x));
-                y[1] = fmaf(y[1], old, weight * __uint_as_float(v[i].y));
-                y[2] = fmaf(y[2], old, weight * __uint_as_float(v[i].z));
-                y[3] = fmaf(y[3], old, weight * __uint_as_float(v[i].w));
-              }
-          }
-          elem* to = out + (size_t)(first + q / group) * heads * HEAD_DIM + (head * group + q % group) * HEAD_DIM + column;
-          *(uint2*)to = make_uint2(pack(y[0] / total, y[1] / total), pack(y[2] / total, y[3] / total));
-        }
+        const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
+                         row_capacity, cuts, queries, first, group, head, heads};
+        if (queries * (HEAD_DIM / 4) <= THREADS) combine<1, 8>(at, tid);
+        else combine<2, 4>(at, tid);
       }
     }
     BARRIER_BLOCK();

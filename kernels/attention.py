@@ -92,7 +92,9 @@ def rope_table(inverse_frequencies: Tensor, positions: int, scaling: float = 1.0
     return torch.stack((angles.cos(), angles.sin()), -1).mul_(scaling).contiguous()
 
 
-def _embedded(x: Tensor, positions: Tensor, rope: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+def _embedded(
+    x: Tensor, positions: Tensor, rope: Tensor, norm: Tensor | None, eps: float
+) -> Tensor:
     """[rows, heads, head_dim] normalised and rotated, rounded where the kernels round."""
     if norm is not None:
         wide = x.float()

@@ -88,10 +88,8 @@ def _cuda(tools: Tools) -> Call:
         overlap: bool = False,
     ) -> None:
         if not work:
-            new = {"dtype": torch.int32, "device": logits.device}
-            work.append(torch.zeros(MAX_COUNT * MAX_BLOCKS, **new).float())
-            work.append(torch.zeros(MAX_COUNT * MAX_BLOCKS, **new))
-            work.append(torch.zeros(MAX_COUNT, **new))
+            whole = torch.zeros(MAX_COUNT * MAX_BLOCKS, device=logits.device)
+            work.extend((whole, whole.int(), whole[:MAX_COUNT].int()))
         vocabulary = logits.shape[1]
         kernel = tools.compiler.kernel(
             "choose", "choose", {"BF16": 0}, threads=THREADS, shared=8 * THREADS // 32 + 16

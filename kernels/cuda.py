@@ -92,7 +92,8 @@ class Kernel:
         """
         from cuda.bindings import driver
 
-        values, types = [], []
+        values: list[int | float] = []
+        types: list[Any] = []
         for a in arguments:
             if a is None:
                 values.append(0)

@@ -12,8 +12,7 @@
 //
 // N >= 8, and for GATED N a multiple of 16; K a multiple of 64.
 // -D: GROUPS (row groups of 8: 1, 2, 4, 6, 8), UNITS (summed at a time), STAGES (>= 2),
-//     NORM (1: RMS norm of x first; GROUPS <= 2), EPILOGUE, MIN_BLOCKS (a multiprocessor),
-//     PREFETCH (chunks asked for before the wait, beyond the ring).
+//     NORM (1: RMS norm of x first; GROUPS <= 2), EPILOGUE, MIN_BLOCKS (a multiprocessor).
 #include "prelude.cuh"
 
 #define STORE 0       // out = elem(y)
@@ -28,6 +27,10 @@
 #define ITEM 1024
 #define X_IN_RING (GROUPS >= 4 && ARCH >= 80)     // else x goes straight to registers
 #define STAGE ((UNITS + (X_IN_RING ? GROUPS : 0)) * ITEM)
+// Filling a stage anew waits for its own reads where many rows leave room for few stages; with
+// few rows the stage before it is filled instead, and no read stands in the way (measured).
+#define REFILL_AT_ONCE (GROUPS >= 4)
+#define AHEAD (REFILL_AT_ONCE ? STAGES : STAGES - 1)
 #define PARTS (GROUPS >= 4 ? WARPS / 2 : WARPS)   // slices' sums held in shared memory at once
 
 // Place of 16-byte piece `piece` of row `row` in an item of 8 rows x 128 bytes, scrambled so
@@ -100,16 +103,20 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   };
 #endif
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; ++i) {
+  for (int i = 0; i < AHEAD; ++i) {
     fetch_w(i);
     copy_commit();
   }
-  int slot = 0, free_slot = STAGES - 1;
-  // Beyond what the ring holds, the next chunks are called into the L2 cache.
-  const int lines = min(UNITS, end - begin) * 8;
-  for (int c = chunk_begin + STAGES - 1; c < min(chunk_begin + STAGES - 1 + PREFETCH, chunk_end); ++c)
-    for (int i = lane; i < lines; i += 32)
-      prefetch(w + (size_t)(unit_row(begin + (i >> 3)) + (i & 7)) * K + c * 64);
+  int slot = 0, refill = REFILL_AT_ONCE ? 0 : STAGES - 1;
+#endif
+
+#if NORM
+  auto load_norm = [&](uint4 (&v)[2], int c) {
+    v[0] = *(const uint4*)(norm + c * 64 + t * 8);
+    v[1] = *(const uint4*)(norm + c * 64 + 32 + t * 8);
+  };
+  uint4 next_norm[2];
+  load_norm(next_norm, chunk_begin);
 #endif
 
   wait_for_previous();
@@ -128,7 +135,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   };
 #if X_IN_RING
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; ++i) fetch_x(i);
+  for (int i = 0; i < AHEAD; ++i) fetch_x(i);
   copy_commit();
   copy_wait<0>();
 #else
@@ -149,12 +156,12 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) square[r] = 0.f;
 #pragma unroll 1
-    for (int c0 = chunk_begin; c0 < chunk_end; c0 += 4) {
-      uint4 v[4][GROUPS][2];   // all on their way before the first is looked at
+    for (int c0 = chunk_begin; c0 < chunk_end; c0 += 8 / GROUPS) {
+      uint4 v[8 / GROUPS][GROUPS][2];   // all on their way before the first is looked at
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load_x(v[i], c0 + i);
+      for (int i = 0; i < 8 / GROUPS; ++i) load_x(v[i], c0 + i);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 8 / GROUPS; ++i)
 #pragma unroll
         for (int r = 0; r < GROUPS; ++r)
 #pragma unroll
@@ -184,11 +191,11 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   }
 #endif
 
-  auto normalise = [&](uint4 (&v)[GROUPS][2], int c) {
 #if NORM
+  auto normalise = [&](uint4 (&v)[GROUPS][2], const uint4 (&weight)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 q = *(const uint4*)(norm + c * 64 + h * 32 + t * 8);
+      const uint4 q = weight[h];
       const u32 n[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
@@ -200,8 +207,8 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
         v[r][h] = make_uint4(p[0], p[1], p[2], p[3]);
       }
     }
-#endif
   };
+#endif
 
 #pragma unroll 1
   for (int first = begin; first < end; first += UNITS) {
@@ -231,7 +238,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     for (int c = chunk_begin; c < chunk_end; ++c) {
       uint4 a[GROUPS][2], b[UNITS][2];
 #if ARCH >= 80
-      copy_wait<STAGES - 2>();
+      copy_wait<AHEAD - 1>();
       BARRIER_WARP();
       const unsigned char* stage = ring + slot * STAGE;
 #pragma unroll
@@ -261,16 +268,25 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
       }
       load_x(next, c + 1 < chunk_end ? c + 1 : chunk_begin);
 #endif
+#if NORM
+      const uint4 weight[2] = {next_norm[0], next_norm[1]};
+      load_norm(next_norm, c + 1 < chunk_end ? c + 1 : chunk_begin);
+#endif
 #if ARCH >= 80
-      fetch_w(free_slot);
+#if REFILL_AT_ONCE
+      BARRIER_WARP();   // all lanes have read it
+#endif
+      fetch_w(refill);
 #if X_IN_RING
-      fetch_x(free_slot);
+      fetch_x(refill);
 #endif
       copy_commit();
-      free_slot = slot;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      refill = refill + 1 == STAGES ? 0 : refill + 1;
 #endif
-      normalise(a, c);
+#if NORM
+      normalise(a, weight);
+#endif
       // Units that this pass does not have are summed from whatever lies there and dropped.
 #pragma unroll
       for (int step = 0; step < 4; ++step)

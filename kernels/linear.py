@@ -47,14 +47,12 @@ class Tile:
     """How the CUDA kernel cuts its work; none of it changes a result.
 
     ``units``: groups of eight columns summed at a time; ``stages``: of the ring, each 64 k of
-    all units; ``blocks``: thread blocks per multiprocessor; ``prefetch``: stages beyond the ring
-    that are called into the L2 cache while the kernel before still runs.
+    all units; ``blocks``: thread blocks per multiprocessor.
     """
 
     units: int = 4
     stages: int = 3
     blocks: int = 1
-    prefetch: int = 0
 
 
 def reference(
@@ -171,14 +169,12 @@ def _cuda(tools: Tools) -> Call:
             "GROUPS": groups,
             "UNITS": units,
             "STAGES": stages,
-            "PREFETCH": tile.prefetch,
             "MIN_BLOCKS": 2 if groups == 1 and units <= 5 else 1,
             "NORM": int(norm is not None),
             "EPILOGUE": int(epilogue),
         }
-        kernel = tools.compiler.kernel(
-            "linear", "linear", defines, threads=256, shared=shared_bytes(groups, units, stages, arch)
-        )
+        shared = shared_bytes(groups, units, stages, arch)
+        kernel = tools.compiler.kernel("linear", "linear", defines, threads=256, shared=shared)
         columns = n // 2 if epilogue == Epilogue.GATED else n
         grid = min((columns + 7) // 8, tools.processors * tile.blocks)
         kernel.launch(

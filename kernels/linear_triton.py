@@ -15,12 +15,15 @@ from outrider.kernels.linear import Epilogue, Tile
 
 
 @triton.jit
-def tile_of(x, norm, scale, row0, rows, k0, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_of(
+    x, norm, scale, row0, rows, k0, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """[16, BLOCK_K] of x, normalised."""
     r = row0 + tl.arange(0, 16)
     k = k0 + tl.arange(0, BLOCK_K)
     inside = k < K
-    a = tl.load(x + r[:, None] * K + k[None, :], mask=(r < rows)[:, None] & inside[None, :], other=0.0)
+    seen = (r < rows)[:, None] & inside[None, :]
+    a = tl.load(x + r[:, None] * K + k[None, :], mask=seen, other=0.0)
     if NORM:
         w = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
         rounded = (a.to(tl.float32) * scale[:, None]).to(a.dtype).to(tl.float32)

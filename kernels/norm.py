@@ -22,7 +22,7 @@ from outrider.kernels.registry import (
 def reference(
     *, x: Tensor, weight: Tensor, out: Tensor, rows: int, eps: float, overlap: bool = False
 ) -> None:
-    """``x``, ``out``: [at least rows, width]; ``weight`` [width]. Rounds where transformers does."""
+    """``x``, ``out``: [at least rows, width]; ``weight`` [width]. Rounds as transformers does."""
     wide = x[:rows].float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     out[:rows] = weight * scaled.to(x.dtype)

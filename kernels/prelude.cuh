@@ -107,9 +107,6 @@ DEVICE void copy_commit() {}
 template <int PENDING> DEVICE void copy_wait() {}
 #endif
 
-// Asks for one cache line to be brought into the L2 cache.
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // 16 constant bytes: weights and tables, never written while a kernel runs.
 DEVICE uint4 load_constant(const void* p) {
   uint4 v;

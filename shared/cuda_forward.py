@@ -19,6 +19,7 @@ from outrider.kernels import registry
 from outrider.kernels.attention import Heads, Work
 from outrider.kernels.linear import MAX_ROWS, Epilogue, Tile
 from outrider.kernels.registry import Call, Choice, Tools
+from outrider.shared.cuda_tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,44 +59,6 @@ class Weights:
     head: Tensor
     rope: Tensor
     eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """The cut of every linear layer, and whether launches overlap. Changes no result.
-
-    ``wider``: instead of this one for more than 8 rows, and so on for more than 16.
-    """
-
-    qkv: Tile = Tile(5, 3)
-    output: Tile = Tile(3, 4)
-    gate_up: Tile = Tile(4, 2, 2)
-    down: Tile = Tile(3, 4)
-    head: Tile = Tile(8, 2)
-    attention_blocks: int = 4
-    overlap: bool = True
-    wider: Tuning | None = None
-
-    def at(self, rows: int) -> Tuning:
-        """The tuning for so many rows."""
-        if rows <= 8 or self.wider is None:
-            return self
-        if rows <= 16 or self.wider.wider is None:
-            return self.wider
-        return self.wider.wider
-
-    @classmethod
-    def for_hidden(cls, hidden: int) -> Tuning:
-        """What measured best on an H200 for models about as wide."""
-        many = cls(Tile(3, 3), Tile(3, 4), Tile(4, 3), Tile(3, 4), Tile(3, 3))
-        some = cls(Tile(5, 3), Tile(6, 3), Tile(6, 3), Tile(6, 3), Tile(8, 2), wider=many)
-        if hidden <= 2048:
-            return cls(
-                Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(2, 4, 2), Tile(4, 3, 2), wider=some
-            )
-        if hidden <= 3072:
-            return cls(wider=some)
-        return cls(qkv=Tile(4, 3), output=Tile(4, 3), down=Tile(4, 3), wider=some)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +106,7 @@ class Forward:
     weights: Weights
     calls: Mapping[str, Call]
     work_capacity: int
-    tuning: Tuning = Tuning()
+    tuning: Tuning
     x: Tensor = field(init=False)
     logits: Tensor = field(init=False)
     _qkv: Tensor = field(init=False)

@@ -9,7 +9,6 @@ docs/numerics.md. What the chain can't do (branches of an extent) goes the way o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,63 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels import linear
-from outrider.kernels.attention import HEAD_DIMS, Heads, need
+from outrider.kernels.attention import need
 from outrider.kernels.linear import MAX_ROWS
-from outrider.kernels.registry import Call, Choice, NotAvailable, Tools
-from outrider.shared.cuda_forward import (
-    Batch,
-    Forward,
-    LayerWeights,
-    Tuning,
-    Weights,
-    resolve_all,
-)
+from outrider.kernels.registry import Call, Choice, Tools
+from outrider.shared.cuda_forward import Batch, Forward, resolve_all
+from outrider.shared.cuda_graphs import Graphs
 from outrider.shared.cuda_inputs import Field, Inputs
+from outrider.shared.cuda_passes import (
+    MAX_SEQUENCES,
+    POWERS,
+    ROW_SIZES,
+    bucket,
+    cut,
+    rows_in_order,
+)
+from outrider.shared.cuda_support import simple
+from outrider.shared.cuda_tuning import Tuning, tuning_for
+from outrider.shared.cuda_weights import weights_of
 from outrider.shared.llama_runner import LlamaRunner
-from outrider.shared.penalties import is_penalised
 from outrider.shared.runner import ModelFacts, Span
 from outrider.shared.storage import Storage
-from outrider.shared.types import Decoding, Rule
-from outrider.shared.warpers import truncates
+from outrider.shared.types import Decoding
 
-log = logging.getLogger(__name__)
-
-MAX_SEQUENCES = 64
-_ROWS = (*range(1, 11), 12, 16, 17, 24, 32, 40, 48, 56, 64)
-_POWERS = (1, 2, 4, 8, 16, 32, 64)
 # Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
 _WORK_BYTES = 256 << 20
-# Below this temperature the plain path shifts the logits before it divides.
-_TINY_TEMPERATURE = 1e-3
-
-
-def why_not(model: Any, storage_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this path can't run a model of the Llama family there; None where it can."""
-    if storage_device.type != "cuda":
-        return f"the device is {storage_device.type}"
-    config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if dim not in HEAD_DIMS:
-        return f"heads of {dim} elements; the kernels know {', '.join(map(str, HEAD_DIMS))}"
-    if config.intermediate_size % 64 or config.hidden_size % 64:
-        return "a layer's width is not a multiple of 64"
-    reason = linear.why_not_shape(model.lm_head.weight)
-    if reason is not None:
-        return reason
-    try:
-        _, choices = resolve_all(Tools(storage_device), dtype)
-    except NotAvailable as error:
-        return str(error)
-    slow = [c.operation for c in choices if c.implementation == "torch"]
-    return f"no kernels for {', '.join(slow)}" if slow and slow != ["embed"] else None
-
-
-def simple(d: Decoding) -> bool:
-    """Whether the device chooses and judges by itself: argmax, or temperature and noise alone."""
-    if d.logprobs is not None or is_penalised(d) or truncates(d):
-        return False
-    return d.temperature == 0 or (d.rule != Rule.REJECTION and d.temperature >= _TINY_TEMPERATURE)
 
 
 class CudaRunner(LlamaRunner):
@@ -104,14 +70,15 @@ class CudaRunner(LlamaRunner):
         self.choices: list[Choice] = []
         if calls is None:
             calls, self.choices = resolve_all(Tools(storage.device), storage.dtype)
-        weights = self._weights(model)
+        sizes = (self._heads, self._kv_heads, self._dim)
+        weights = weights_of(model, self._blocks, storage, sizes, self._cos.shape[0])
         heads = weights.layers[0].heads
         self._geometry = heads
         capacity = _WORK_BYTES // (4 * heads.head_dim)
         longest = need(heads, [max(p.tokens for p in self.arena.pools)], MAX_ROWS)
         self._step = Forward(
             weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
-            tuning or Tuning.for_hidden(weights.embedding.shape[1]),
+            tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
         pools, steps = len(self.arena.pools), max(max_k, 1)
         self._inputs = Inputs(
@@ -137,59 +104,8 @@ class CudaRunner(LlamaRunner):
         self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
         self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
-        self._use_graphs = graphs and device.type == "cuda"
-        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-        self._seen: set[tuple[object, ...]] = set()
+        self._graphs = Graphs(enabled=graphs and device.type == "cuda")
         self._pending = False
-
-    def _weights(self, model: Any) -> Weights:
-        storage, layers = self.storage, []
-        for number, (block, layer) in enumerate(
-            zip(self._blocks, model.model.layers, strict=True)
-        ):
-            pool = self.arena.pools[storage.pool_of[number]]
-            window = block.window or 0
-            attention = layer.self_attn
-            layers.append(
-                LayerWeights(
-                    input_norm=layer.input_layernorm.weight.data,
-                    qkv=block.qkv,
-                    output=block.out.data,
-                    post_norm=layer.post_attention_layernorm.weight.data,
-                    gate_up=block.gate_up,
-                    down=block.down.data,
-                    keys=storage.layer_keys[number],
-                    values=storage.layer_values[number],
-                    heads=Heads(
-                        self._heads,
-                        self._kv_heads,
-                        self._dim,
-                        window,
-                        window + pool.slack if window else 0,
-                    ),
-                    pool=storage.pool_of[number],
-                    qkv_bias=block.qkv_bias,
-                    output_bias=None if block.out_bias is None else block.out_bias.data,
-                    q_norm=_norm(attention, "q_norm"),
-                    k_norm=_norm(attention, "k_norm"),
-                )
-            )
-        positions = self._cos.shape[0]
-        # In float32: what the model's own module gives is rounded to the model's type.
-        probe = torch.zeros(1, device=storage.device)
-        index = torch.arange(positions, device=storage.device)[None]
-        with torch.inference_mode():
-            cos, sin = model.model.rotary_emb(probe, index)
-        half = self._dim // 2
-        rope = torch.stack((cos[0, :, :half], sin[0, :, :half]), -1).float().contiguous()
-        return Weights(
-            embedding=self._embedding.data,
-            layers=layers,
-            norm=model.model.norm.weight.data,
-            head=self._head.data,
-            rope=rope.clone(),
-            eps=model.config.rms_norm_eps,
-        )
 
     @property
     def workspace_bytes(self) -> int:
@@ -205,60 +121,21 @@ class CudaRunner(LlamaRunner):
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
         with self._on_device():
-            for rows in self._passes(spans):
-                wanted = sum(piece.wanted for _, piece in rows)
-                self._logits_of([piece for _, piece in rows], wanted)
+            for taken in cut(spans, self._geometry, self._step.work_capacity):
+                wanted = sum(piece.wanted for _, piece in taken)
+                self._logits_of([piece for _, piece in taken], wanted)
                 if wanted:
                     parts.append(self._step.logits[:wanted].clone())
-                order += [(i, piece.wanted) for i, piece in rows if piece.wanted]
+                order += [(i, piece.wanted) for i, piece in taken if piece.wanted]
         if not parts:
             return torch.empty(
                 0, self.facts.vocab_size, dtype=torch.float32, device=self.storage.device
             )
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if order != sorted(order, key=lambda entry: entry[0]):
-            logits = logits.index_select(0, self._sorted_rows(order))
+        rows = rows_in_order(order)
+        if rows is not None:
+            logits = logits.index_select(0, torch.tensor(rows, device=self.storage.device))
         return logits
-
-    def _sorted_rows(self, order: list[tuple[int, int]]) -> Tensor:
-        """Places of the rows of each span, spans in order."""
-        begin, places = 0, []
-        for span, count in order:
-            places.append((span, list(range(begin, begin + count))))
-            begin += count
-        rows = [row for _, own in sorted(places, key=lambda entry: entry[0]) for row in own]
-        return torch.tensor(rows, device=self.storage.device)
-
-    def _passes(self, spans: Sequence[Span]) -> list[list[tuple[int, Span]]]:
-        """Cuts spans so that each pass has at most 64 rows and a sequence once."""
-        left = [(i, span, 0) for i, span in enumerate(spans)]
-        passes: list[list[tuple[int, Span]]] = []
-        while left:
-            room = MAX_ROWS
-            rows: list[tuple[int, Span]] = []
-            rest: list[tuple[int, Span, int]] = []
-            ends: list[int] = []
-            longest = 0
-            for i, span, done in left:
-                count = min(room, len(span.tokens) - done)
-                end = span.start + done + count
-                fits = need(self._geometry, [*ends, end], _bucket(max(longest, count, 1), _POWERS))
-                if count == 0 or (rows and fits > self._step.work_capacity):
-                    rest.append((i, span, done))
-                    continue
-                after = len(span.tokens) - done - count
-                wanted = max(0, min(count, span.wanted - after))
-                piece = Span(
-                    span.extent, span.start + done, span.tokens[done : done + count], wanted
-                )
-                rows.append((i, piece))
-                ends.append(end)
-                longest, room = max(longest, count), room - count
-                if after:
-                    rest.append((i, span, done + count))
-            passes.append(rows)
-            left = rest
-        return passes
 
     def _logits_of(self, spans: Sequence[Span], wanted: int) -> None:
         rows, queries = self._place(spans)
@@ -268,8 +145,8 @@ class CudaRunner(LlamaRunner):
             begin += len(span.tokens)
             picks += range(begin - span.wanted, begin)
         self._inputs.host["picks"][:wanted] = picks
-        size = (_bucket(rows, _ROWS), _bucket(len(spans), _POWERS), _bucket(queries, _POWERS))
-        heads = _bucket(wanted, _ROWS) if wanted else 0
+        size = (bucket(rows, ROW_SIZES), bucket(len(spans), POWERS), bucket(queries, POWERS))
+        heads = bucket(wanted, ROW_SIZES) if wanted else 0
         all_rows = wanted == rows
         step, batch = self._step, self._batch()
 
@@ -314,8 +191,8 @@ class CudaRunner(LlamaRunner):
             host["pending"][s] = end - len(proposal) - 1
             host["proposed"][s] = len(proposal)
             begin = end
-        count = _bucket(rows, _ROWS)
-        sequences = _bucket(len(spans), _POWERS)
+        count = bucket(rows, ROW_SIZES)
+        sequences = bucket(len(spans), POWERS)
         host["temperatures"][rows:count] = 0
         host["pending"][len(spans) : sequences] = 0
         host["proposed"][len(spans) : sequences] = 0
@@ -323,7 +200,7 @@ class CudaRunner(LlamaRunner):
 
         def run() -> None:
             self._inputs.upload()
-            step.run(batch, count, sequences, _bucket(queries, _POWERS))
+            step.run(batch, count, sequences, bucket(queries, POWERS))
             step.choose(
                 count, None, own["temperatures"], own["seeds"], own["noise_positions"],
                 self._chosen[0],
@@ -336,7 +213,7 @@ class CudaRunner(LlamaRunner):
 
         for span in spans:
             span.extent.begin(span.start + len(span.tokens))
-        self._execute(("judge", count, sequences, _bucket(queries, _POWERS)), run)
+        self._execute(("judge", count, sequences, bucket(queries, POWERS)), run)
         self._wait()
         for span in spans:
             span.extent.advance(span.start + len(span.tokens))
@@ -396,11 +273,11 @@ class CudaRunner(LlamaRunner):
             host["noise_positions"][s] = span.start + len(span.tokens)
             host["active"][:k, s] = 1
         count = len(spans)
-        sequences = _bucket(count, _POWERS)
+        sequences = bucket(count, POWERS)
         host["picks"][count:sequences] = 0
         host["temperatures"][count:sequences] = 0
         host["noise_positions"][count:sequences] = 0
-        size = (_bucket(rows, _ROWS), sequences, _bucket(queries, _POWERS))
+        size = (bucket(rows, ROW_SIZES), sequences, bucket(queries, POWERS))
         step, own, first = self._step, self._inputs.device, self._batch()
         picks = None if rows == count else own["picks"]
 
@@ -453,7 +330,7 @@ class CudaRunner(LlamaRunner):
         if limit is not None and longest > limit:
             return False
         ends = [span.start + len(span.tokens) + self._max_k for span in spans]
-        return need(self._geometry, ends, _bucket(longest, _POWERS)) <= self._step.work_capacity
+        return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
 
     def _batch(self) -> Batch:
         own = self._inputs.device
@@ -481,24 +358,8 @@ class CudaRunner(LlamaRunner):
         return row, longest
 
     def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
-        """Runs; the second time a key is seen it is captured, from then on replayed."""
         self._pending = True
-        if not self._use_graphs:
-            run()
-            return
-        graph = self._graphs.get(key)
-        if graph is None:
-            if key not in self._seen:
-                # Compiles and loads what is missing, which a capture may not.
-                self._seen.add(key)
-                run()
-                return
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                run()
-            self._graphs[key] = graph
-            log.debug("captured %s", key)
-        graph.replay()
+        self._graphs.run(key, run)
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
         """Captures what a single sequence needs, before the first request.
@@ -508,7 +369,7 @@ class CudaRunner(LlamaRunner):
         """
         arena = self.arena
         rows = self._max_k + 1
-        if arena.largest_free < 4 * rows or not self._use_graphs:
+        if arena.largest_free < 4 * rows or not self._graphs.enabled:
             return
         extent = arena.admit(4 * rows)
         greedy = Decoding()
@@ -527,16 +388,6 @@ class CudaRunner(LlamaRunner):
                             arena.rollback(extent, 0)
         finally:
             arena.free(extent)
-
-
-def _norm(module: Any, name: str) -> Tensor | None:
-    found = getattr(module, name, None)
-    return None if found is None else found.weight.data
-
-
-def _bucket(value: int, sizes: Sequence[int]) -> int:
-    """The smallest size that holds ``value``."""
-    return next(size for size in sizes if size >= value)
 
 
 def _signed(seed: int) -> int:

@@ -129,8 +129,8 @@ class LlamaRunner(Runner):
         for layer, block in enumerate(self._blocks):
             self._attention(layer, block, hidden, rotation, places, blended)
             self._feed_forward(block, hidden)
-        if len(wanted) == rows and len(ids) == rows:
-            picked = hidden
+        if len(wanted) == rows:
+            picked = hidden  # a twin's logits are cut off below
         elif not wanted:
             return hidden.new_zeros(0, self.facts.vocab_size)
         else:

@@ -109,9 +109,10 @@ def _kernel_runner(
     """The runner with this project's kernels; None where they can't be used: the log says why."""
     if storage.device.type != "cuda" or config.runner == "llama":
         return None
-    from outrider.shared.cuda_runner import CudaRunner, why_not
+    from outrider.shared.cuda_runner import CudaRunner
+    from outrider.shared.cuda_support import why_not as no_kernels
 
-    reason = why_not(model, storage.device, storage.dtype)
+    reason = no_kernels(model, storage.device, storage.dtype)
     if reason is not None:
         log.warning("%s runs without kernels: %s", config.path, reason)
         return None

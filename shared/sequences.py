@@ -9,6 +9,7 @@ crash, with the same effect.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -321,7 +322,7 @@ def finite_rows(logits: Tensor) -> list[bool]:
 
     A NaN anywhere in the row makes the largest NaN; -inf entries are legal masks.
     """
-    return torch.isfinite(logits.amax(-1)).tolist()
+    return [math.isfinite(largest) for largest in logits.amax(-1).tolist()]
 
 
 def spans_of(

@@ -95,6 +95,7 @@ class Storage:
             own_values[part.slot : part.slot + part.count].copy_(values[row : row + part.count])
             row += part.count
 
+    @torch.inference_mode()
     def copy(self, source: Extent, target: Extent) -> None:
         """Copies all valid KV of ``source`` to ``target``, whose places have the same sizes."""
         for keys, values, (start, size), (to, _) in zip(

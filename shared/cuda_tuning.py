@@ -1,0 +1,46 @@
+"""How the linear layers of a model are cut, by its size and the number of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.kernels.linear import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The cut of every linear layer, and whether launches overlap. Changes no result.
+
+    ``attention_blocks``: thread blocks of attention per multiprocessor. ``wider``: instead of
+    this one for more than 8 rows, and its own ``wider`` for more than 16.
+    """
+
+    qkv: Tile
+    output: Tile
+    gate_up: Tile
+    down: Tile
+    head: Tile
+    attention_blocks: int = 4
+    overlap: bool = True
+    wider: Tuning | None = None
+
+    def at(self, rows: int) -> Tuning:
+        """The tuning for so many rows."""
+        if rows <= 8 or self.wider is None:
+            return self
+        if rows <= 16 or self.wider.wider is None:
+            return self.wider
+        return self.wider.wider
+
+
+def tuning_for(hidden: int) -> Tuning:
+    """What measured best on an H200 for models about as wide (docs/results/gpu-step.md)."""
+    many = Tuning(Tile(3, 3), Tile(3, 3), Tile(4, 3), Tile(3, 3), Tile(3, 3))
+    some = Tuning(Tile(5, 3), Tile(6, 3), Tile(6, 3), Tile(6, 3), Tile(8, 2), wider=many)
+    if hidden <= 2048:
+        return Tuning(
+            Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(2, 4, 2), Tile(4, 3, 2), 1, wider=some
+        )
+    if hidden <= 3072:
+        return Tuning(Tile(5, 3), Tile(3, 4), Tile(4, 2, 2), Tile(3, 4), Tile(8, 2), wider=some)
+    return Tuning(Tile(4, 3), Tile(4, 3), Tile(4, 2, 2), Tile(4, 3), Tile(8, 2), wider=some)
