@@ -36,6 +36,8 @@ class Limits:
     default_max_new_tokens: int
     max_new_tokens: int
     max_logprobs: int
+    draft_top: int = 64
+    """Entries kept of the draft's distribution under `rejection`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def validate(
         logprobs=logprobs,
         # Seeds stay below 2**63 so that any client language can send one back.
         fresh_seed=lambda: secrets.randbits(63),
+        draft_top=limits.draft_top,
     )
     capacity = len(prompt_ids) + max_new_tokens + limits.slack
     if capacity > limits.arena_tokens:

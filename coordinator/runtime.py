@@ -78,6 +78,7 @@ class Runtime:
             default_max_new_tokens=config.default_max_new_tokens,
             max_new_tokens=config.max_new_tokens_limit,
             max_logprobs=config.max_logprobs,
+            draft_top=config.draft_top,
         )
 
 

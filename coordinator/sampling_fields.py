@@ -24,6 +24,7 @@ def decoding_of(
     prompt_len: int,
     logprobs: int | None,
     fresh_seed: Callable[[], int],
+    draft_top: int = 64,
 ) -> Decoding:
     """The decoding that ``sampling`` and ``rule`` (``AcceptanceRule``) ask for.
 
@@ -63,6 +64,7 @@ def decoding_of(
         seed=sampling.seed if sampling.HasField("seed") else fresh_seed(),
         rule=_rule(rule, temperature),
         logprobs=logprobs,
+        draft_top=draft_top,
     )
 
 

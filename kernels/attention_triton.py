@@ -30,8 +30,23 @@ def embed(from_, at, rope, position, norm, eps, NORM: tl.constexpr, DIM: tl.cons
 
 @triton.jit
 def append(
-    qkv, keys, values, starts, first_rows, row_counts, positions, offset, rope, q_norm, k_norm,
-    eps, heads, kv_heads, ring, NORM: tl.constexpr, DIM: tl.constexpr,
+    qkv,
+    keys,
+    values,
+    starts,
+    first_rows,
+    row_counts,
+    positions,
+    offset,
+    rope,
+    q_norm,
+    k_norm,
+    eps,
+    heads,
+    kv_heads,
+    ring,
+    NORM: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     """Program (row, sequence, head): rotates a query in place, or stores a key and its value."""
     row, s, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -58,9 +73,26 @@ def append(
 
 @triton.jit
 def cut(
-    qkv, keys, values, starts, first_rows, row_counts, positions, offset, partial, stats,
-    heads, kv_heads, queries, window, ring, scale, cuts,
-    DIM: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
+    qkv,
+    keys,
+    values,
+    starts,
+    first_rows,
+    row_counts,
+    positions,
+    offset,
+    partial,
+    stats,
+    heads,
+    kv_heads,
+    queries,
+    window,
+    ring,
+    scale,
+    cuts,
+    DIM: tl.constexpr,
+    CUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Program (cut · KV head, sequence, 16 query rows): one cut's softmax, unnormalised."""
     c, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
@@ -80,8 +112,13 @@ def cut(
         row = tl.load(first_rows + s) + q // group
         used = q < count * group
         query = tl.load(
-            qkv + row.to(tl.int64)[:, None] * stride + ((head * group + q % group) * DIM)[:, None]
-            + d[None, :], mask=used[:, None], other=0.0)
+            qkv
+            + row.to(tl.int64)[:, None] * stride
+            + ((head * group + q % group) * DIM)[:, None]
+            + d[None, :],
+            mask=used[:, None],
+            other=0.0,
+        )
         p = begin + tl.arange(0, CUT)
         slot = p
         if ring > 0:
@@ -108,8 +145,20 @@ def cut(
 
 @triton.jit
 def combine(
-    out, first_rows, row_counts, positions, offset, partial, stats, heads, kv_heads, queries,
-    window, cuts, DIM: tl.constexpr, CUT: tl.constexpr,
+    out,
+    first_rows,
+    row_counts,
+    positions,
+    offset,
+    partial,
+    stats,
+    heads,
+    kv_heads,
+    queries,
+    window,
+    cuts,
+    DIM: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """Program (query, sequence, KV head): the cuts in ascending order."""
     q, s, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -19,8 +19,17 @@ def log1p(x):
 
 @triton.jit
 def part(
-    logits, rows, temperatures, seeds, positions, offset, winners, ids, vocabulary,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits,
+    rows,
+    temperatures,
+    seeds,
+    positions,
+    offset,
+    winners,
+    ids,
+    vocabulary,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program (b, i): the best of BLOCK token ids of entry i."""
     b, i = tl.program_id(0), tl.program_id(1)
@@ -39,8 +48,9 @@ def part(
         w0, w1, w2, w3 = tl.philox(seed, quad, zero + position.to(tl.uint32), zero, zero)
         lane = token & 3
         word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-        u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10,
-                       0.999999940395355)
+        u = tl.minimum(
+            word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.999999940395355
+        )
         y = tl.where(seen, y / temperature - tl.log(-log1p(-u)), float("-inf"))
     # NaN or +inf anywhere: a winner that says so.
     bad = tl.sum((seen & ~(y < float("inf"))).to(tl.int32), 0) > 0
@@ -88,6 +98,4 @@ def run(
         logits, positions if rows is None else rows, temperatures, seeds, positions, offset,
         winners, ids, vocabulary, ROWS=rows is not None, BLOCK=block,
     )  # fmt: skip
-    finish[(count,)](
-        winners, ids, tokens, blocks, vocabulary, BLOCK=triton.next_power_of_2(blocks)
-    )
+    finish[(count,)](winners, ids, tokens, blocks, vocabulary, BLOCK=triton.next_power_of_2(blocks))

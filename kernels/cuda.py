@@ -124,9 +124,7 @@ class Kernel:
             config.numAttrs = 1
         else:
             config.numAttrs = 0
-        (error,) = driver.cuLaunchKernelEx(
-            config, self.function, (tuple(values), tuple(types)), 0
-        )
+        (error,) = driver.cuLaunchKernelEx(config, self.function, (tuple(values), tuple(types)), 0)
         _check("cuLaunchKernelEx", error)
 
 

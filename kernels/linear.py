@@ -55,6 +55,9 @@ class Tile:
     blocks: int = 1
 
 
+PLAIN = Tile()
+
+
 def reference(
     *,
     x: Tensor,
@@ -66,7 +69,7 @@ def reference(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float = 1e-5,
-    tile: Tile = Tile(),
+    tile: Tile = PLAIN,
     overlap: bool = False,
 ) -> None:
     """``x`` [at least rows, in], ``w`` [columns, in], ``out`` [at least rows, columns].
@@ -150,7 +153,7 @@ def _cuda(tools: Tools) -> Call:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         eps: float = 1e-5,
-        tile: Tile = Tile(),
+        tile: Tile = PLAIN,
         overlap: bool = False,
     ) -> None:
         n, k = w.shape
@@ -177,9 +180,7 @@ def _cuda(tools: Tools) -> Call:
         kernel = tools.compiler.kernel("linear", "linear", defines, threads=256, shared=shared)
         columns = n // 2 if epilogue == Epilogue.GATED else n
         grid = min((columns + 7) // 8, tools.processors * tile.blocks)
-        kernel.launch(
-            (grid,), (x, w, norm, bias, residual, out, rows, n, k, eps), overlap=overlap
-        )
+        kernel.launch((grid,), (x, w, norm, bias, residual, out, rows, n, k, eps), overlap=overlap)
 
     return run
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from outrider.kernels.linear import Epilogue, Tile
+from outrider.kernels.linear import PLAIN, Epilogue, Tile
 
 
 @triton.jit
@@ -46,9 +46,22 @@ def scale_of(x, row0, rows, K: tl.constexpr, eps, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def kernel(
-    x, w, norm, bias, residual, out, rows, N, eps, K: tl.constexpr,
-    EPILOGUE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    w,
+    norm,
+    bias,
+    residual,
+    out,
+    rows,
+    N,
+    eps,
+    K: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Program (i, j): columns i BLOCK_N …, rows 16 j …"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,7 +117,7 @@ def run(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float = 1e-5,
-    tile: Tile = Tile(),
+    tile: Tile = PLAIN,
     overlap: bool = False,
 ) -> None:
     """See ``linear.reference``."""

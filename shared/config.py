@@ -140,6 +140,9 @@ class CoordinatorConfig(ServeConfig):
     max_waiting: int = setting(1024, help="requests that may wait for admission", low=0)
     prefill_chunk: int = setting(512, help="prompt tokens of one prefill round", low=1)
     max_logprobs: int = setting(20, help="most log-probabilities per token", low=0, high=20)
+    draft_top: int = setting(
+        64, help="entries kept of the draft's distribution, for rule rejection", low=1, high=4096
+    )
     start_timeout_seconds: float = setting(
         120.0, help="how long to wait for the base at start", low=0.0
     )

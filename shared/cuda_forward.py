@@ -151,8 +151,9 @@ class Forward:
         """Queries, keys and values of the normalised rows."""
         w = self.weights.layers[layer]
         self._linear(
-            self.x, w.qkv, self._qkv, rows, self.tuning.at(rows).qkv, norm=w.input_norm, bias=w.qkv_bias
-        )
+            self.x, w.qkv, self._qkv, rows, self.tuning.at(rows).qkv, norm=w.input_norm,
+            bias=w.qkv_bias,
+        )  # fmt: skip
 
     def attention(
         self, layer: int, batch: Batch, sequences: int, queries: int, offset: int = 0
@@ -228,7 +229,7 @@ class Forward:
         tokens: Tensor,
         offset: int = 0,
     ) -> None:
-        """tokens[i] = the choice of logits row ``rows[i]`` (row i where None); see kernels.choose."""
+        """tokens[i] = the choice of logits row ``rows[i]`` (i where None); see kernels.choose."""
         self.calls["choose"](
             logits=self.logits,
             rows=rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from outrider.kernels import linear
 from outrider.kernels.attention import HEAD_DIMS
 from outrider.kernels.registry import NotAvailable, Tools

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from outrider.kernels.attention import Heads
 from outrider.shared.cuda_forward import LayerWeights, Weights
 from outrider.shared.storage import Storage
-from torch import Tensor
 
 
 def weights_of(

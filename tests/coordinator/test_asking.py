@@ -80,7 +80,7 @@ def test_asking_says_what_a_conversation_must_be(tmp_path: Path, text: str) -> N
     (tmp_path / "talk.json").write_text(text)
     with pytest.raises(InvalidRequest, match=r"^--messages: got .*must be a file with a JSON list"):
         asked("--messages", str(tmp_path / "talk.json"))
-    with pytest.raises(InvalidRequest, match="^--messages"):
+    with pytest.raises(InvalidRequest, match=r"^--messages"):
         asked("--messages", str(tmp_path / "none.json"))
 
 

@@ -275,3 +275,9 @@ def test_requests_samples_have_seeds_of_their_own() -> None:
     assert all(0 <= seed < 2**64 for seed in seeds)
     # SplitMix64 as published: the first output of the generator seeded with 0.
     assert derived_seed(0, 1) == 0xE220A8397B1DCDAF
+
+
+@pytest.mark.parametrize("top", [1, 64, 200])
+def test_requests_keep_as_much_of_the_draft_as_is_configured(top: int) -> None:
+    made = validate(request(), limits(draft_top=top), Text())  # type: ignore[arg-type]
+    assert made.decoding.draft_top == top

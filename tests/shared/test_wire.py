@@ -55,7 +55,7 @@ decoding = st.builds(
     logprobs=st.none() | u32,
     draft_top=u32,
 )
-opened = st.builds(OpenSequence, u64, u32, u32, decoding)
+opened = st.builds(OpenSequence, u64, u32, u32, decoding, st.none() | u64, u32)
 propose = st.builds(ProposeItem, u64, u32, u32, ids, u32)
 verify = st.builds(VerifyItem, u64, u32, u32, ids, ids, rows, st.booleans())
 refusal = st.builds(

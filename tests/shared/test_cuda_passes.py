@@ -1,0 +1,66 @@
+"""How batches are cut for the kernels: pure arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.kernels.attention import Heads, need
+from outrider.kernels.linear import MAX_ROWS
+from outrider.shared.arena import Extent
+from outrider.shared.cuda_passes import POWERS, ROW_SIZES, bucket, cut, rows_in_order
+from outrider.shared.runner import Span
+
+HEADS = Heads(8, 2, 64)
+ROOMY = 1 << 30
+
+
+def span(start: int, count: int, wanted: int) -> Span:
+    return Span(Extent(1 << 20, ((0, 1 << 20),)), start, list(range(count)), wanted)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 500), st.integers(1, 200), st.integers(0, 200)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_passes_hold_every_row_once_in_order_and_fit(sizes):
+    spans = [span(start, count, min(wanted, count)) for start, count, wanted in sizes]
+    passes = cut(spans, HEADS, ROOMY)
+    seen: dict[int, list[int]] = {i: [] for i in range(len(spans))}
+    wanted = dict.fromkeys(seen, 0)
+    for taken in passes:
+        assert len({i for i, _ in taken}) == len(taken)
+        assert 0 < sum(len(piece.tokens) for _, piece in taken) <= MAX_ROWS
+        for i, piece in taken:
+            assert piece.start == spans[i].start + len(seen[i])
+            seen[i].extend(piece.tokens)
+            wanted[i] += piece.wanted
+            assert piece.wanted <= len(piece.tokens)
+    for i, own in enumerate(spans):
+        assert seen[i] == list(own.tokens)
+        assert wanted[i] == own.wanted
+
+
+def test_a_pass_stays_within_the_scratch_memory_where_pieces_allow():
+    spans = [span(640, 4, 4) for _ in range(8)]
+    one = need(HEADS, [644], 4)
+    passes = cut(spans, HEADS, 3 * one)
+    assert [len(taken) for taken in passes] == [3, 3, 2]
+    # A single piece that is too large by itself still runs.
+    assert len(cut(spans[:1], HEADS, 1)) == 1
+
+
+def test_rows_come_back_in_the_order_of_the_spans():
+    assert rows_in_order([(0, 2), (1, 3)]) is None
+    assert rows_in_order([(1, 2), (0, 1), (2, 2), (0, 1)]) == [2, 5, 0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("sizes", [ROW_SIZES, POWERS])
+def test_buckets_hold_what_they_are_for(sizes):
+    for value in range(1, 65):
+        assert bucket(value, sizes) >= value
+    assert bucket(64, sizes) == 64
