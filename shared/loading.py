@@ -22,10 +22,10 @@ from outrider.shared.vocabulary import fingerprint
 log = logging.getLogger(__name__)
 
 CPU_ARENA_BYTES = 512 << 20
-# Below this a step is so short that handing work to a second thread costs what it saves: on 2
-# cores a 2 M parameter model takes 0.40 ms of products with one thread and 0.39 ms with two, a
-# 12 M parameter model 5.1 ms and 2.9 ms (5 rows).
-_ONE_THREAD = 32 << 20
+# Below this a step is so short that handing work to a second thread costs more than it saves,
+# since draft, base and coordinator share the cores: on 2 cores the bundled base decodes 99
+# tokens/s with one thread and 75 with two (`outrider bench`, K = 0).
+_ONE_THREAD = 64 << 20
 
 
 def load_runner(
