@@ -157,9 +157,7 @@ def write_draft_response(
             for answer in result.answers
         ],
         errors=_write_refusals(result.refusals),
-        timing=pb.Timing(
-            model_seconds=result.model_seconds, service_seconds=service_seconds, rows=result.rows
-        ),
+        timing=_write_timing(result, service_seconds),
     )
 
 
@@ -250,9 +248,7 @@ def write_verify_response(
             for answer in result.answers
         ],
         errors=_write_refusals(result.refusals),
-        timing=pb.Timing(
-            model_seconds=result.model_seconds, service_seconds=service_seconds, rows=result.rows
-        ),
+        timing=_write_timing(result, service_seconds),
     )
 
 
@@ -289,6 +285,14 @@ def _read_rows(rows: Sequence[pb.SparseRow]) -> tuple[SparseRow, ...]:
     if not rows:
         return ()
     return tuple(SparseRow(tuple(row.ids), tuple(row.probabilities)) for row in rows)
+
+
+def _write_timing(
+    result: RoundResult[Proposal] | RoundResult[Verdict], service_seconds: float
+) -> pb.Timing:
+    return pb.Timing(
+        model_seconds=result.model_seconds, service_seconds=service_seconds, rows=result.rows
+    )
 
 
 def _write_refusals(refusals: Sequence[Refusal]) -> list[pb.SequenceError] | None:
