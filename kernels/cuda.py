@@ -57,9 +57,9 @@ def compile_source(
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = _room(size)
     nvrtc.nvrtcGetProgramLog(program, log)
-    text = log.decode(errors="replace").strip("\0 \n")
+    text = log[:size].decode(errors="replace").strip("\0 \n")
     if int(status) != 0:
         nvrtc.nvrtcDestroyProgram(program)
         raise CudaError(f"{name}.cu {dict(defines)} sm_{arch}: does not compile\n{text}")
@@ -69,10 +69,18 @@ def compile_source(
         else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
     )
     _, size = get_size(program)
-    code = b" " * size
+    code = _room(size)
     _check("nvrtcGetCode", *get(program, code))
     nvrtc.nvrtcDestroyProgram(program)
-    return code, text
+    return code[:size], text
+
+
+def _room(size: int) -> bytes:
+    """``size`` bytes and a few more for the compiler to write to.
+
+    Never a single byte: that object is shared by the whole interpreter, and an empty log is one.
+    """
+    return bytes(size + 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,12 +54,27 @@ def refusal(config: Any, model: Any = None) -> str | None:
             f"{kind} has layers of type {', '.join(sorted(unknown))}: rollback needs layers of "
             "full or sliding-window attention, whose state is keys and values per position"
         )
+    borrowing = _borrowing_layers(config.get_text_config(decoder=True))
+    if borrowing:
+        return (
+            f"{kind} has {borrowing} layers that read the keys and values of another layer: "
+            "the arena serves layers that have their own"
+        )
     if model is not None and getattr(model, "_is_stateful", False):
         return (
             f"{kind} keeps a recurrent state (state-space or linear attention): rejected tokens "
             "can't be taken back by setting a length"
         )
     return None
+
+
+def _borrowing_layers(config: Any) -> int:
+    """How many layers cache nothing and read what another layer cached."""
+    count: int = getattr(config, "num_kv_shared_layers", None) or 0
+    if count:
+        return count
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return sum(str(mode).startswith("reuse") for mode in modes)
 
 
 def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:

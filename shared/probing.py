@@ -58,6 +58,8 @@ def check_layer(layer: Any) -> None:
     """Raises ``ConfigError`` where a layer of transformers' own cache is not plain keys and
     values of full or sliding-window attention."""
     name = type(layer).__name__
+    if name == "DummyLayer":
+        raise ConfigError("a layer reads the keys and values of another layer")
     if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
         raise ConfigError(
             f"a layer's state is a {name}, not keys and values of full or sliding-window attention"

@@ -72,6 +72,13 @@ def test_cuda_source_compiles_within_shared_memory(name, arch, tmp_path):
         assert compile_for(source, defines, arch, tmp_path)
 
 
+def test_compiler_writes_to_no_shared_object(tmp_path):
+    """CPython keeps one object for each single byte; the compiler's empty log is one byte."""
+    own = next(v for v in variants(90) if v[0] == "embed")
+    assert compile_for(own[0], own[1], 90, tmp_path)
+    assert [chr(i).encode()[0] for i in range(128)] == list(range(128))
+
+
 @pytest.mark.parametrize("arch", [75, 90])
 def test_linear_uses_the_tensor_cores(arch, tmp_path):
     """What Triton does not give sm_75: its product is plain FMA there."""

@@ -192,6 +192,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Qwen3-Next": ({"model_type": "qwen3_next"}, "linear_attention"),
     "MiniMax": ({"model_type": "minimax"}, "linear_attention"),
     "Llama 4": ({"model_type": "llama4_text"}, "chunked_attention"),
+    "Gemma 3n": (
+        {"model_type": "gemma3n_text", "num_kv_shared_layers": 10},
+        "10 layers that read the keys and values of another layer",
+    ),
+    "Gemma 4 (small)": (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 18},
+        "18 layers that read the keys and values of another layer",
+    ),
     "DeepSeek V4": ({"model_type": "deepseek_v4"}, "heavily_compressed_attention"),
     "RWKV": (
         {"model_type": "rwkv", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
@@ -224,7 +232,7 @@ TAIL = """
 Refused at load, with the reason: encoder-decoders (T5, BART), encoders (BERT), state-space and
 linear attention and their hybrids (Mamba, Mamba 2, Jamba, Falcon-H1, LFM2, RWKV, RecurrentGemma,
 Qwen3-Next, MiniMax), whose state can't be rolled back by a length; chunked and compressed attention
-(Llama 4, DeepSeek V4); layers that read the keys and values of another layer.
+(Llama 4, DeepSeek V4); layers that read the keys and values of another layer (Gemma 3n, small Gemma 4).
 """
 
 _seen: dict[str, str] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from outrider.shared.cache import ArenaCache
+from outrider.shared.config import ModelConfig
 from outrider.shared.errors import ConfigError
+from outrider.shared.loading import load_runner
 from outrider.shared.probing import layer_kinds
 
 WINDOW = 8
@@ -165,6 +168,53 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(ConfigError, match="LinearAttention"):
         ArenaCache.for_model(model, 32)
+
+
+def gemma3n(borrowing: int) -> Any:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            vocab_size=97,
+            vocab_size_per_layer_input=97,
+            hidden_size=32,
+            hidden_size_per_layer_input=8,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_kv_shared_layers=borrowing,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0] * 4,
+            max_position_embeddings=256,
+            sliding_window=WINDOW,
+            layer_types=MIXED * 2,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    ).eval()
+
+
+def test_layers_that_read_another_layer_s_keys_are_refused_where_they_are(
+    engines: Any, tmp_path: Path
+) -> None:
+    # The same model without such layers is served, so it is they that are refused.
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(3))
+    alone = gemma3n(0)
+    wanted = generated(alone, ids, 20)
+    cache = ArenaCache.for_model(alone, 40)
+    assert torch.equal(generated(alone, ids, 20, past_key_values=cache), wanted)
+    model = gemma3n(2)
+    for build in (lambda: ArenaCache.for_model(model, 40), lambda: engines.runner(model)):
+        with pytest.raises(ConfigError, match="reads the keys and values of another layer"):
+            build()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="2 layers that read the keys and values of another"):
+        load_runner(ModelConfig(path=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
