@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import grpc
+
 from outrider.coordinator.generate import open_channel
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs

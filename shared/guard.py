@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from outrider.shared.errors import OutriderError
 from outrider.shared.status import to_status, unexpected
 

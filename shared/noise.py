@@ -30,8 +30,9 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from outrider.shared.philox import Words, philox_numpy, philox_torch
 from torch import Tensor
+
+from outrider.shared.philox import Words, philox_numpy, philox_torch
 
 _MASK = 0xFFFFFFFF
 _LARGEST_UNIFORM = 1.0 - 2.0**-24

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from outrider.shared.types import Decoding
 from torch import Tensor
+
+from outrider.shared.types import Decoding
 
 
 @dataclass(frozen=True, slots=True)

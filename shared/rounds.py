@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
 from outrider.shared.errors import RefusalCode, SequenceRefused, ServiceUnavailable

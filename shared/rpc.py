@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from outrider.shared import address as addresses
 from outrider.shared.config import ServeConfig
 from outrider.shared.errors import ConfigError

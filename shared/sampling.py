@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from outrider.shared.noise import Stream, gumbel, gumbel_at, seed_tensor
 from outrider.shared.penalties import RowContext, apply_penalties, is_penalised
 from outrider.shared.types import Decoding, Rule, SparseRow
 from outrider.shared.warpers import truncates, warp
-from torch import Tensor
 
 __all__ = ["RowContext", "choice_noise", "choose", "process", "propose", "sample"]
 

@@ -12,6 +12,7 @@ from logging import Logger
 from typing import Any
 
 import grpc
+
 from outrider.shared.errors import (
     CapacityError,
     InvalidRequest,

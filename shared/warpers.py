@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from outrider.shared.types import Decoding
 from torch import Tensor
+
+from outrider.shared.types import Decoding
 
 # Below this, logits divided by the temperature can overflow float32: they are shifted first.
 _TINY_TEMPERATURE = 1e-3

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from outrider.shared.noise import Stream, seed_tensor, uniform
 from outrider.shared.sampling import RowContext, choose, process, sample
 from outrider.shared.types import Decoding, PositionLogprobs, Rule, SparseRow
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import grpc
+
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 

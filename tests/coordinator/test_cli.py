@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from outrider.coordinator import cli
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs

@@ -9,6 +9,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outrider.coordinator import display
 from outrider.protos import generation_pb2 as pb
 

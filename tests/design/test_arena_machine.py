@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from outrider.shared.arena import Arena, Extent, PoolPlan
 from outrider.shared.errors import CapacityError
 from outrider.shared.slots import SlotAllocator

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.errors import RefusalCode, SequenceRefused
 from outrider.shared.sampling import RowContext, choose, process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from outrider.shared.arena import Arena, PoolPlan
 from outrider.shared.attention import visibility
 

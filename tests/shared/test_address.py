@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from outrider.shared.address import MAX_SOCKET_PATH, Address, claim, parse, release
 from outrider.shared.errors import ConfigError
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.shared.checkpoint import load_plain
 from outrider.shared.config import ModelConfig
 from outrider.shared.loading import load_runner

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outrider.shared.config import Config, DraftConfig, colors_wanted, environment_of, load
 from outrider.shared.errors import ConfigError
 from outrider.shared.settings import Setting

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared import wire
 from outrider.shared.types import Decoding, OpenSequence, ProposeItem

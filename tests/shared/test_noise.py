@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+
 from outrider.shared import noise
 from outrider.shared.philox import philox_numpy, philox_torch
-from scipy import stats
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, output.
 KNOWN_ANSWERS = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from outrider.draft_service.engine import DraftEngine
 from outrider.draft_service.service import make_servicer as make_draft
 from outrider.protos import speculation_pb2 as pb

@@ -16,6 +16,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared.config import ServeConfig

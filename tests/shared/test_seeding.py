@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from outrider.shared.errors import ConfigError
 from outrider.shared.seeding import seed_everything, seed_from, seed_if_asked
 

@@ -5,6 +5,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
 from outrider.shared.errors import RefusalCode, SequenceRefused

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+
 from outrider.shared.noise import Stream, gumbel, seed_tensor, uniform
 from outrider.shared.sampling import RowContext, process, propose
 from outrider.shared.types import Decoding, Rule, SparseRow

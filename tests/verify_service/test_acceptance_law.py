@@ -20,11 +20,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from scipy import stats
+from torch import Tensor
+
 from outrider.shared.noise import Stream, gumbel, uniform
 from outrider.shared.sampling import draw_truncated, sample
 from outrider.verify_service import acceptance
-from scipy import stats
-from torch import Tensor
 
 DRAWS = 200_000
 VOCAB = 4

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import lzma
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from generate import Generator
 from model import Llama, load
 
@@ -94,9 +93,8 @@ def measure(base: Llama, draft: Llama, heldout: np.ndarray, bytes_per_token: flo
 
 
 def main() -> None:
-    from tokenizers import Tokenizer
-
     import data
+    from tokenizers import Tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True, help="the folder that holds base/ and draft/")

@@ -6,9 +6,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from model import Llama, rotate
+from torch import Tensor
 
 
 class Generator:

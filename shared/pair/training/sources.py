@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 PERMISSIVE = re.compile(r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|CNRI)", re.I)
 RESTRICTIVE = re.compile(r"GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|Commercial|CC-BY-NC", re.I)

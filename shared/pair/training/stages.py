@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from generate import Generator
 from model import Llama
 from optim import Clock, Optimiser, rate
+from torch import Tensor
 
 LOG_EVERY = 50
 AHEAD = 3  # steps the CPU may run ahead of the GPU, so that the schedule follows the real clock
@@ -36,7 +35,7 @@ def guarded(function: Callable, compile: bool) -> Callable:
                 if loss.requires_grad:
                     loss.backward()  # the backward graph is compiled here, not in the forward pass
                 chosen.append(compiled)
-            except Exception as error:  # noqa: BLE001 - compilers fail in many ways
+            except Exception as error:
                 print(f"torch.compile failed, going on without it: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 chosen.append(function)
         return chosen[0](*inputs)
