@@ -61,6 +61,7 @@ class _Waiting(Generic[ResponseT]):
     sent: float
     future: asyncio.Future[ResponseT]
     late: Callable[[ResponseT], None] | None
+    each: Callable[[ResponseT | None], None] | None
 
 
 class Link(Generic[RequestT, ResponseT]):
@@ -107,23 +108,51 @@ class Link(Generic[RequestT, ResponseT]):
         return self._number
 
     async def send(
-        self, request: RequestT, late: Callable[[ResponseT], None] | None = None
+        self,
+        request: RequestT,
+        late: Callable[[ResponseT], None] | None = None,
+        each: Callable[[ResponseT | None], None] | None = None,
     ) -> asyncio.Future[ResponseT]:
         """Sends one round; the future has its answer, or raises ``ServiceUnavailable``.
 
         Whoever will not wait for ever may settle the future himself; the answer then goes to
-        ``late``. Returns when the message is on its way. Not for concurrent use.
+        ``late``. ``each`` is told of every answer to a grant, the last of which settles the
+        future, and of the link's loss by None. Returns when the message is on its way. Not for
+        concurrent use.
         """
         call = self._call
         if not self.up or call is None:
             raise ServiceUnavailable(f"the {self.role} service is away")
         future: asyncio.Future[ResponseT] = asyncio.get_running_loop().create_future()
-        self._pending[request.round] = _Waiting(time.monotonic(), future, late)
+        self._pending[request.round] = _Waiting(time.monotonic(), future, late, each)
         try:
             await call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             self._down(f"writing failed: {_reason(error)}")
         return future
+
+    async def tell(self, request: RequestT) -> None:
+        """Sends what is not answered: a change to a grant. A link that is away is no error."""
+        if self._call is not None:
+            try:
+                await self._call.write(request)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+                self._down(f"writing failed: {_reason(error)}")
+
+    def touch(self) -> None:
+        """What is waited for is alive: its time begins anew."""
+        now = time.monotonic()
+        for one in self._pending.values():
+            one.sent = now
+
+    async def ask(self, method: str, request: Any) -> Any:
+        """One unary call of the service; raises ``ServiceUnavailable`` with its reason."""
+        try:
+            async with self.endpoint.channel() as channel:
+                call = getattr(self._stub(channel), method)
+                return await call(request, timeout=INFO_TIMEOUT, metadata=self.endpoint.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceUnavailable(error.details() or error.code().name) from None
 
     async def describe(self) -> pb.ServiceInfoResponse:
         """Fresh figures of the service; raises ``ServiceUnavailable``."""
@@ -200,12 +229,18 @@ class Link(Generic[RequestT, ResponseT]):
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     return
-                waiting = self._pending.pop(response.round, None)
+                waiting = self._pending.get(response.round)
                 if waiting is None:
                     raise ProtocolError(
                         f"the {self.role} service answered round {response.round}, "
                         "which was not asked"
                     )
+                if waiting.each is not None:
+                    waiting.each(response)
+                    if not response.HasField("grant_end"):
+                        waiting.sent = time.monotonic()
+                        continue
+                del self._pending[response.round]
                 if not waiting.future.done():
                     waiting.future.set_result(response)
                 elif waiting.late is not None:
@@ -248,6 +283,8 @@ class Link(Generic[RequestT, ResponseT]):
             self.failure = ServiceUnavailable(f"the {self.role} service is away: {reason}")
         pending, self._pending = self._pending, {}
         for one in pending.values():
+            if one.each is not None:
+                one.each(None)
             if not one.future.done():
                 one.future.set_exception(ServiceUnavailable(f"the {self.role} service: {reason}"))
                 one.future.exception()  # nobody may be waiting any more

@@ -55,6 +55,14 @@ class Proposals:
     """Whether its time says what proposing costs: no prompt rows were taken along."""
 
 
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A grant that the draft has been given."""
+
+    answer: asyncio.Future[pb.DraftResponse]
+    asked: dict[int, Asked]
+
+
 class Drafting:
     """Talks to the draft service."""
 
@@ -151,6 +159,58 @@ class Drafting:
                     made.by_id[proposal.sequence_id] = Offer(tokens, proposal.rows)
         self._absorb(response, asked)
         return made
+
+    def lacking(self, sequence: Seq) -> bool:
+        """Whether the draft has to be brought nearer to the log before it proposes."""
+        held = sequence.draft
+        return not held.open or len(sequence.log) - held.length > LAG
+
+    async def grant(
+        self, wanted: Sequence[tuple[Seq, int]], grant: pb.Grant, traceparent: str
+    ) -> Granted:
+        """Has the draft run rounds by itself; raises ``ServiceUnavailable``."""
+        link = self._link
+        assert link is not None
+        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent, grant=grant)
+        self._fill_close(request)
+        asked: dict[int, Asked] = {}
+        for sequence, k in wanted:
+            n = len(sequence.log)
+            self._append(request, sequence, n, k)
+            asked[sequence.sequence_id] = Asked(sequence, n, k)
+        return Granted(
+            await link.send(request, lambda answer: self._came_late(answer, asked)), asked
+        )
+
+    async def granted(self, granted: Granted) -> int:
+        """The verifier ended the grant: the draft says so too, at once or late.
+
+        Returns the rounds that it proposed for; 0 where it is late or lost.
+        """
+        timer = asyncio.get_running_loop().call_later(self._patience, _expire, granted.answer)
+        try:
+            response = await granted.answer
+        except ServiceUnavailable:
+            return 0
+        finally:
+            timer.cancel()
+        if response is None:
+            self._late = True
+            return 0
+        self._absorb(response, granted.asked)
+        return response.grant_end.rounds
+
+    async def change(self, change: pb.GrantChange) -> None:
+        """Changes or ends the draft's grant from here; the verifier's word is the usual way."""
+        if self._link is not None:
+            await self._link.tell(
+                pb.DraftRequest(round=self._link.next_number(), change=change)
+            )
+
+    def touch(self) -> None:
+        """The verifier had proposals: the draft is alive."""
+        if self._link is not None:
+            self._link.touch()
 
     async def catch_up(self, sequences: Iterable[Seq], traceparent: str = "") -> None:
         """Sends one chunk of what the draft lacks, without waiting for the answer."""

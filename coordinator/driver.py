@@ -16,6 +16,7 @@ from collections import deque
 from outrider.coordinator import recording
 from outrider.coordinator.clients import DraftLink, VerifyLink
 from outrider.coordinator.drafting import Drafting
+from outrider.coordinator.free_running import FreeRun
 from outrider.coordinator.job import Job
 from outrider.coordinator.pipeline import Outcome, Pipeline
 from outrider.coordinator.records import (
@@ -82,6 +83,7 @@ class Driver:
         self._ends: deque[RequestRecord] = deque()
         self._away_since: float | None = None
         self._last_ns = 0
+        self._regrant = False  # something changed that rounds running by themselves can't know
 
     @property
     def running(self) -> int:
@@ -128,6 +130,7 @@ class Driver:
             self._away_since = None
             self._note_link("verify", up, reason, 0)
             self.limit_k()
+        self._regrant = True
         self._scheduler.retry()
         self._wake.set()
 
@@ -139,6 +142,8 @@ class Driver:
         else:
             self.limit_k()
         self._note_link("draft", up, reason, 0 if up else len(running))
+        self._regrant = True
+        self._wake.set()
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -160,9 +165,17 @@ class Driver:
 
     async def _round(self, plan: Plan[Sequence]) -> None:
         started_ns = self._last_ns or self._clock()
+        run: FreeRun | None = None
         try:
+            ks = self._pipeline.choose(plan)
+            if len(plan.decode) == self._scheduler.admitted:
+                self._regrant = False
+                run = await self._pipeline.grant(plan, ks, self._wake.set)
+            if run is not None:
+                await self._follow(run)
+                return
             outcome = await self._pipeline.round(
-                plan, started_ns, self._hand_over, self._scheduler.waiting
+                plan, ks, started_ns, self._hand_over, self._scheduler.waiting
             )
         except Exception as error:
             # A bug must not take down the other requests, nor the loop.
@@ -170,6 +183,8 @@ class Driver:
             self._last_ns = 0
             for sequence in self._sequences_of(plan):
                 self._finish(sequence, OutriderError(f"internal error: {type(error).__name__}"))
+            if run is not None:
+                await self._end(run)
             return
         self._last_ns = self._clock()
         self._settle(outcome)
@@ -177,6 +192,33 @@ class Driver:
             # Nothing moved: somebody else has the room, or refusals are being worked off.
             self._last_ns = 0
             await asyncio.sleep(RETRY_SECONDS if outcome.full else 0)
+
+    async def _follow(self, run: FreeRun) -> None:
+        """Takes in the rounds that the services run by themselves, until they end."""
+        while not run.over:
+            await self._wake.wait()
+            self._wake.clear()
+            ended = False
+            while run.reports:
+                outcome = self._pipeline.free_round(run, self._scheduler.waiting)
+                self._settle(outcome)
+                ended = ended or bool(outcome.finished or outcome.failed or outcome.full)
+            if ended or self._ended or self._regrant or self._scheduler.admits:
+                await self._pipeline.revoke(run)
+            else:
+                await self._pipeline.steer(run)
+            self._hand_over()
+        await self._pipeline.finish(run)
+        self._last_ns = self._clock()
+
+    async def _end(self, run: FreeRun) -> None:
+        """Ends rounds of which nothing is wanted any more."""
+        await self._pipeline.revoke(run)
+        while not run.over:
+            await self._wake.wait()
+            self._wake.clear()
+            run.drop()
+        await self._pipeline.finish(run)
 
     def _settle(self, outcome: Outcome) -> None:
         for sequence in outcome.admitted:

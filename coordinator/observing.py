@@ -29,7 +29,7 @@ class TelemetryObserver:
     def __init__(self, telemetry: Telemetry, *, profile: bool = False) -> None:
         """``profile``: keep the rounds of recent requests."""
         self._runtime: Any = None
-        self._tracing = Tracing(telemetry.spans, lambda: self._now().model, self._link)
+        self._tracing = Tracing(telemetry.spans, lambda: self._now().model)
         self._metering = Metering(telemetry.instruments, self._now) if telemetry.metering else None
         self.kept = RoundsKept() if profile else None
         self._traces = telemetry.tracing
@@ -50,6 +50,10 @@ class TelemetryObserver:
     def traceparent(self, round_number: int, request_ids: Sequence[str]) -> str:
         """See ``Tracing.traceparent``."""
         return self._tracing.traceparent(round_number, request_ids) if self._traces else ""
+
+    def follow(self, round_number: int, request_ids: Sequence[str], traceparent: str) -> None:
+        """See ``Tracing.follow``."""
+        self._tracing.follow(round_number, request_ids, traceparent)
 
     def request_started(self, request_id: str, traceparent: str) -> None:
         """A request passed validation."""
@@ -108,7 +112,7 @@ class TelemetryObserver:
             log.exception("telemetry failed")
 
     def _link(self) -> str:
-        return "grpc"
+        return "grpc" if self._runtime is None else str(self._runtime.introduction.link)
 
     def _now(self) -> Now:
         runtime = self._runtime

@@ -6,7 +6,9 @@
                                               let the draft catch up
 
 A round in which no sequence has a proposal skips the draft. Sequences whose prompt is being
-taken in go to both services side by side.
+taken in go to both services side by side. Where nothing but decoding is to be done the services
+are granted rounds that they run by themselves (``free_running``); here those are committed and
+learnt from like any other.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 
 from outrider.coordinator import recording
 from outrider.coordinator.drafting import Drafting, Proposals
+from outrider.coordinator.free_running import FreeRound, FreeRun, FreeRunning
 from outrider.coordinator.records import Observer, RoundRecord, WallClock
 from outrider.coordinator.scheduler import Plan
 from outrider.coordinator.sequence import Sequence
@@ -24,6 +27,7 @@ from outrider.coordinator.verifying import Asked, Judged, Prepared, Verifying
 from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.errors import OutriderError
+from outrider.shared.traceparents import stepped
 from outrider.shared.types import PositionLogprobs
 
 ACCEPTED = public.TOKEN_ORIGIN_ACCEPTED
@@ -53,6 +57,7 @@ class Pipeline:
         drafting: Drafting,
         verifying: Verifying,
         speculation: Speculation,
+        free: FreeRunning,
         *,
         observer: Observer,
         clock: WallClock,
@@ -62,14 +67,24 @@ class Pipeline:
         self._drafting = drafting
         self._verifying = verifying
         self._speculation = speculation
+        self._free = free
         self._observer = observer
         self._clock = clock
         self._records = records
         self._round = 0
         self._reflect: Callable[[], None] | None = None
 
+    def choose(self, plan: Plan[Sequence]) -> list[int]:
+        """K for each sequence of ``plan.decode``; to be asked once a round."""
+        return self._choose(plan.decode)
+
     async def round(
-        self, plan: Plan[Sequence], started_ns: int, meanwhile: Callable[[], None], waiting: int
+        self,
+        plan: Plan[Sequence],
+        ks: list[int],
+        started_ns: int,
+        meanwhile: Callable[[], None],
+        waiting: int,
     ) -> Outcome:
         """Runs one round; ``meanwhile`` is called once, while the verifier works."""
         self._round += 1
@@ -78,7 +93,6 @@ class Pipeline:
         if observer.enabled:
             traceparent = observer.traceparent(number, _request_ids(plan))
         # SPECULATE
-        ks = self._choose(plan.decode)
         wanted = [(seq, k) for seq, k in zip(plan.decode, ks, strict=True) if k > 0]
         message: list[Prepared] = []
         proposals = await self._drafting.propose(
@@ -121,6 +135,91 @@ class Pipeline:
         self.reflect()  # where the verifier was lost before anybody had time to
         self._reflect = reflect
         return outcome
+
+    # --- rounds that the services run by themselves ------------------------------------------
+
+    async def grant(
+        self, plan: Plan[Sequence], ks: list[int], wake: Callable[[], None]
+    ) -> FreeRun | None:
+        """Grants rounds where that is possible and nothing else is to be done beside them."""
+        if not self._free.possible(plan, ks) or self._must_catch_up(plan):
+            return None
+        self.reflect()
+        traceparent = ""
+        if self._observer.enabled:
+            traceparent = self._observer.traceparent(self._round + 1, _request_ids(plan))
+        return await self._free.start(plan, ks, traceparent, wake)
+
+    def free_round(self, run: FreeRun, waiting: int) -> Outcome:
+        """Commits what the next report of ``run`` tells."""
+        done = self._free.take(run)
+        if done is None:
+            return Outcome(lost=run.lost)
+        judged = done.judged
+        outcome = Outcome(full=judged.full, failed=judged.failed)
+        for asked, verdict in judged.verdicts:
+            self._commit(outcome, asked, verdict, done.started_ns)
+        self._account(judged, done.proposals, done.started_ns, done.finished_ns)
+        self._learn(run.plan, done.proposals, judged)
+        self._note(run, done, waiting)
+        return outcome
+
+    def _note(self, run: FreeRun, done: FreeRound, waiting: int) -> None:
+        """Makes the record of one free-running round."""
+        self._round += 1
+        number, observer = self._round, self._observer
+        if not observer.enabled:
+            return
+        traceparent = run.traceparent
+        if traceparent and done.step:
+            traceparent = stepped(traceparent, done.step)
+            observer.follow(number, _request_ids(run.plan), traceparent)
+        self._records(
+            recording.round_record(
+                number,
+                run.plan,
+                run.ks,
+                done.proposals,
+                done.judged,
+                traceparent=traceparent,
+                started_ns=done.started_ns,
+                finished_ns=done.finished_ns,
+                waiting=waiting,
+                link="grpc" if run.drafted is None else "shm",
+            )
+        )
+
+    async def steer(self, run: FreeRun) -> None:
+        """Has the rounds of ``run`` go on as they should, or end."""
+        plan = run.plan
+        if run.over or run.revoked:
+            return
+        ks = self._choose(plan.decode)
+        if self._must_catch_up(plan):
+            await self._free.revoke(run)
+        else:
+            await self._free.steer(run, ks)
+
+    def _must_catch_up(self, plan: Plan[Sequence]) -> bool:
+        """Whether the draft is to take in what it lacks, which messages do beside the rounds."""
+        drafting = self._drafting
+        return any(
+            drafting.lacking(seq) and drafting.usable(seq)
+            for seq in self._behind(plan, Proposals())
+        )
+
+    async def revoke(self, run: FreeRun) -> None:
+        """Ends ``run`` after the round that it is in."""
+        await self._free.revoke(run)
+
+    async def finish(self, run: FreeRun) -> None:
+        """The verifier has ended ``run``, or is lost."""
+        begun = await self._free.finish(run)
+        now = self._clock()
+        for step in range(run.steps, begun):
+            # Begun and not reported: a service may have made its part of the trace.
+            judged = Judged(lost=run.lost)
+            self._note(run, FreeRound(step, judged, Proposals(), run.last_ns or now, now), 0)
 
     def reflect(self) -> None:
         """Learns from the last round and makes its record, once; off the critical path.

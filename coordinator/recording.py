@@ -21,6 +21,7 @@ def round_record(
     started_ns: int,
     finished_ns: int,
     waiting: int,
+    link: str = "grpc",
 ) -> RoundRecord:
     """The record of a round; to be made before the next one is committed."""
     asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, ks, strict=True)}
@@ -63,6 +64,7 @@ def round_record(
         verify=judged.timing,
         sequences=tuple(made),
         waiting=waiting,
+        link=link,
         lost="verify" if judged.lost else "",
     )
 

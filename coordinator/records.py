@@ -28,6 +28,10 @@ class WallClock:
         """Nanoseconds since the epoch; never runs backwards."""
         return self._offset + time.perf_counter_ns()
 
+    def at(self, perf_counter_ns: int) -> int:
+        """The same for a moment that any process of this host took by ``perf_counter_ns``."""
+        return self._offset + perf_counter_ns
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceTiming:
@@ -88,6 +92,8 @@ class RoundRecord:
     sequences: tuple[SequenceRound, ...]
     waiting: int
     """Sequences waiting for admission."""
+    link: str = "grpc"
+    """How the round's proposals and verdicts travelled."""
     lost: str = ""
     """Name of the service that was lost during the round."""
 
@@ -157,6 +163,9 @@ class Observer(Protocol):
     def traceparent(self, round_number: int, request_ids: Sequence[str]) -> str:
         """W3C trace context that the messages of this round carry; empty when not traced."""
 
+    def follow(self, round_number: int, request_ids: Sequence[str], traceparent: str) -> None:
+        """A round without messages is in this trace context, which follows from its grant's."""
+
     def request_started(self, request_id: str, traceparent: str) -> None:
         """A request passed validation; ``traceparent`` is the client's."""
 
@@ -182,6 +191,9 @@ class NoObserver:
     def traceparent(self, round_number: int, request_ids: Sequence[str]) -> str:
         """Not traced."""
         return ""
+
+    def follow(self, round_number: int, request_ids: Sequence[str], traceparent: str) -> None:
+        """Not traced."""
 
     def request_started(self, request_id: str, traceparent: str) -> None:
         """Ignored."""

@@ -13,6 +13,8 @@ from outrider.coordinator import tokenizer as tokenizers
 from outrider.coordinator.clients import DraftLink, Endpoint, Link, VerifyLink
 from outrider.coordinator.drafting import Drafting
 from outrider.coordinator.driver import Driver
+from outrider.coordinator.free_running import FreeRunning
+from outrider.coordinator.introducing import Introduction
 from outrider.coordinator.pipeline import Pipeline
 from outrider.coordinator.records import NoObserver, Observer, RoundRecord, WallClock
 from outrider.coordinator.requests import Limits
@@ -39,6 +41,7 @@ class Runtime:
         config: CoordinatorConfig,
         *,
         driver: Driver,
+        introduction: Introduction,
         verify_link: VerifyLink,
         draft_link: DraftLink | None,
         tokenizer: Tokenizer | None,
@@ -48,6 +51,7 @@ class Runtime:
     ) -> None:
         self.config = config
         self.driver = driver
+        self.introduction = introduction
         self.verify_link = verify_link
         self.draft_link = draft_link
         self.tokenizer = tokenizer
@@ -100,10 +104,12 @@ async def running(
 
     def verify_changed(up: bool, reason: str) -> None:
         if driver is not None:
+            introduction.changed()
             driver.verify_changed(up, reason)
 
     def draft_changed(up: bool, reason: str) -> None:
         if driver is not None:
+            introduction.changed()
             driver.draft_changed(up, reason)
 
     def check_verify(info: pb.ServiceInfoResponse) -> None:
@@ -124,6 +130,7 @@ async def running(
             check=check_draft,
             changed=draft_changed,
         )
+    introduction = Introduction(config, verify_link, draft_link)
     try:
         async with asyncio.TaskGroup() as tasks:
             # Cancelled one by one at the end, so that leaving the block is not an error.
@@ -135,6 +142,7 @@ async def running(
                     background.append(tasks.create_task(draft_link.run(), name="draft link"))
                     progress("connecting to the draft model")
                     await _draft_reached(draft_link, config.draft_start_seconds)
+                    await introduction.first()
                 assert verify_link.info is not None
                 progress("loading the tokenizer")
                 tokenizer = await asyncio.to_thread(
@@ -149,6 +157,14 @@ async def running(
                     vocab_size=verify_link.info.vocab_size,
                 )
                 verifying = Verifying(verify_link)
+                free = FreeRunning(
+                    drafting,
+                    verifying,
+                    introduction,
+                    clock=clock,
+                    rounds=config.free_rounds,
+                    draft_patience=config.draft_patience_seconds,
+                )
                 driver = Driver(
                     scheduler=Scheduler[Sequence](
                         max_running=config.max_running,
@@ -159,6 +175,7 @@ async def running(
                         drafting,
                         verifying,
                         speculation,
+                        free,
                         observer=observer,
                         clock=clock,
                         records=records.append,
@@ -175,10 +192,12 @@ async def running(
                     records=records,
                 )
                 driver.limit_k()
+                background.append(tasks.create_task(introduction.run(), name="introduction"))
                 background.append(tasks.create_task(driver.run(), name="rounds"))
                 yield Runtime(
                     config,
                     driver=driver,
+                    introduction=introduction,
                     verify_link=verify_link,
                     draft_link=draft_link,
                     tokenizer=tokenizer,

@@ -77,6 +77,11 @@ class Scheduler(Generic[SequenceT]):
         return len(self._waiting)
 
     @property
+    def admits(self) -> bool:
+        """Whether the next plan will try to admit one that waits."""
+        return bool(self._waiting) and not self._full and len(self._running) < self._max_running
+
+    @property
     def full(self) -> bool:
         """Whether the head of the queue was refused for want of room."""
         return self._full

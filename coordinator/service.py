@@ -86,7 +86,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             default_max_new_tokens=limits.default_max_new_tokens,
             running=coordinator.driver.running,
             waiting=coordinator.driver.waiting,
-            link="grpc",
+            link=coordinator.introduction.link,
+            link_reason=coordinator.introduction.reason,
         )
         if len(described) > 1:
             response.draft.CopyFrom(described[1])

@@ -15,13 +15,13 @@ from outrider.shared.attributes import OPERATION, PROVIDER
 _SIGN = 1 << 63
 
 
-def of_round(record: RoundRecord, parts: phases.Phases, mode: str, link: str) -> dict[str, Any]:
+def of_round(record: RoundRecord, parts: phases.Phases, mode: str) -> dict[str, Any]:
     """What every span of one round says."""
     made: dict[str, Any] = {
         "outrider.round": record.round,
         "outrider.round.mode": mode,
         "outrider.batch_size": len(record.sequences),
-        "outrider.link": link,
+        "outrider.link": record.link,
         "outrider.draft.time": parts.draft,
         "outrider.verify.time": parts.verify,
         "outrider.wire.time": parts.wire,

@@ -60,11 +60,10 @@ class _Sample:
 class Tracing:
     """Turns records into spans."""
 
-    def __init__(self, spans: SpanMaker, model: Callable[[], str], link: Callable[[], str]) -> None:
-        """``model`` names the base, ``link`` how proposals travel; asked when a span is made."""
+    def __init__(self, spans: SpanMaker, model: Callable[[], str]) -> None:
+        """``model`` names the base; asked when a span is made."""
         self._spans = spans
         self._model = model
-        self._link = link
         self._requests: OrderedDict[str, _Request] = OrderedDict()
         self._rounds: OrderedDict[int, tuple[str, TraceContext]] = OrderedDict()
         self._down: dict[str, LinkRecord] = {}
@@ -90,11 +89,23 @@ class Tracing:
             request = self._requests.get(request_id)
             if request is not None and request.root.sampled:
                 context = self._spans.child(request.root)
-                self._rounds[round_number] = (request_id, context)
-                if len(self._rounds) > MOST_OPEN_ROUNDS:
-                    self._rounds.popitem(last=False)
+                self._keep(round_number, request_id, context)
                 return context.traceparent
         return ""
+
+    def follow(self, round_number: int, request_ids: Sequence[str], traceparent: str) -> None:
+        """A round without messages is this span."""
+        context = parse_traceparent(traceparent)
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if context is not None and request is not None and request.root.sampled:
+                self._keep(round_number, request_id, context)
+                return
+
+    def _keep(self, round_number: int, request_id: str, context: TraceContext) -> None:
+        self._rounds[round_number] = (request_id, context)
+        if len(self._rounds) > MOST_OPEN_ROUNDS:
+            self._rounds.popitem(last=False)
 
     def round(self, record: RoundRecord, parts: phases.Phases, mode: str) -> None:
         """The spans of one round, for every traced request in it."""
@@ -104,7 +115,7 @@ class Tracing:
         by_request: dict[str, list[SequenceRound]] = {}
         for one in record.sequences:
             by_request.setdefault(one.request_id, []).append(one)
-        shared = about.of_round(record, parts, mode, self._link())
+        shared = about.of_round(record, parts, mode)
         links = []
         parent: TraceContext | None = None
         for request_id, of in by_request.items():

@@ -19,6 +19,7 @@ from outrider.shared.wire import write_open
 log = logging.getLogger(__name__)
 
 MOST_STRIKES = 8
+NO_ITEM = pb.VerifyItem()
 
 
 @dataclass(slots=True)
@@ -69,6 +70,16 @@ class Verifying:
         self._close: list[int] = []
         self._clock = WallClock()
 
+    @property
+    def up(self) -> bool:
+        """Whether the verifier is there."""
+        return self._link.up
+
+    @property
+    def grants(self) -> bool:
+        """Whether the verifier runs rounds by itself."""
+        return self._link.info is not None and self._link.info.grants
+
     def prepare(self, plan: Plan[Sequence], traceparent: str = "") -> Prepared:
         """Builds the message of a round; there is time for it while the draft works."""
         made = Prepared(pb.VerifyRequest(traceparent=traceparent), {})
@@ -117,6 +128,40 @@ class Verifying:
             found = asked.get(error.sequence_id)
             if found is not None and found.sequence.verify.epoch == error.epoch:
                 self._refused(judged, found, error)
+        return judged
+
+    async def grant(
+        self,
+        plan: Plan[Sequence],
+        grant: pb.Grant,
+        traceparent: str,
+        each: Callable[[pb.VerifyResponse | None], None],
+    ) -> None:
+        """Has the verifier run rounds by itself; raises ``ServiceUnavailable``.
+
+        ``each`` is told of every answer, and by None of the link's loss.
+        """
+        request = self.prepare(plan, traceparent).request
+        request.round = self._link.next_number()
+        request.grant.CopyFrom(grant)
+        await self._link.send(request, each=each)
+
+    async def change(self, change: pb.GrantChange) -> None:
+        """Changes or ends the grant."""
+        await self._link.tell(pb.VerifyRequest(round=self._link.next_number(), change=change))
+
+    def free_round(self, sequences: dict[int, Sequence], response: pb.VerifyResponse) -> Judged:
+        """What one round of a grant did to those of ``sequences`` that still run."""
+        judged = Judged()
+        offered = {one.sequence_id: one for one in response.free.proposals}
+        for verdict in response.verdicts:
+            asked = _asked(sequences, offered, verdict.sequence_id, verdict.epoch)
+            if asked is not None:
+                self._verdict(judged, asked, verdict)
+        for error in response.errors:
+            asked = _asked(sequences, offered, error.sequence_id, error.epoch)
+            if asked is not None:
+                self._refused(judged, asked, error)
         return judged
 
     async def flush(self) -> None:
@@ -219,6 +264,19 @@ class Verifying:
 
     def _give_up(self, judged: Judged, sequence: Sequence, error: OutriderError) -> None:
         judged.failed.append((sequence, error))
+
+
+def _asked(
+    sequences: dict[int, Sequence], offered: dict[int, pb.Proposal], key: int, epoch: int
+) -> Asked | None:
+    """What a free-running round did for a sequence; None for one that is over."""
+    sequence, offer = sequences.get(key), offered.get(key)
+    if sequence is None or offer is None or not sequence.verify.open:
+        return None
+    if sequence.verify.epoch != epoch:
+        return None
+    n = len(sequence.log)
+    return Asked(sequence, n, n, 1 + len(offer.tokens), NO_ITEM, list(offer.tokens))
 
 
 def never_fits(sequence: Sequence, arena_tokens: int) -> CapacityError:

@@ -14,6 +14,16 @@ class Rule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RULE_COUPLED: _ClassVar[Rule]
     RULE_REJECTION: _ClassVar[Rule]
 
+class GrantEndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRANT_END_REASON_UNSPECIFIED: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_CREDITS: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_STOPPED: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_REVOKED: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_REFUSED: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_PEER: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_LATE: _ClassVar[GrantEndReason]
+
 class SequenceErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SEQUENCE_ERROR_CODE_UNSPECIFIED: _ClassVar[SequenceErrorCode]
@@ -27,6 +37,13 @@ RULE_UNSPECIFIED: Rule
 RULE_GREEDY: Rule
 RULE_COUPLED: Rule
 RULE_REJECTION: Rule
+GRANT_END_REASON_UNSPECIFIED: GrantEndReason
+GRANT_END_REASON_CREDITS: GrantEndReason
+GRANT_END_REASON_STOPPED: GrantEndReason
+GRANT_END_REASON_REVOKED: GrantEndReason
+GRANT_END_REASON_REFUSED: GrantEndReason
+GRANT_END_REASON_PEER: GrantEndReason
+GRANT_END_REASON_LATE: GrantEndReason
 SEQUENCE_ERROR_CODE_UNSPECIFIED: SequenceErrorCode
 SEQUENCE_ERROR_CODE_UNKNOWN: SequenceErrorCode
 SEQUENCE_ERROR_CODE_STALE_EPOCH: SequenceErrorCode
@@ -101,20 +118,24 @@ class TokenSequence(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
-    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent")
+    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
     round: int
     close: _containers.RepeatedScalarFieldContainer[int]
     open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
     items: _containers.RepeatedCompositeFieldContainer[ProposeItem]
     goodbye: bool
     traceparent: str
-    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[ProposeItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    grant: Grant
+    change: GrantChange
+    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[ProposeItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ...) -> None: ...
 
 class ProposeItem(_message.Message):
     __slots__ = ("sequence_id", "epoch", "base_len", "append", "k")
@@ -131,16 +152,18 @@ class ProposeItem(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., base_len: _Optional[int] = ..., append: _Optional[_Iterable[int]] = ..., k: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
-    __slots__ = ("round", "proposals", "errors", "timing")
+    __slots__ = ("round", "proposals", "errors", "timing", "grant_end")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    GRANT_END_FIELD_NUMBER: _ClassVar[int]
     round: int
     proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     timing: Timing
-    def __init__(self, round: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    grant_end: GrantEnd
+    def __init__(self, round: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
 
 class Proposal(_message.Message):
     __slots__ = ("sequence_id", "epoch", "committed_len", "tokens", "rows")
@@ -165,20 +188,24 @@ class SparseRow(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
-    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent")
+    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
     round: int
     close: _containers.RepeatedScalarFieldContainer[int]
     open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
     items: _containers.RepeatedCompositeFieldContainer[VerifyItem]
     goodbye: bool
     traceparent: str
-    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[VerifyItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    grant: Grant
+    change: GrantChange
+    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[VerifyItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ...) -> None: ...
 
 class VerifyItem(_message.Message):
     __slots__ = ("sequence_id", "epoch", "base_len", "append", "proposal", "rows", "extend_only")
@@ -199,16 +226,20 @@ class VerifyItem(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., base_len: _Optional[int] = ..., append: _Optional[_Iterable[int]] = ..., proposal: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[_Union[SparseRow, _Mapping]]] = ..., extend_only: bool = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("round", "verdicts", "errors", "timing")
+    __slots__ = ("round", "verdicts", "errors", "timing", "free", "grant_end")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     VERDICTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    GRANT_END_FIELD_NUMBER: _ClassVar[int]
     round: int
     verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     timing: Timing
-    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    free: FreeRound
+    grant_end: GrantEnd
+    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., free: _Optional[_Union[FreeRound, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("sequence_id", "epoch", "num_accepted", "next_token", "committed_len", "logprobs")
@@ -225,6 +256,106 @@ class Verdict(_message.Message):
     committed_len: int
     logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., committed_len: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
+
+class Grant(_message.Message):
+    __slots__ = ("id", "mailbox", "rounds", "sequences", "patience_seconds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    MAILBOX_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    mailbox: int
+    rounds: int
+    sequences: _containers.RepeatedCompositeFieldContainer[GrantedSequence]
+    patience_seconds: float
+    def __init__(self, id: _Optional[int] = ..., mailbox: _Optional[int] = ..., rounds: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[GrantedSequence, _Mapping]]] = ..., patience_seconds: _Optional[float] = ...) -> None: ...
+
+class GrantedSequence(_message.Message):
+    __slots__ = ("k", "limit", "stop_token_ids")
+    K_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    limit: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, k: _Optional[int] = ..., limit: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GrantChange(_message.Message):
+    __slots__ = ("id", "rounds", "ks")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    KS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    rounds: int
+    ks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., rounds: _Optional[int] = ..., ks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class FreeRound(_message.Message):
+    __slots__ = ("step", "proposals", "draft", "draft_asked_ns", "draft_answered_ns", "verify_asked_ns", "verify_answered_ns")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PROPOSALS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_ASKED_NS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_ANSWERED_NS_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_ASKED_NS_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_ANSWERED_NS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
+    draft: Timing
+    draft_asked_ns: int
+    draft_answered_ns: int
+    verify_asked_ns: int
+    verify_answered_ns: int
+    def __init__(self, step: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., draft: _Optional[_Union[Timing, _Mapping]] = ..., draft_asked_ns: _Optional[int] = ..., draft_answered_ns: _Optional[int] = ..., verify_asked_ns: _Optional[int] = ..., verify_answered_ns: _Optional[int] = ...) -> None: ...
+
+class GrantEnd(_message.Message):
+    __slots__ = ("id", "reason", "message", "rounds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    reason: GrantEndReason
+    message: str
+    rounds: int
+    def __init__(self, id: _Optional[int] = ..., reason: _Optional[_Union[GrantEndReason, str]] = ..., message: _Optional[str] = ..., rounds: _Optional[int] = ...) -> None: ...
+
+class OfferMailboxRequest(_message.Message):
+    __slots__ = ("max_sequences", "max_k", "row_entries")
+    MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_K_FIELD_NUMBER: _ClassVar[int]
+    ROW_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    max_sequences: int
+    max_k: int
+    row_entries: int
+    def __init__(self, max_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., row_entries: _Optional[int] = ...) -> None: ...
+
+class OfferMailboxResponse(_message.Message):
+    __slots__ = ("mailbox", "layout", "socket", "secret", "boot_id", "size")
+    MAILBOX_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    mailbox: int
+    layout: int
+    socket: str
+    secret: bytes
+    boot_id: str
+    size: int
+    def __init__(self, mailbox: _Optional[int] = ..., layout: _Optional[int] = ..., socket: _Optional[str] = ..., secret: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class MapMailboxRequest(_message.Message):
+    __slots__ = ("offer",)
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    offer: OfferMailboxResponse
+    def __init__(self, offer: _Optional[_Union[OfferMailboxResponse, _Mapping]] = ...) -> None: ...
+
+class MapMailboxResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PositionLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -265,7 +396,7 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServiceInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "model", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_largest_free", "sequences", "max_k", "eos_token_ids", "streams", "resident_bytes", "memory_bandwidth")
+    __slots__ = ("version", "protocol", "model", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_largest_free", "sequences", "max_k", "eos_token_ids", "streams", "resident_bytes", "memory_bandwidth", "grants")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +417,7 @@ class ServiceInfoResponse(_message.Message):
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     model: str
@@ -306,4 +438,5 @@ class ServiceInfoResponse(_message.Message):
     streams: int
     resident_bytes: int
     memory_bandwidth: float
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ...) -> None: ...
+    grants: bool
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ...) -> None: ...

@@ -40,6 +40,11 @@ class DraftStub(object):
                 request_serializer=outrider_dot_protos_dot_speculation__pb2.DraftRequest.SerializeToString,
                 response_deserializer=outrider_dot_protos_dot_speculation__pb2.DraftResponse.FromString,
                 _registered_method=True)
+        self.MapMailbox = channel.unary_unary(
+                '/outrider.v1.Draft/MapMailbox',
+                request_serializer=outrider_dot_protos_dot_speculation__pb2.MapMailboxRequest.SerializeToString,
+                response_deserializer=outrider_dot_protos_dot_speculation__pb2.MapMailboxResponse.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/outrider.v1.Draft/Info',
                 request_serializer=outrider_dot_protos_dot_speculation__pb2.ServiceInfoRequest.SerializeToString,
@@ -60,6 +65,14 @@ class DraftServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MapMailbox(self, request, context):
+        """Maps the mailbox that the verifier offers, over the socket that it named, and proves it by
+        the canary. Only for callers over a unix socket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Info(self, request, context):
         """Describes the model and its limits.
         """
@@ -74,6 +87,11 @@ def add_DraftServicer_to_server(servicer, server):
                     servicer.Rounds,
                     request_deserializer=outrider_dot_protos_dot_speculation__pb2.DraftRequest.FromString,
                     response_serializer=outrider_dot_protos_dot_speculation__pb2.DraftResponse.SerializeToString,
+            ),
+            'MapMailbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.MapMailbox,
+                    request_deserializer=outrider_dot_protos_dot_speculation__pb2.MapMailboxRequest.FromString,
+                    response_serializer=outrider_dot_protos_dot_speculation__pb2.MapMailboxResponse.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -109,6 +127,33 @@ class Draft(object):
             '/outrider.v1.Draft/Rounds',
             outrider_dot_protos_dot_speculation__pb2.DraftRequest.SerializeToString,
             outrider_dot_protos_dot_speculation__pb2.DraftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MapMailbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.Draft/MapMailbox',
+            outrider_dot_protos_dot_speculation__pb2.MapMailboxRequest.SerializeToString,
+            outrider_dot_protos_dot_speculation__pb2.MapMailboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -162,6 +207,11 @@ class VerifyStub(object):
                 request_serializer=outrider_dot_protos_dot_speculation__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=outrider_dot_protos_dot_speculation__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.OfferMailbox = channel.unary_unary(
+                '/outrider.v1.Verify/OfferMailbox',
+                request_serializer=outrider_dot_protos_dot_speculation__pb2.OfferMailboxRequest.SerializeToString,
+                response_deserializer=outrider_dot_protos_dot_speculation__pb2.OfferMailboxResponse.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/outrider.v1.Verify/Info',
                 request_serializer=outrider_dot_protos_dot_speculation__pb2.ServiceInfoRequest.SerializeToString,
@@ -175,6 +225,14 @@ class VerifyServicer(object):
 
     def Rounds(self, request_iterator, context):
         """Rounds of one coordinator connection; the contract of Draft.Rounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OfferMailbox(self, request, context):
+        """Makes a mailbox for one draft and waits for it, a few seconds, on a private unix socket.
+        Only for callers over a unix socket.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +252,11 @@ def add_VerifyServicer_to_server(servicer, server):
                     servicer.Rounds,
                     request_deserializer=outrider_dot_protos_dot_speculation__pb2.VerifyRequest.FromString,
                     response_serializer=outrider_dot_protos_dot_speculation__pb2.VerifyResponse.SerializeToString,
+            ),
+            'OfferMailbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferMailbox,
+                    request_deserializer=outrider_dot_protos_dot_speculation__pb2.OfferMailboxRequest.FromString,
+                    response_serializer=outrider_dot_protos_dot_speculation__pb2.OfferMailboxResponse.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -229,6 +292,33 @@ class Verify(object):
             '/outrider.v1.Verify/Rounds',
             outrider_dot_protos_dot_speculation__pb2.VerifyRequest.SerializeToString,
             outrider_dot_protos_dot_speculation__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferMailbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.Verify/OfferMailbox',
+            outrider_dot_protos_dot_speculation__pb2.OfferMailboxRequest.SerializeToString,
+            outrider_dot_protos_dot_speculation__pb2.OfferMailboxResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -161,6 +161,14 @@ class CoordinatorConfig(ServeConfig):
     draft_patience_seconds: float = setting(
         1.0, help="how long a round waits for proposals before it goes on without", low=0.001
     )
+    link: str = setting(
+        "auto",
+        help="how proposals travel between draft and verifier; auto takes the best there is",
+        choices=("auto", "grpc", "shm"),
+    )
+    free_rounds: int = setting(
+        64, help="rounds that the services run by themselves at a time; 0: none", low=0
+    )
     services_token: str | None = setting(None, help="bearer token sent to the model services")
     services_ca: str | None = setting(
         None, help="PEM file with the CA of the model services; set, TLS is used"

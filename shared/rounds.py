@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,11 @@ import grpc
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
+from outrider.shared.doorbell import Doorbell
 from outrider.shared.errors import RefusalCode, SequenceRefused, ServiceUnavailable
+from outrider.shared.grants import Control, Inbox
+from outrider.shared.mailboxes import Mailboxes
+from outrider.shared.traceparents import stepped
 from outrider.shared.types import OpenSequence, Refusal, RoundResult
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,20 @@ class Engine(Protocol):
 Seen = Callable[[Any, Sequence[Any], RoundResult[Any], float, float], None]
 """Message, items, result, and when it arrived and was answered by ``time.perf_counter``."""
 
+SeenFree = Callable[[int, Sequence[Any], RoundResult[Any], float, float], None]
+"""The same for a free-running round, by its step within the grant."""
+RunGrant = Callable[[Any, Any, Doorbell | None, Control, SeenFree], Iterator[Any]]
+"""Runs a grant: the session, the message that brought it, and what a round needs besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRoundMessage:
+    """What a free-running round has in place of a message."""
+
+    round: int
+    traceparent: str
+
+
 
 class RoundsServicer:
     """Implements ``Rounds`` and ``Info`` of both services over any engine.
@@ -55,10 +74,13 @@ class RoundsServicer:
         self,
         read_items: Callable[[Any], list[Any]],
         write_response: Callable[[int, RoundResult[Any], float], Any],
+        run_grant: RunGrant,
     ) -> None:
-        """The two functions of ``wire`` for the service's messages."""
+        """The two functions of ``wire`` for the service's messages, and its free rounds."""
         self._read_items = read_items
         self._write_response = write_response
+        self._run_grant = run_grant
+        self._mailboxes = Mailboxes()
         self._engine: Engine | None = None
         self._seen: Seen | None = None
         self.memory_bandwidth = 0.0
@@ -91,9 +113,13 @@ class RoundsServicer:
         peer = context.peer()
         farewell = False
         try:
-            for message in request_iterator:
+            inbox = Inbox(request_iterator)
+            for message in inbox:
                 arrived = time.perf_counter()
                 refusals = self._admit(session, message)
+                if message.HasField("grant"):
+                    yield from self._granted(session, message, inbox)
+                    continue
                 items = self._read_items(message)
                 result = session.round(items)
                 if refusals:
@@ -112,6 +138,31 @@ class RoundsServicer:
             if not farewell:
                 # Cancelled, connection lost, or half-closed: all the same to us.
                 log.warning("stream from %s ended without goodbye; its extents are freed", peer)
+
+    def _granted(self, session: Session, message: Any, inbox: Inbox) -> Iterator[Any]:
+        """Rounds that run by themselves until the grant ends."""
+        control = Control(message.grant)
+
+        def seen(step: int, items: Any, result: Any, arrived: float, answered: float) -> None:
+            if self._seen is not None:
+                traceparent = message.traceparent and stepped(message.traceparent, step)
+                told = FreeRoundMessage(message.round, traceparent)
+                self._seen(told, items, result, arrived, answered)
+
+        doorbell = self._mailboxes.get(message.grant.mailbox) if message.grant.mailbox else None
+        inbox.listen(control)
+        try:
+            yield from self._run_grant(session, message, doorbell, control, seen)
+        finally:
+            inbox.deafen()
+
+    def OfferMailbox(self, request: Any, context: Any) -> Any:
+        """Verify only: makes a mailbox that waits for its draft."""
+        return self._mailboxes.offer(request, context.peer())
+
+    def MapMailbox(self, request: Any, context: Any) -> Any:
+        """Draft only: fetches the mailbox that a verifier offers."""
+        return self._mailboxes.map(request, context.peer())
 
     def Info(self, request: Any, context: Any) -> Any:
         """Describes the model and its limits."""
@@ -137,6 +188,7 @@ class RoundsServicer:
             streams=self._streams,
             resident_bytes=resident_bytes(),
             memory_bandwidth=self.memory_bandwidth,
+            grants=True,
         )
 
     def _ready(self) -> Engine:

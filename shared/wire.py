@@ -25,7 +25,7 @@ from outrider.shared.types import (
     VerifyItem,
 )
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the round protocol; coordinator and services must agree."""
 
 

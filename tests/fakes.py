@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from outrider.draft_service import service as draft_service
 from outrider.shared import wire
 from outrider.shared.config import ServeConfig
 from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.rounds import RoundsServicer, add_to_server
+from outrider.shared.rounds import add_to_server
 from outrider.shared.rpc import Server
 from outrider.shared.types import (
     Decoding,
@@ -32,6 +33,7 @@ from outrider.shared.types import (
     Verdict,
     VerifyItem,
 )
+from outrider.verify_service import service as verify_service
 
 VOCAB = 300
 _BLOCK = bytes(1 << 15)
@@ -273,10 +275,10 @@ class ToyService:
     def start(self) -> None:
         """Starts the service with nothing held."""
         if self.role == "draft":
-            servicer = RoundsServicer(wire.read_propose_items, wire.write_draft_response)
+            servicer = draft_service.make_servicer()
             engine = _Engine(self.toy, _DraftSession)
         else:
-            servicer = RoundsServicer(wire.read_verify_items, wire.write_verify_response)
+            servicer = verify_service.make_servicer()
             engine = _Engine(self.toy, _VerifySession)
         servicer.attach(engine)
         self._server = Server(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from outrider.coordinator.records import (
     LinkRecord,
     NoObserver,
@@ -29,9 +31,15 @@ class Notes(NoObserver):
         self.requests: list[RequestRecord] = []
         self.links: list[LinkRecord] = []
         self.started: list[tuple[str, str]] = []
+        self.contexts: dict[int, str] = {}
 
     def traceparent(self, round_number: int, request_ids: Sequence[str]) -> str:
-        return f"00-{round_number:032x}-{1:016x}-01"
+        self.contexts[round_number] = f"00-{round_number:032x}-{1:016x}-01"
+        return self.contexts[round_number]
+
+    def follow(self, round_number: int, request_ids: Sequence[str], traceparent: str) -> None:
+        assert round_number not in self.contexts
+        self.contexts[round_number] = traceparent
 
     def request_started(self, request_id: str, traceparent: str) -> None:
         self.started.append((request_id, traceparent))
@@ -46,15 +54,16 @@ class Notes(NoObserver):
         self.links.append(record)
 
 
+@pytest.mark.parametrize("link", ["grpc", "shm"])
 def test_records_add_up_to_what_the_client_saw(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make, link: str
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=80, seconds_per_round=0.001)
     notes = Notes()
 
     async def run() -> Any:
-        async with client_of(base, draft, observer=notes) as client:
+        async with client_of(base, draft, observer=notes, link=link) as client:
             requests = [
                 ask([1, 2, 3], 60, k=4, temperature=0.5, seed=9),
                 ask(list(range(200)), 20, k=0),
@@ -100,7 +109,7 @@ def test_records_add_up_to_what_the_client_saw(
             assert whole.draft.model_seconds <= whole.draft.seconds
         assert whole.verify.model_seconds <= whole.verify.seconds
         assert whole.overhead_seconds > 0
-        assert whole.traceparent == f"00-{whole.round:032x}-{1:016x}-01"
+        assert whole.traceparent == notes.contexts[whole.round]
     assert [whole.round for whole in notes.rounds] == list(range(1, len(notes.rounds) + 1))
 
 

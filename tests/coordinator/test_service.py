@@ -510,7 +510,7 @@ def test_service_info_describes_models_limits_and_load(
             assert info.base.arena_tokens_used == base.toy.used > 0
             assert (info.default_k, info.default_max_new_tokens) == (3, 77)
             assert info.running == 1
-            assert info.link == "grpc"
+            assert (info.link, info.link_reason) == ("shm", "")
             call.cancel()
 
     asyncio.run(run())

@@ -134,7 +134,7 @@ def test_prometheus_has_what_the_client_was_told(cluster: Any, query: Callable[.
         "outrider_speculation_length",
         'outrider_arena_occupancy{job="base"}',
         'outrider_service_up{outrider_service="verify"} == 1',
-        'outrider_link_in_use{outrider_link="grpc"} == 1',
+        'outrider_link_in_use{outrider_link="shm"} == 1',
         "outrider_ceiling_share > 0",
         'outrider_failovers_total{outrider_service="draft"}',
     ],

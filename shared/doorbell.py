@@ -1,0 +1,204 @@
+"""Ringing and waiting: when a slot of the mailbox may be read, and whether the other side lives.
+
+A ring is one byte over a unix socket. Sending and receiving it order the memory around them, it
+sleeps without polling, it works wherever Python has unix sockets, and when a process is gone,
+however it went, the kernel tells the other one at once. What the kernel does not tell is a
+process that stands still (stopped, or its interpreter stuck): for that each side counts a beat
+in the mailbox, on a thread of its own, and the other side watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from outrider.shared.errors import ProtocolError
+from outrider.shared.mailbox import BEATS, BELLS, Mailbox, ProposalHead, VerdictHead
+
+BEAT_SECONDS = 0.1
+STALE_SECONDS = 1.5
+"""A beat that did not rise for so long: the other side stands still."""
+
+Side = Literal["verify", "draft"]
+HeadT = TypeVar("HeadT", ProposalHead, VerdictHead)
+Found = TypeVar("Found")
+_INDEX = {"verify": 0, "draft": 1}
+_NAMES = ("verifier", "draft")
+
+
+class PeerGone(Exception):
+    """The other side of the mailbox is gone, stands still, or broke the protocol."""
+
+
+class PeerLate(PeerGone):
+    """The other side lives and did not ring in time; it may yet do so."""
+
+
+class Doorbell:
+    """One side of a mailbox. One thread rings and waits; ``close`` may come from any."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        peer: socket.socket,
+        side: Side,
+        *,
+        spin: float = 0.0,
+    ) -> None:
+        """Takes over the connected ``peer``.
+
+        ``spin``: seconds to watch the bell before sleeping. It keeps the core awake, so the
+        answer is seen sooner where cores are to spare.
+        """
+        self.mailbox = mailbox
+        self._peer = peer
+        self._mine, self._other = _INDEX[side], 1 - _INDEX[side]
+        self._spin = spin
+        self._rings = 0
+        self._heard = 0
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        peer.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(peer, select.POLLIN)
+        self._beating = threading.Thread(target=self._beat, name="mailbox beat", daemon=True)
+        self._beating.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this side has let go of the mailbox."""
+        return self._closed.is_set()
+
+    def ring(self) -> None:
+        """Tells the other side that a slot is filled; raises ``PeerGone``."""
+        self._rings += 1
+        self.mailbox.set_word(BELLS[self._mine], self._rings)
+        try:
+            self._peer.send(b"\1")
+        except BlockingIOError:
+            pass  # it has thousands of rings to hear already: one more makes no difference
+        except OSError as error:
+            raise PeerGone(f"the {_NAMES[self._other]} has let go of the mailbox") from error
+
+    def wait(self, patience: float, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Until the other side rings; False where ``interrupted`` became true first.
+
+        Raises ``PeerGone`` when it is gone or stands still, ``PeerLate`` when it did not ring
+        for ``patience`` seconds.
+        """
+        began = beat_at = time.monotonic()
+        beat = self.mailbox.word(BEATS[self._other])
+        if self._spin:
+            self._watch(began + self._spin)
+        while True:
+            if self._poll.poll(1000 * BEAT_SECONDS) and self._hear():
+                return True
+            if self.closed:
+                raise PeerGone("the mailbox was closed")
+            if interrupted():
+                return False
+            now = time.monotonic()
+            last, beat = beat, self.mailbox.word(BEATS[self._other])
+            if beat != last:
+                beat_at = now
+            elif now - beat_at > STALE_SECONDS:
+                raise PeerGone(f"the {_NAMES[self._other]} stands still")
+            if now - began > patience:
+                raise PeerLate(f"the {_NAMES[self._other]} did not answer in {patience:g} s")
+
+    def await_turn(
+        self,
+        turn: tuple[int, int],
+        read: Callable[[], tuple[HeadT, Found] | None],
+        patience: float,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> tuple[HeadT, Found] | None:
+        """What the other side wrote for ``turn`` (grant, step); None where interrupted first.
+
+        ``read`` is one of the mailbox's two. Rings left over from earlier grants are passed
+        over. Raises ``PeerGone``, and ``ProtocolError`` for a turn that is yet to come.
+        """
+        while self.wait(patience, interrupted):
+            found = read()
+            if found is None:
+                continue  # being written: its own ring is still to come
+            there = (found[0].grant, found[0].step)
+            if there == turn:
+                return found
+            if there > turn:
+                raise ProtocolError(f"grant, round {there} came while {turn} was waited for")
+        return None
+
+    def alive(self) -> bool:
+        """Whether the other side still holds the mailbox, as far as the kernel knows."""
+        if self.closed:
+            return False
+        try:
+            return self._peer.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Lets go of the mailbox; the other side is told by the kernel. May be called again.
+
+        The memory is unmapped with the last reference: another thread may still be reading it.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self._closed.set()
+        with contextlib.suppress(OSError):
+            # Wakes whoever waits here, which closing alone would not.
+            self._peer.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._beating:
+            self._beating.join()
+        self._peer.close()
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _watch(self, until: float) -> None:
+        bell, heard, word = BELLS[self._other], self._heard, self.mailbox.word
+        while word(bell) == heard and time.monotonic() < until:
+            pass
+
+    def _hear(self) -> bool:
+        try:
+            rings = self._peer.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            rings = b""
+        if not rings:
+            raise PeerGone(f"the {_NAMES[self._other]} has let go of the mailbox")
+        self._heard += len(rings)
+        return True
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._closed.wait(BEAT_SECONDS):
+            count += 1
+            self.mailbox.set_word(BEATS[self._mine], count)
+
+
+def connected(path: str, timeout: float) -> socket.socket:
+    """A connection to the unix socket at ``path``, "@name" being an abstract one."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.settimeout(timeout)
+        made.connect(address_of(path))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def address_of(path: str) -> Any:
+    """What ``bind`` and ``connect`` take for ``path``."""
+    return "\0" + path[1:] if path.startswith("@") else path
