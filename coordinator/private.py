@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,20 +36,40 @@ def deployment(
     ``ServiceUnavailable`` with the reason when a part fails to start. Leaves no process,
     socket or file behind.
     """
+    with deployments(config, {"coordinator": {}}, progress, log) as targets:
+        yield targets["coordinator"]
+
+
+@contextmanager
+def deployments(
+    config: Config,
+    coordinators: Mapping[str, Mapping[str, Any]],
+    progress: Callable[[str, str], None] = lambda name, text: None,
+    log: TextIO | None = None,
+) -> Iterator[dict[str, str]]:
+    """``deployment`` with several coordinators over one pair of services; yields their targets.
+
+    ``coordinators``: by name, what of the configuration each has of its own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=_short_folder()))  # mode 0700
     running: list[children.Child] = []
     try:
         private = over_sockets(config, folder)
         events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
-        # The slowest to load first.
-        names = ["base", *(["draft"] if private.draft.enabled else []), "coordinator"]
         # What the children's libraries write to temporary folders goes with this one.
         environment = {"TMPDIR": str(folder)}
-        for name in names:
+        # The slowest to load first.
+        for name in ("base", *(["draft"] if private.draft.enabled else [])):
             running.append(children.start(name, private, events, environment))
+        targets = {}
+        for name, own in coordinators.items():
+            targets[name] = f"unix:{folder}/{name}"
+            part = dataclasses.replace(private.coordinator, listen=targets[name], **own)
+            one = dataclasses.replace(private, coordinator=part)
+            running.append(children.start("coordinator", one, events, environment))
         _wait(running, events, progress, log)
         threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
-        yield private.coordinator.listen
+        yield targets
     finally:
         # Nobody is served any more, so they need not stop in order.
         children.stop(running, STOP_SECONDS)
@@ -61,7 +81,8 @@ def deployment(
 
 def over_sockets(config: Config, folder: Path) -> Config:
     """``config`` with every part listening on a socket in ``folder``, and without tokens."""
-    plain: dict[str, Any] = {"tls_certificate": None, "tls_key": None, "tls_client_ca": None, "token": None}
+    secured = ("tls_certificate", "tls_key", "tls_client_ca", "token")
+    plain: dict[str, Any] = dict.fromkeys(secured)
     return dataclasses.replace(
         config,
         base=dataclasses.replace(config.base, listen=f"unix:{folder}/base", **plain),
@@ -91,19 +112,19 @@ def _wait(
 ) -> None:
     """Until every part is ready."""
     until = time.monotonic() + START_SECONDS
-    ready: set[str] = set()  # by the events, so that none is left untold
+    ready: set[children.Child] = set()  # by the events, so that none is left untold
     while len(ready) < len(running):
         try:
             event = events.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            late = ", ".join(child.name for child in running if child.name not in ready)
+            late = ", ".join(child.name for child in running if child not in ready)
             raise ServiceUnavailable(f"not ready after {START_SECONDS:g} s: {late}") from None
         if event.kind == "ended":
             raise ServiceUnavailable(event.text)
         if event.kind == "failed":
             raise ServiceUnavailable(f"{event.child.name}: {event.text}")
         if event.kind == "ready":
-            ready.add(event.child.name)
+            ready.add(event.child)
         if event.kind in ("progress", "ready"):
             progress(event.child.name, event.text if event.kind == "progress" else "ready")
         elif log is not None:

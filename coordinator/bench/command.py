@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, target: str) -> int:
     """Measures the coordinator at ``target`` and prints a table."""
     workload = speculation.Workload(
-        prompts=_prompts(arguments.prompts, arguments.prompt_tokens),
+        prompts=prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         rule={"auto": 0, "greedy": 1, "coupled": 2, "rejection": 3}[arguments.rule],
@@ -109,7 +109,8 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
     return tables.markdown(header, rows)
 
 
-def _prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
+def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
+    """Held-out code, or as many random ``tokens`` a prompt."""
     if tokens is not None:
         draw = random.Random(0)
         # Ids that every vocabulary has, special ones left out.

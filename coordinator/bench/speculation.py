@@ -62,23 +62,24 @@ async def measure(
         stub = rpc.GenerationStub(channel)
         for _ in range(warmup):
             for k in ks:
-                await _run(stub, workload, k)
+                await run_once(stub, workload, k)
         for repeat in range(repeats):
             order = list(ks)
             order = order[repeat % len(order) :] + order[: repeat % len(order)]
             for k in order:
-                runs[k].append(await _run(stub, workload, k))
+                runs[k].append(await run_once(stub, workload, k))
         info = await stub.Info(pb.InfoRequest())
     base = runs.get(0)
     return {
-        "variants": [_summary(k, runs[k], base) for k in ks],
+        "variants": [summary(k, runs[k], base) for k in ks],
         "base": _model(info.base),
         "draft": _model(info.draft) if info.HasField("draft") else None,
         "link": info.link,
     }
 
 
-async def _run(stub: rpc.GenerationStub, workload: Workload, k: int | None) -> Run:
+async def run_once(stub: rpc.GenerationStub, workload: Workload, k: int | None) -> Run:
+    """All prompts of the workload, once."""
     run = Run()
     gate = asyncio.Semaphore(workload.concurrency)
 
@@ -144,7 +145,8 @@ def _add(total: list[int], more: Sequence[int]) -> None:
         total[i] += n
 
 
-def _summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str, object]:
+def summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str, object]:
+    """Medians of one variant, and the ratio to ``base`` repeat by repeat."""
     speeds = [r.tokens / r.seconds for r in runs]
     proposed = sum(r.proposed for r in runs)
     rounds = sum(r.rounds for r in runs)
@@ -153,7 +155,7 @@ def _summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str
     for run in runs:
         _add(by_position, run.accepted_by_position)
         _add(offered, run.proposed_by_position)
-    summary: dict[str, object] = {
+    made: dict[str, object] = {
         "k": k,
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_runs": speeds,
@@ -170,13 +172,13 @@ def _summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str
         },
     }
     if base is not None:
-        summary["speedup"] = statistics.median(
+        made["speedup"] = statistics.median(
             (r.tokens / r.seconds) / (b.tokens / b.seconds) for r, b in zip(runs, base, strict=True)
         )
-        summary["same_tokens_as_base"] = all(
+        made["same_tokens_as_base"] = all(
             r.outputs == b.outputs for r, b in zip(runs, base, strict=True)
         )
-    return summary
+    return made
 
 
 def _per_round(seconds: object) -> float:

@@ -232,7 +232,8 @@ TAIL = """
 Refused at load, with the reason: encoder-decoders (T5, BART), encoders (BERT), state-space and
 linear attention and their hybrids (Mamba, Mamba 2, Jamba, Falcon-H1, LFM2, RWKV, RecurrentGemma,
 Qwen3-Next, MiniMax), whose state can't be rolled back by a length; chunked and compressed attention
-(Llama 4, DeepSeek V4); layers that read the keys and values of another layer (Gemma 3n, small Gemma 4).
+(Llama 4, DeepSeek V4); layers that read the keys and values of another layer (Gemma 3n, small
+Gemma 4).
 """
 
 _seen: dict[str, str] = {}
