@@ -160,9 +160,11 @@ def _add_up(commands: Any) -> None:
 
 def _up(args: argparse.Namespace) -> int:
     config = _load(args)
+    from outrider.coordinator.cuda_mps import daemon
     from outrider.coordinator.up import run
 
-    return run(config)
+    with daemon(args.cuda_mps) as environment:
+        return run(config, environment)
 
 
 # --- info, doctor, bench -----------------------------------------------------------------------
@@ -205,6 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
     _interruptible()
     from outrider.coordinator import display
     from outrider.coordinator.bench import command, studies
+    from outrider.coordinator.cuda_mps import daemon
     from outrider.coordinator.private import deployment
 
     if args.study is not None:
@@ -212,7 +215,8 @@ def _bench(args: argparse.Namespace) -> int:
     if args.target is not None:
         return command.run(args, args.target)
     progress = display.Progress(sys.stderr)
-    with deployment(config, progress, sys.stderr if args.verbose else None) as target:
+    log = sys.stderr if args.verbose else None
+    with daemon(args.cuda_mps) as own, deployment(config, progress, log, own) as target:
         progress.clear()
         return command.run(args, target)
 
@@ -228,6 +232,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-device", dest="base.device", help="of the base model")
     parser.add_argument("--draft-device", dest="draft.device", help="of the draft model")
     parser.add_argument("--dtype", help="of both models: auto, float32, float16 or bfloat16")
+    parser.add_argument(
+        "--link", dest="coordinator.link", help="between draft and base: auto, grpc or shm"
+    )
+    parser.add_argument(
+        "--cuda-mps", action="store_true", help="run NVIDIA's MPS daemon for these processes"
+    )
     parser.add_argument("--log-level", dest="telemetry.log_level", help="show the services' logs")
 
 

@@ -9,6 +9,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from outrider.coordinator import cuda_mps
 from outrider.shared import operations
 
 PACKAGES = (
@@ -57,6 +58,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": packages,
         "devices": _devices(problems),
+        "cuda-mps": cuda_mps.state(),
         "operations": operations.chosen(),
         "pair": _pair(problems),
         "problems": problems,

@@ -203,9 +203,7 @@ class Drafting:
     async def change(self, change: pb.GrantChange) -> None:
         """Changes or ends the draft's grant from here; the verifier's word is the usual way."""
         if self._link is not None:
-            await self._link.tell(
-                pb.DraftRequest(round=self._link.next_number(), change=change)
-            )
+            await self._link.tell(pb.DraftRequest(round=self._link.next_number(), change=change))
 
     def touch(self) -> None:
         """The verifier had proposals: the draft is alive."""

@@ -252,5 +252,3 @@ class FreeRunning:
         judged.timing = ServiceTiming(
             sent, answered, timing.model_seconds, timing.service_seconds, timing.rows
         )
-
-

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TextIO
 
 import grpc
 
 from outrider.coordinator import display
 from outrider.coordinator.asking import request_of
+from outrider.coordinator.cuda_mps import daemon
 from outrider.coordinator.private import deployment
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
@@ -41,10 +42,12 @@ def run(args: argparse.Namespace, config: Config) -> int:
         collector = Collector(args.profile, prompt)
     progress = display.Progress(sys.stderr)
     try:
-        where: Any = nullcontext(args.target)
-        if args.target is None:
-            where = deployment(config, progress, sys.stderr if args.verbose else None)
-        with where as target:
+        own = args.target is None
+        with daemon(own and args.cuda_mps) as environment, ExitStack() as stack:
+            target = args.target
+            if own:
+                log = sys.stderr if args.verbose else None
+                target = stack.enter_context(deployment(config, progress, log, environment))
             progress.clear()
             return _stream(args, config, request, target, collector)
     finally:

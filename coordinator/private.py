@@ -29,14 +29,16 @@ def deployment(
     config: Config,
     progress: Callable[[str, str], None] = lambda name, text: None,
     log: TextIO | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Starts all parts of ``config`` over sockets in a fresh folder; yields the target.
 
-    ``progress`` is told the part's name and what it does; log lines go to ``log``. Raises
+    ``progress`` is told the part's name and what it does; log lines go to ``log``;
+    ``environment`` is added to that of the processes. Raises
     ``ServiceUnavailable`` with the reason when a part fails to start. Leaves no process,
     socket or file behind.
     """
-    with deployments(config, {"coordinator": {}}, progress, log) as targets:
+    with deployments(config, {"coordinator": {}}, progress, log, environment) as targets:
         yield targets["coordinator"]
 
 
@@ -46,27 +48,28 @@ def deployments(
     coordinators: Mapping[str, Mapping[str, Any]],
     progress: Callable[[str, str], None] = lambda name, text: None,
     log: TextIO | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, str]]:
     """``deployment`` with several coordinators over one pair of services; yields their targets.
 
     ``coordinators``: by name, what of the configuration each has of its own.
     """
-    folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=_short_folder()))  # mode 0700
+    folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=short_folder()))  # mode 0700
     running: list[children.Child] = []
     try:
         private = over_sockets(config, folder)
         events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
         # What the children's libraries write to temporary folders goes with this one.
-        environment = {"TMPDIR": str(folder)}
+        own = {**(environment or {}), "TMPDIR": str(folder)}
         # The slowest to load first.
         for name in ("base", *(["draft"] if private.draft.enabled else [])):
-            running.append(children.start(name, private, events, environment))
+            running.append(children.start(name, private, events, own))
         targets = {}
-        for name, own in coordinators.items():
+        for name, changes in coordinators.items():
             targets[name] = f"unix:{folder}/{name}"
-            part = dataclasses.replace(private.coordinator, listen=targets[name], **own)
+            part = dataclasses.replace(private.coordinator, listen=targets[name], **changes)
             one = dataclasses.replace(private, coordinator=part)
-            running.append(children.start("coordinator", one, events, environment))
+            running.append(children.start("coordinator", one, events, own))
         _wait(running, events, progress, log)
         threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
         yield targets
@@ -144,6 +147,6 @@ def _watch(
                 print(f"{event.child.name} | {event.text}", file=log, flush=True)
 
 
-def _short_folder() -> str | None:
+def short_folder() -> str | None:
     """Where to make the private folder: the usual place unless its path is too long for sockets."""
     return None if len(tempfile.gettempdir()) < 60 else "/tmp"

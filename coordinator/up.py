@@ -6,16 +6,21 @@ import contextlib
 import dataclasses
 import queue
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from outrider.coordinator import children
+from outrider.coordinator.private import short_folder
 from outrider.shared import address
-from outrider.shared.config import Config
+from outrider.shared.config import Config, DraftConfig, VerifyConfig
 
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
 """Seconds before a part is started again: doubled each time it dies young."""
@@ -37,9 +42,13 @@ class Part:
 class Supervisor:
     """Keeps all parts of one configuration running until it is told to stop."""
 
-    def __init__(self, config: Config) -> None:
-        """``config`` with its targets pointing at the services' own addresses."""
+    def __init__(self, config: Config, environment: Mapping[str, str] | None = None) -> None:
+        """``config`` with its targets pointing at the services' own addresses.
+
+        ``environment`` is added to that of the services.
+        """
         self._config = config
+        self._environment = environment
         self._events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
         self._parts: dict[str, Part] = {}
         self._stopping = False
@@ -51,9 +60,7 @@ class Supervisor:
         names = ["base", *(["draft"] if config.draft.enabled else []), "coordinator"]
         try:
             for name in names:
-                self._parts[name] = Part(
-                    name, children.start(name, config, self._events), time.monotonic()
-                )
+                self._parts[name] = Part(name, self._start(name), time.monotonic())
             while not self._stopping:
                 status = self._step()
                 if status is not None:
@@ -71,13 +78,16 @@ class Supervisor:
         """Ends ``run``; a signal handler."""
         self._stopping = True
 
+    def _start(self, name: str) -> children.Child:
+        return children.start(name, self._config, self._events, self._environment)
+
     def _step(self) -> int | None:
         now = time.monotonic()
         for part in self._parts.values():
             if part.restart_at is not None and part.restart_at <= now:
                 part.restart_at = None
                 part.started = now
-                part.child = children.start(part.name, self._config, self._events)
+                part.child = self._start(part.name)
                 self._say("up", f"{part.name} started again, process {part.child.process.pid}")
         try:
             event = self._events.get(timeout=0.2)
@@ -126,12 +136,30 @@ class Supervisor:
             print(f"{name:<11} | {text}", file=sys.stderr, flush=True)
 
 
-def run(config: Config) -> int:
-    """Runs the command."""
-    supervisor = Supervisor(_connected(config))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, supervisor.stop)
-    return supervisor.run()
+def run(config: Config, environment: Mapping[str, str] | None = None) -> int:
+    """Runs the command; ``environment`` is added to that of the services."""
+    folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=short_folder()))  # mode 0700
+    try:
+        supervisor = Supervisor(_connected(_private(config, folder)), environment)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, supervisor.stop)
+        return supervisor.run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private(config: Config, folder: Path) -> Config:
+    """``config`` with model services that were given no address on sockets in ``folder``.
+
+    Nobody else calls them, and only over sockets can they share memory.
+    """
+    made = {}
+    for name, usual in (("base", VerifyConfig.listen), ("draft", DraftConfig.listen)):
+        part = getattr(config, name)
+        if part.listen == usual and part.tls_certificate is None:
+            part = dataclasses.replace(part, listen=f"unix:{folder}/{name}")
+        made[name] = part
+    return dataclasses.replace(config, **made)
 
 
 def _connected(config: Config) -> Config:

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from outrider.coordinator import tokenizer
+from outrider.coordinator import cuda_mps, tokenizer
 from outrider.coordinator.bench import command, hardware, tables
 from outrider.coordinator.bench.in_process import InProcess
 from outrider.coordinator.bench.speculation import Run, Workload, run_once, summary
@@ -64,7 +64,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
         prompts = [encode(str(text)) for text in prompts]
     workload = Workload(prompts=prompts, max_new_tokens=args.max_new_tokens)
     yardstick = InProcess(config) if args.in_process else None
-    with deployments(config, {link: LINKS[link] for link in args.links}) as targets:
+    own = {link: LINKS[link] for link in args.links}
+    with (
+        cuda_mps.daemon(args.cuda_mps) as environment,
+        deployments(config, own, environment=environment) as targets,
+    ):
         runs, info = asyncio.run(_measure(args, targets, workload, yardstick))
     figures = {
         "variants": [_figures(variant, runs) for variant in runs],
