@@ -19,6 +19,8 @@ class Mailboxes:
     """Open mailboxes by id. Calls may come from any thread."""
 
     def __init__(self) -> None:
+        self.spin = 0.0
+        """Seconds that doorbells made from now on watch before they sleep."""
         self._open: dict[int, Doorbell] = {}
         self._lock = threading.Lock()
 
@@ -26,7 +28,7 @@ class Mailboxes:
         """Makes one and has it wait for its draft; ``caller`` as gRPC names the peer."""
         self._admit(caller)
         layout = Layout(request.max_sequences, request.max_k, request.row_entries)
-        made = Offer(layout, self._keep).offered
+        made = Offer(layout, self._keep, spin=self.spin).offered
         return pb.OfferMailboxResponse(
             mailbox=made.mailbox,
             layout=made.layout,
@@ -43,7 +45,7 @@ class Mailboxes:
         offered = Offered(
             offer.mailbox, offer.layout, offer.socket, offer.secret, offer.boot_id, offer.size
         )
-        self._keep(offer.mailbox, fetch(offered))
+        self._keep(offer.mailbox, fetch(offered, spin=self.spin))
         return pb.MapMailboxResponse()
 
     def get(self, mailbox: int) -> Doorbell | None:

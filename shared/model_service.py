@@ -95,7 +95,7 @@ def serve(
         reporter.progress(f"loading {part.path}")
         engine = build(part, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
-        servicer.attach(engine)
+        servicer.attach(engine, link_spin=part.link_spin_seconds)
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()

@@ -89,8 +89,9 @@ class RoundsServicer:
         self._lock = threading.Lock()
         self._streams = 0
 
-    def attach(self, engine: Engine) -> None:
-        """From now on rounds are served."""
+    def attach(self, engine: Engine, *, link_spin: float = 0.0) -> None:
+        """From now on rounds are served; ``link_spin``: seconds, see ``Doorbell``."""
+        self._mailboxes.spin = link_spin
         self._engine = engine
 
     def watch(self, seen: Seen) -> None:
