@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,16 @@ START_SECONDS = 600.0
 """A large model may take minutes to load; one that takes longer is given up."""
 STOP_SECONDS = 15.0
 """The driver takes seconds to give back a large GPU arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """The targets of what runs."""
+
+    coordinators: Mapping[str, str]
+    """By name."""
+    base: str
+    draft: str | None
 
 
 @contextmanager
@@ -38,8 +49,8 @@ def deployment(
     ``ServiceUnavailable`` with the reason when a part fails to start. Leaves no process,
     socket or file behind.
     """
-    with deployments(config, {"coordinator": {}}, progress, log, environment) as targets:
-        yield targets["coordinator"]
+    with deployments(config, {"coordinator": {}}, progress, log, environment) as deployed:
+        yield deployed.coordinators["coordinator"]
 
 
 @contextmanager
@@ -49,8 +60,8 @@ def deployments(
     progress: Callable[[str, str], None] = lambda name, text: None,
     log: TextIO | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Iterator[dict[str, str]]:
-    """``deployment`` with several coordinators over one pair of services; yields their targets.
+) -> Iterator[Deployed]:
+    """``deployment`` with several coordinators over one pair of services.
 
     ``coordinators``: by name, what of the configuration each has of its own.
     """
@@ -72,7 +83,8 @@ def deployments(
             running.append(children.start("coordinator", one, events, own))
         _wait(running, events, progress, log)
         threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
-        yield targets
+        target = private.coordinator
+        yield Deployed(targets, target.base_target, target.draft_target)
     finally:
         # Nobody is served any more, so they need not stop in order.
         children.stop(running, STOP_SECONDS)

@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from outrider.coordinator import cuda_mps, tokenizer
-from outrider.coordinator.bench import command, hardware, tables
+from outrider.coordinator.bench import bare_links, command, hardware, tables
 from outrider.coordinator.bench.in_process import InProcess
 from outrider.coordinator.bench.speculation import Run, Workload, run_once, summary
 from outrider.coordinator.private import deployments
@@ -67,10 +67,12 @@ def run(args: argparse.Namespace, config: Config) -> int:
     own = {link: LINKS[link] for link in args.links}
     with (
         cuda_mps.daemon(args.cuda_mps) as environment,
-        deployments(config, own, environment=environment) as targets,
+        deployments(config, own, environment=environment) as deployed,
     ):
-        runs, info = asyncio.run(_measure(args, targets, workload, yardstick))
+        runs, info = asyncio.run(_measure(args, deployed.coordinators, workload, yardstick))
+        bare = bare_links.measure(deployed, args.links)
     figures = {
+        "bare": bare,
         "variants": [_figures(variant, runs) for variant in runs],
         "base": info.base.name,
         "draft": info.draft.name,
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
         "prompts": len(prompts),
     }
     print(table(figures))
+    print()
+    print(bare_table(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
@@ -107,6 +111,15 @@ def table(figures: Mapping[str, Any]) -> str:
     header = ["link", "K", "tokens/s", "against base", "against in-process", "tokens/round"]
     header += ["draft ms", "verify ms", "overhead µs", "same tokens"]
     return tables.markdown(header, rows)
+
+
+def bare_table(figures: Mapping[str, Any]) -> str:
+    """What the links cost by themselves, as a Markdown table."""
+    rows = [
+        [one["link"], *(tables.number(1e6 * one[name], 0) for name in ("median", "p99"))]
+        for one in figures["bare"]
+    ]
+    return tables.markdown(["link alone", "round µs, median", "99th percentile"], rows)
 
 
 async def _measure(

@@ -1,0 +1,38 @@
+"""The study of links with the bundled pair: every way to run a round gives the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from outrider.coordinator import cli
+from outrider.coordinator.bench import bare_links
+
+
+def test_bench_links_has_the_same_tokens_over_every_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bare_links, "ROUNDS", 50)
+    monkeypatch.setattr(bare_links, "WARMUP", 5)
+    written = tmp_path / "links.json"
+    arguments = ["bench", "links", "--ks", "0,3", "--prompts", "2", "--max-new-tokens", "24"]
+    status = cli.main([*arguments, "--repeats", "1", "--warmup", "0", "--json", str(written)])
+    assert status == 0
+    figures = json.loads(written.read_text())
+    found = {(one["link"], one["k"]): one for one in figures["variants"]}
+    assert set(found) == {(link, k) for link in ("grpc", "shm", "in-process") for k in (0, 3)}
+    for one in found.values():
+        assert one["same_tokens_as_base"] and one["same_tokens_as_in_process"]
+    # Speculation went on over each of them: with K = 3 fewer rounds than tokens.
+    for link in ("grpc", "shm", "in-process"):
+        assert found[link, 0]["mean_accepted_length"] == 1.0
+        assert 1.5 < found[link, 3]["mean_accepted_length"] <= 4.0
+    assert found["shm", 3]["acceptance_rate"] == found["grpc", 3]["acceptance_rate"]
+    bare = {one["link"]: one for one in figures["bare"]}
+    assert set(bare) == {"grpc, two exchanges", "shm", "shm, spinning"}
+    for one in bare.values():
+        assert one["rounds"] == 50 and 0 < one["median"] <= one["p99"]
+    shown = capsys.readouterr().out
+    assert "against in-process" in shown and "link alone" in shown
