@@ -64,7 +64,7 @@ class ModelConfig(Checked):
         "auto", help="implementation of the forward", choices=("auto", "generic", "llama")
     )
     link_spin_seconds: float = setting(
-        0.0, help="how long to watch for the other service before sleeping", low=0.0, high=1.0
+        0.02, help="how long to watch for the other service before sleeping", low=0.0, high=1.0
     )
     process_seed: int | None = setting(
         None,

@@ -10,6 +10,7 @@ in the mailbox, on a thread of its own, and the other side watches it.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -29,6 +30,7 @@ HeadT = TypeVar("HeadT", ProposalHead, VerdictHead)
 Found = TypeVar("Found")
 _INDEX = {"verify": 0, "draft": 1}
 _NAMES = ("verifier", "draft")
+_YIELD: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class PeerGone(Exception):
@@ -52,8 +54,8 @@ class Doorbell:
     ) -> None:
         """Takes over the connected ``peer``.
 
-        ``spin``: seconds to watch the bell before sleeping. It keeps the core awake, so the
-        answer is seen sooner where cores are to spare.
+        ``spin``: seconds to watch for the ring before sleeping. A core that sleeps takes longer
+        to wake than the ring to travel, and its caches are cold then.
         """
         self.mailbox = mailbox
         self._peer = peer
@@ -164,9 +166,10 @@ class Doorbell:
 
     def _watch(self, until: float) -> None:
         poll, now = self._poll.poll, time.monotonic
-        # Each look lets the process's other threads have the interpreter.
+        # Each look lets the process's other threads have the interpreter, and whoever wants the
+        # core has it first.
         while not poll(0) and now() < until:
-            pass
+            _YIELD()
 
     def _hear(self) -> bool:
         try:
