@@ -190,3 +190,27 @@ def test_draft_graph_equals_one_forward_after_the_other():
         logits = own.forward([Span(spans[0].extent, start, step[start:], 1)])
         assert int(logits[-1].argmax()) == token
         step.append(token)
+
+
+def test_a_thousand_rounds_allocate_no_device_memory():
+    verify = VerifyEngine(runner(model("Llama", torch.bfloat16, 1)), 4)
+    draft = DraftEngine(runner(model("Llama", torch.bfloat16, 2, num_hidden_layers=1)), 4)
+    sides = (verify.connect(), draft.connect())
+    for side in sides:
+        side.open(OpenSequence(1, 1, 100, Decoding()))
+    pointers = [t.data_ptr() for e in (verify, draft) for t in e.runner.storage.tensors]
+    prompt = tuple(range(40))
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            (proposal,) = sides[1].round([ProposeItem(1, 1, 0, prompt[:8], 3)]).answers
+            item = VerifyItem(1, 1, 0, prompt[:8], proposal.tokens)
+            assert sides[0].round([item]).answers
+
+    rounds(20)  # graphs are captured the second time their sizes are asked for
+    before = torch.cuda.memory_stats()
+    rounds(1000)
+    after = torch.cuda.memory_stats()
+    for counted in ("allocation.all.allocated", "segment.all.allocated"):
+        assert after[counted] == before[counted]
+    assert pointers == [t.data_ptr() for e in (verify, draft) for t in e.runner.storage.tensors]
