@@ -182,9 +182,7 @@ class Mailbox:
             row_at = layout.rows + index * layout.max_k * layout.row
             for row in one.rows:
                 entries = len(row.ids)
-                data = struct.pack(
-                    f"<I{entries}I{entries}f", entries, *row.ids, *row.probabilities
-                )
+                data = struct.pack(f"<I{entries}I{entries}f", entries, *row.ids, *row.probabilities)
                 check = self._write(row_at, data, check)
                 row_at += layout.row
         data = _PROPOSALS.pack(
@@ -200,29 +198,33 @@ class Mailbox:
         """
         layout, memory = self.layout, self._memory
         at = layout.proposals
-        grant, step, count, flags, rows, model, service = _PROPOSALS.unpack_from(memory, at)
+        # Each part is copied once: what the checksum is of is what is looked at.
+        top = bytes(memory[at : at + _PROPOSALS.size])
+        grant, step, count, flags, rows, model, service = _PROPOSALS.unpack(top)
         _within("proposals in the mailbox", count, layout.max_sequences)
         at += _PROPOSALS.size
         check = 0
         found = []
         for index in range(count):
-            sequence_id, epoch, committed_len, length, weights = _PROPOSAL.unpack_from(memory, at)
+            data = bytes(memory[at : at + layout.entry])
+            sequence_id, epoch, committed_len, length, weights = _PROPOSAL.unpack_from(data)
             _within("tokens of a proposal", length, layout.max_k)
             _within("rows of a proposal", weights, layout.max_k)
-            body = struct.unpack_from(f"<{length}I", memory, at + _PROPOSAL.size)
-            check = zlib.crc32(memory[at : at + _PROPOSAL.size + 4 * length], check)
+            body = struct.unpack_from(f"<{length}I", data, _PROPOSAL.size)
+            check = zlib.crc32(data[: _PROPOSAL.size + 4 * length], check)
             at += layout.entry
             row_at = layout.rows + index * layout.max_k * layout.row
             distributions = []
             for _ in range(weights):
                 (entries,) = _U32.unpack_from(memory, row_at)
                 _within("entries of a row", entries, layout.row_entries)
-                values = struct.unpack_from(f"<{entries}I{entries}f", memory, row_at + 4)
-                check = zlib.crc32(memory[row_at : row_at + 4 + 8 * entries], check)
+                data = bytes(memory[row_at : row_at + 4 + 8 * entries])
+                values = struct.unpack_from(f"<{entries}I{entries}f", data, 4)
+                check = zlib.crc32(data, check)
                 distributions.append(SparseRow(values[:entries], values[entries:]))
                 row_at += layout.row
             found.append(Proposal(sequence_id, epoch, committed_len, body, tuple(distributions)))
-        if not self._sealed(layout.proposals, _PROPOSALS.size, check):
+        if not self._sealed(layout.proposals, zlib.crc32(top, check)):
             return None
         return ProposalHead(grant, step, flags, rows, model, service), found
 
@@ -247,12 +249,13 @@ class Mailbox:
         Raises ``ProtocolError`` for what can't be.
         """
         memory, at = self._memory, self.layout.verdicts
-        grant, step, count, flags = _VERDICTS.unpack_from(memory, at)
+        top = bytes(memory[at : at + _VERDICTS.size])
+        grant, step, count, flags = _VERDICTS.unpack(top)
         _within("verdicts in the mailbox", count, self.layout.max_sequences)
         first = at + _VERDICTS.size
-        data = memory[first : first + count * _VERDICT.size]
+        data = bytes(memory[first : first + count * _VERDICT.size])
         found = [Judgement(*values) for values in _VERDICT.iter_unpack(data)]
-        if not self._sealed(at, _VERDICTS.size, zlib.crc32(data, 0)):
+        if not self._sealed(at, zlib.crc32(top, zlib.crc32(data))):
             return None
         return VerdictHead(grant, step, flags), found
 
@@ -267,10 +270,10 @@ class Mailbox:
         self._memory[at : at + len(head)] = head
         _U32.pack_into(self._memory, at - _U32.size, zlib.crc32(head, check))
 
-    def _sealed(self, at: int, size: int, check: int) -> bool:
-        memory = self._memory
-        (seal,) = _U32.unpack_from(memory, at - _U32.size)
-        return bool(seal == zlib.crc32(memory[at : at + size], check))
+    def _sealed(self, at: int, check: int) -> bool:
+        """Whether ``check`` is the checksum of the slot whose head is at ``at``."""
+        (seal,) = _U32.unpack_from(self._memory, at - _U32.size)
+        return bool(seal == check)
 
 
 def _within(what: str, value: int, most: int) -> None:

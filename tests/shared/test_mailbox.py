@@ -55,9 +55,7 @@ def turns(draw: st.DrawFn, layout: Layout = SMALL) -> tuple[ProposalHead, list[P
             draw(rows(layout.row_entries)) for _ in tokens if draw(st.booleans())
         )  # fewer rows than tokens are carried just as well
         made.append(Proposal(draw(U64), draw(U32), draw(U32), tokens, weights))
-    head = ProposalHead(
-        draw(U64), draw(U32), draw(U32), draw(U32), draw(SECONDS), draw(SECONDS)
-    )
+    head = ProposalHead(draw(U64), draw(U32), draw(U32), draw(U32), draw(SECONDS), draw(SECONDS))
     return head, made
 
 
@@ -171,6 +169,42 @@ def test_mailbox_half_written_is_not_read(
     except ProtocolError:
         return
     assert found in (None, old, new)
+
+
+class Moving(mmap.mmap):
+    """Memory that somebody writes to right before the reader's n-th look at it."""
+
+    looks = 0
+    write: Any = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if self.looks == 0 and self.write is not None:
+            write, self.write = self.write, None
+            write()
+        self.looks -= 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("look", range(12))
+def test_mailbox_written_while_it_is_read_gives_no_mixture(look: int) -> None:
+    def turn(step: int) -> tuple[ProposalHead, list[Proposal]]:
+        row = SparseRow((step, 2), (0.25, 0.75))
+        return (
+            ProposalHead(7, step),
+            [Proposal(one, 1, 40 + step, (step, 6), (row, row)) for one in (11, 12)],
+        )
+
+    def verdicts(step: int) -> tuple[VerdictHead, list[Judgement]]:
+        return VerdictHead(7, step), [Judgement(11, 1, 1, step, 43 + step, 4)]
+
+    memory = Moving(-1, SMALL.size)
+    mailbox = Mailbox(memory, SMALL)
+    mailbox.write_proposals(*turn(1))
+    mailbox.write_verdicts(*verdicts(1))
+    memory.looks, memory.write = look, lambda: mailbox.write_proposals(*turn(2))
+    assert mailbox.read_proposals() in (None, turn(1), turn(2))
+    memory.looks, memory.write = look, lambda: mailbox.write_verdicts(*verdicts(2))
+    assert mailbox.read_verdicts() in (None, verdicts(1), verdicts(2))
 
 
 @pytest.mark.parametrize(
