@@ -42,7 +42,7 @@ class Control:
     def __init__(self, grant: pb.Grant) -> None:
         self.id = grant.id
         self._rounds = grant.rounds
-        self._change: pb.GrantChange | None = None
+        self._change: tuple[int, list[int]] | None = None
         self.interrupted = False
         """The grant is to end after the round that runs."""
 
@@ -51,7 +51,9 @@ class Control:
         if message is not None and message.HasField("change"):
             if message.change.id == self.id:
                 if message.change.rounds:
-                    self._change = message.change
+                    # Ks that a round has yet to take in are kept by a change that has none.
+                    ks = list(message.change.ks) or (self._change or (0, []))[1]
+                    self._change = (message.change.rounds, ks)
                 else:
                     self.interrupted = True
             return True
@@ -64,8 +66,8 @@ class Control:
         change, self._change = self._change, None
         if change is None:
             return self._rounds, []
-        self._rounds = change.rounds
-        return self._rounds, list(change.ks)
+        self._rounds, ks = change
+        return self._rounds, ks
 
 
 class Inbox:

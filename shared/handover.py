@@ -69,7 +69,10 @@ class Offer:
     def __init__(
         self, layout: Layout, claimed: Callable[[int, Doorbell], None], *, spin: float = 0.0
     ) -> None:
-        """``claimed(mailbox, doorbell)`` is called, on that thread, when the draft has it."""
+        """``claimed(mailbox, doorbell)`` is called, on that thread, before the draft goes on.
+
+        A draft that hangs up at that very moment leaves it a doorbell that is closed.
+        """
         if layout.size > MOST_BYTES:
             raise InvalidRequest(
                 "max_sequences, max_k, row_entries",
@@ -96,13 +99,12 @@ class Offer:
                 except TimeoutError:
                     break
                 try:
-                    doorbell = self._hand_over(peer)
+                    self._hand_over(peer)
                 except (OSError, OutriderError) as error:
                     # A stranger, or a draft that failed: the offer stands for the right one.
                     log.warning("a hand-over of the mailbox failed: %s", error)
                     peer.close()
                 else:
-                    self._claimed(self.offered.mailbox, doorbell)
                     return
             log.warning("nobody fetched the mailbox that was offered")
         except OSError:
@@ -112,7 +114,7 @@ class Offer:
             if self._folder:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _hand_over(self, peer: socket.socket) -> Doorbell:
+    def _hand_over(self, peer: socket.socket) -> None:
         peer.settimeout(STEP_SECONDS)
         check_same_user(peer)
         if not hmac.compare_digest(_receive(peer, SECRET_BYTES), self._secret):
@@ -128,8 +130,14 @@ class Offer:
             os.close(descriptor)
         if _receive(peer, 1) != _MAPPED or not mailbox.proven(canary):
             raise HandoverFailed("the other side did not prove that it maps the same memory")
-        peer.sendall(_AGREED)
-        return Doorbell(mailbox, peer, "verify", spin=self._spin)
+        doorbell = Doorbell(mailbox, peer, "verify", spin=self._spin)
+        # First known here, then agreed: a grant may follow as soon as the draft has its word.
+        self._claimed(self.offered.mailbox, doorbell)
+        try:
+            peer.sendall(_AGREED)
+        except OSError:
+            doorbell.close()
+            raise
 
 
 def fetch(offered: Offered, *, spin: float = 0.0) -> Doorbell:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import time
+from collections.abc import Iterable
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.doorbell import Doorbell
@@ -13,6 +14,9 @@ from outrider.shared.mailbox import Layout
 
 MOST_MAILBOXES = 16
 """A coordinator needs one."""
+IDLE_SECONDS = 60.0
+"""Where all are open, one that no grant named for so long makes room: its coordinator may have
+gone without a word, and asks for another one if it has not."""
 
 
 class Mailboxes:
@@ -22,6 +26,7 @@ class Mailboxes:
         self.spin = 0.0
         """Seconds that doorbells made from now on watch before they sleep."""
         self._open: dict[int, Doorbell] = {}
+        self._used: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def offer(self, request: pb.OfferMailboxRequest, caller: str) -> pb.OfferMailboxResponse:
@@ -50,8 +55,19 @@ class Mailboxes:
 
     def get(self, mailbox: int) -> Doorbell | None:
         """The mailbox of that id, while both sides hold it."""
-        found = self._open.get(mailbox)
+        with self._lock:
+            found = self._open.get(mailbox)
+            if found is not None:
+                self._used[mailbox] = time.monotonic()
         return found if found is not None and found.alive() else None
+
+    def close(self, mailboxes: Iterable[int]) -> None:
+        """Lets go of ``mailboxes``, as far as they are open here; the other sides hear of it."""
+        with self._lock:
+            closing = [self._open.pop(key) for key in mailboxes if key in self._open]
+            self._used = {key: self._used[key] for key in self._open}
+        for one in closing:
+            one.close()
 
     def __len__(self) -> int:
         self._sweep()
@@ -63,17 +79,21 @@ class Mailboxes:
                 f"mailboxes are arranged over unix sockets only; this call came from {caller}"
             )
         self._sweep()
-        if len(self._open) >= MOST_MAILBOXES:
+        with self._lock:
+            if len(self._open) < MOST_MAILBOXES:
+                return
+            since, oldest = min((since, key) for key, since in self._used.items())
+        if time.monotonic() - since < IDLE_SECONDS:
             raise CapacityError(f"{len(self._open)} mailboxes are open (at most {MOST_MAILBOXES})")
+        self.close([oldest])
 
     def _keep(self, mailbox: int, doorbell: Doorbell) -> None:
         with self._lock:
             self._open[mailbox] = doorbell
+            self._used[mailbox] = time.monotonic()
 
     def _sweep(self) -> None:
         """Lets go of those that the other side has let go of."""
         with self._lock:
             gone = [key for key, one in self._open.items() if not one.alive()]
-            closing: list[Any] = [self._open.pop(key) for key in gone]
-        for one in closing:
-            one.close()
+        self.close(gone)

@@ -113,12 +113,14 @@ class RoundsServicer:
             self._streams += 1
         peer = context.peer()
         farewell = False
+        mailboxes: set[int] = set()
         try:
             inbox = Inbox(request_iterator)
             for message in inbox:
                 arrived = time.perf_counter()
                 refusals = self._admit(session, message)
                 if message.HasField("grant"):
+                    mailboxes.add(message.grant.mailbox)
                     yield from self._granted(session, message, inbox)
                     continue
                 items = self._read_items(message)
@@ -126,14 +128,16 @@ class RoundsServicer:
                 if refusals:
                     result.refusals[:0] = refusals
                 answered = time.perf_counter()
+                # Before the answer: whoever has it may hang up, and this never goes on.
+                farewell = message.goodbye
                 yield self._write_response(message.round, result, answered - arrived)
                 if self._seen is not None:
                     self._seen(message, items, result, arrived, answered)
-                if message.goodbye:
-                    farewell = True
+                if farewell:
                     return
         finally:
             session.release()
+            self._mailboxes.close(mailboxes)
             with self._lock:
                 self._streams -= 1
             if not farewell:

@@ -171,6 +171,24 @@ def processors() -> Any:
     return _helper("processors")
 
 
+@pytest.fixture(scope="session")
+def fakes() -> Any:
+    """The module tests/fakes.py: services over a toy model."""
+    return _helper("fakes")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """The module tests/processes.py: what a process holds, and toys that can be killed."""
+    return _helper("processes")
+
+
+@pytest.fixture(scope="session")
+def linked() -> Any:
+    """The module tests/linked.py: a coordinator here over services that share memory."""
+    return _helper("linked")
+
+
 def _helper(module: str) -> Any:
     """A module beside this file; no package, so that test folders shadow nothing."""
     import importlib.util

@@ -20,7 +20,7 @@ from outrider.draft_service import service as draft_service
 from outrider.shared import wire
 from outrider.shared.config import ServeConfig
 from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.rounds import add_to_server
+from outrider.shared.rounds import FreeRoundMessage, add_to_server
 from outrider.shared.rpc import Server
 from outrider.shared.types import (
     Decoding,
@@ -261,6 +261,15 @@ class _Engine:
         )
 
 
+SERVICES: dict[str, Any] = {"draft": draft_service, "verify": verify_service}
+"""The modules that make the services' servicers, by role."""
+
+
+def engine(role: str, toy: Toy) -> Any:
+    """The engine of the service ``role``."""
+    return _Engine(toy, _DraftSession if role == "draft" else _VerifySession)
+
+
 class ToyService:
     """One running toy service; ``kill`` and ``start`` as often as wanted, at one address."""
 
@@ -269,24 +278,26 @@ class ToyService:
         self.role = role
         self.listen = listen
         self.toy = toy or Toy()
+        self.free: list[tuple[int, list[Any]]] = []
+        """Rounds that it ran by itself: the number of the grant's message, and the items."""
         self._server: Server | None = None
         self.start()
 
     def start(self) -> None:
         """Starts the service with nothing held."""
-        if self.role == "draft":
-            servicer = draft_service.make_servicer()
-            engine = _Engine(self.toy, _DraftSession)
-        else:
-            servicer = verify_service.make_servicer()
-            engine = _Engine(self.toy, _VerifySession)
-        servicer.attach(engine)
+        servicer = SERVICES[self.role].make_servicer()
+        servicer.attach(engine(self.role, self.toy))
+        servicer.watch(self._seen)
         self._server = Server(
             ServeConfig(listen=self.listen, max_calls=16, reflection=False),
             lambda server: add_to_server(server, servicer, self.role.capitalize()),
             [f"outrider.v1.{self.role.capitalize()}"],
         )
         self._server.serving()
+
+    def _seen(self, message: Any, items: Sequence[Any], *_: Any) -> None:
+        if isinstance(message, FreeRoundMessage):
+            self.free.append((message.round, list(items)))
 
     def kill(self) -> None:
         """Ends it at once, as a crash would: streams break, nothing is said."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,20 +17,6 @@ from outrider.coordinator import service
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
 from outrider.shared.config import CoordinatorConfig, DraftConfig, ServeConfig, VerifyConfig
-
-
-@pytest.fixture(scope="session")
-def fakes() -> ModuleType:
-    """The module tests/fakes.py."""
-    name = "outrider_test_fakes"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "fakes.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 class Result:
@@ -187,8 +171,12 @@ def ask() -> Callable[..., pb.GenerateRequest]:
 
 
 def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
-    """One service over the engine that its program would build; ``rows``: of each round."""
-    from outrider.shared.rounds import add_to_server
+    """One service over the engine that its program would build.
+
+    ``rows``: of each round. ``free``: of each round that it ran by itself, the number of the
+    grant's message and the items.
+    """
+    from outrider.shared.rounds import FreeRoundMessage, add_to_server
     from outrider.shared.rpc import Server
 
     if role == "draft":
@@ -208,8 +196,15 @@ def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
         rows.append(count)
         return answers, count
 
+    free: list[tuple[int, list[Any]]] = []
+
+    def seen(message: Any, items: Any, *_: Any) -> None:
+        if isinstance(message, FreeRoundMessage):
+            free.append((message.round, list(items)))
+
     engine.run = counted
     servicer.attach(engine)
+    servicer.watch(seen)
     name = role.capitalize()
     server = Server(
         ServeConfig(listen=listen, max_calls=8, reflection=False),
@@ -217,7 +212,7 @@ def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
         [f"outrider.v1.{name}"],
     )
     server.serving()
-    return SimpleNamespace(server=server, engine=engine, listen=listen, rows=rows)
+    return SimpleNamespace(server=server, engine=engine, listen=listen, rows=rows, free=free)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,134 @@
+"""A coordinator in this process over services in processes of their own, sharing memory.
+
+For tests of that link: every request's tokens are checked, and what is left of earlier links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from outrider.coordinator import service
+from outrider.coordinator.records import NoObserver, RoundRecord
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as rpc
+from outrider.shared.config import CoordinatorConfig
+
+
+class Watch(NoObserver):
+    """Counts the rounds that wrote something, by the way they travelled."""
+
+    enabled = follows = True
+
+    def __init__(self) -> None:
+        self.rounds: Counter[str] = Counter()
+
+    def round(self, record: RoundRecord) -> None:
+        self.rounds[record.link] += any(one.emitted for one in record.sequences)
+
+
+@dataclass
+class Pair:
+    """Both services, a coordinator in this process, and helpers of the test."""
+
+    services: dict[str, Any]
+    processes: Any
+    fakes: Any
+    stub: rpc.GenerationStub
+    watch: Watch
+    names: set[str] = field(default_factory=set)
+    """Sockets of hand-overs that were seen."""
+
+    def pid(self, role: str) -> int:
+        return int(self.services[role].pid)
+
+    def bells(self, role: str) -> set[int]:
+        return set(self.processes.doorbells(self.pid(role)))
+
+    async def generate(self, prompt: list[int], count: int, k: int | None) -> None:
+        """Runs one request; its tokens must be those of an undisturbed run."""
+        request = pb.GenerateRequest(
+            prompt_token_ids=pb.TokenIds(ids=prompt),
+            stopping=pb.StopConditions(max_new_tokens=count),
+            speculation=pb.SpeculationParameters(k=k),
+        )
+        ids: list[int] = []
+        async for message in self.stub.Generate(request, timeout=60):
+            ids.extend(message.delta.token_ids)
+        assert ids == self.fakes.plain(prompt, count)
+
+    async def shared(self) -> bool:
+        """Whether the services share memory, as the coordinator sees it."""
+        return bool((await self.stub.Info(pb.InfoRequest())).link == "shm")
+
+    async def settled(self) -> None:
+        """Free rounds run over shared memory again, and nothing of earlier mailboxes is left."""
+
+        async def freely() -> bool:
+            before = self.watch.rounds["shm"]
+            await self.generate([9, 9, before % 300], 24, 3)
+            return self.watch.rounds["shm"] > before
+
+        async def tidy() -> bool:
+            info = await self.stub.Info(pb.InfoRequest())
+            used = info.base.arena_tokens_used or info.draft.arena_tokens_used
+            offered = self.processes.offers(self.pid("verify"))
+            return not (used or offered) and all(
+                self.processes.mailboxes(self.pid(role)) == (1, 1) and len(self.bells(role)) == 1
+                for role in self.services
+            )
+
+        await until(self.shared)
+        await until(freely)
+        await until(tidy)
+        for role in self.services:
+            assert not any("/dev/shm/" in line for line in self.processes.mapped(self.pid(role)))
+        self.names |= self.processes.abstract_names(self.pid("verify"))
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
+    """Waits for ``condition``; fails when it does not come true."""
+    end = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < end, f"{condition.__name__} did not come true"
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def coordinator(
+    services: dict[str, Any], processes: Any, fakes: Any, **settings: Any
+) -> AsyncIterator[Pair]:
+    """A coordinator of its own over ``services``."""
+    folder = services["draft"].log.parent
+    config = CoordinatorConfig(
+        listen=f"unix:{folder}/coordinator",
+        base_target=services["verify"].listen,
+        draft_target=services["draft"].listen,
+        tokenizer=str(folder),
+        drain_seconds=1.0,
+        link="shm",
+        **settings,
+    )
+    stop, watch = asyncio.Event(), Watch()
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(
+        service.serve(config, stop=stop, observer=watch, ready=ready.set_result)
+    )
+    try:
+        await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        async with grpc.aio.insecure_channel(config.listen) as channel:
+            stub = rpc.GenerationStub(channel)
+            yield Pair(services, processes, fakes, stub, watch)
+    finally:
+        stop.set()
+        await task

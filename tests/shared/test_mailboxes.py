@@ -1,0 +1,212 @@
+"""The mailboxes of a service: who may have one, how many there are, and when they are gone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared import mailboxes
+from outrider.shared.doorbell import Doorbell, PeerGone
+from outrider.shared.errors import CapacityError, InvalidRequest, ProtocolError
+from outrider.shared.handover import HandoverFailed
+from outrider.shared.mailbox import Judgement, Layout, ProposalHead, VerdictHead
+from outrider.shared.mailboxes import Mailboxes
+from outrider.shared.types import Proposal
+
+SIZES = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4)
+UNIX = "unix:"  # what gRPC calls a caller over a unix socket
+
+
+class Services:
+    """A verifier's mailboxes and a draft's."""
+
+    def __init__(self) -> None:
+        self.verify, self.draft = Mailboxes(), Mailboxes()
+
+    def introduce(self) -> int:
+        offer = self.verify.offer(SIZES, UNIX)
+        self.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+        return int(offer.mailbox)
+
+    def both(self, mailbox: int) -> tuple[Doorbell, Doorbell]:
+        verify, draft = self.verify.get(mailbox), self.draft.get(mailbox)
+        assert verify is not None and draft is not None
+        return verify, draft
+
+
+@pytest.fixture
+def services() -> Iterator[Services]:
+    made = Services()
+    yield made
+    for doorbell in (*made.verify._open.values(), *made.draft._open.values()):
+        doorbell.close()
+
+
+def beats() -> int:
+    """Doorbells that are not closed: each has a thread."""
+    return sum(one.name == "mailbox beat" for one in threading.enumerate())
+
+
+def test_mailboxes_offered_and_mapped_are_connected(services: Services) -> None:
+    verify, draft = services.both(services.introduce())
+    assert verify.mailbox.layout == draft.mailbox.layout == Layout(2, 3, 4)
+    judged = [Judgement(1, 1, 2, 9, 43, 3)]
+    verify.mailbox.write_verdicts(VerdictHead(7, 0), judged)
+    verify.ring()
+    heard = draft.await_turn((7, 0), draft.mailbox.read_verdicts, 5.0)
+    assert heard == (VerdictHead(7, 0), judged)
+    proposed = [Proposal(1, 1, 43, (5, 6, 7), ())]
+    draft.mailbox.write_proposals(ProposalHead(7, 1), proposed)
+    draft.ring()
+    told = verify.await_turn((7, 1), verify.mailbox.read_proposals, 5.0)
+    assert told == (ProposalHead(7, 1), proposed)
+
+
+def test_mailboxes_are_known_to_both_as_soon_as_one_is_mapped(services: Services) -> None:
+    # A grant may come at once, and is refused for a mailbox that is not there.
+    for _ in range(10):
+        services.both(services.introduce())
+
+
+def test_mailboxes_have_names_of_their_own(services: Services) -> None:
+    first, second = services.introduce(), services.introduce()
+    assert first != second
+    one, other = services.both(first), services.both(second)
+    assert one[0] is not other[0] and one[1] is not other[1]
+    one[0].mailbox.set_word(320, 5)
+    assert (one[1].mailbox.word(320), other[1].mailbox.word(320)) == (5, 0)
+
+
+def test_mailboxes_unknown_is_none(services: Services) -> None:
+    mailbox = services.introduce()
+    for unknown in (0, mailbox + 1):
+        assert services.verify.get(unknown) is None
+        assert services.draft.get(unknown) is None
+
+
+def test_mailboxes_only_offered_are_not_open(services: Services) -> None:
+    offer = services.verify.offer(SIZES, UNIX)
+    assert services.verify.get(offer.mailbox) is None
+    assert len(services.verify) == 0
+    services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+    assert len(services.verify) == len(services.draft) == 1
+
+
+@pytest.mark.parametrize("caller", ["ipv4:10.1.2.3:5005", "ipv6:%5B::1%5D:5005", "", "unknown"])
+def test_mailboxes_refuse_a_caller_from_the_network(services: Services, caller: str) -> None:
+    says = f"over unix sockets only; this call came from {caller}"
+    before = set(threading.enumerate())
+    with pytest.raises(HandoverFailed) as error:
+        services.verify.offer(SIZES, caller)
+    assert says in str(error.value)
+    assert set(threading.enumerate()) <= before  # nothing waits for anybody
+    offer = services.verify.offer(SIZES, UNIX)
+    with pytest.raises(HandoverFailed) as error:
+        services.draft.map(pb.MapMailboxRequest(offer=offer), caller)
+    assert says in str(error.value)
+    assert len(services.draft) == 0
+    services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+
+
+@pytest.mark.parametrize("side", ["verify", "draft"])
+def test_mailboxes_closed_by_one_side_are_gone_for_the_other(services: Services, side: str) -> None:
+    mailbox = services.introduce()
+    verify, draft = services.both(mailbox)
+    closing, left = (verify, draft) if side == "verify" else (draft, verify)
+    closing.close()
+    assert services.verify.get(mailbox) is None
+    assert services.draft.get(mailbox) is None
+    with pytest.raises(PeerGone):
+        left.wait(5.0)
+    # Counting lets go of it on the other side too, with its thread.
+    assert len(services.verify) == len(services.draft) == 0
+    assert left.closed
+
+
+@pytest.mark.parametrize("full", ["verify", "draft"])
+def test_mailboxes_have_a_limit_and_those_that_are_gone_make_room(
+    services: Services, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 3)
+    open_ones = [services.introduce() for _ in range(3)]
+    beating = beats()
+    says = r"3 mailboxes are open \(at most 3\)"
+    other = Services()
+    if full == "verify":
+        with pytest.raises(CapacityError, match=says):
+            services.verify.offer(SIZES, UNIX)
+    else:
+        offer = other.verify.offer(SIZES, UNIX)
+        with pytest.raises(CapacityError, match=says):
+            services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+        other.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+        for doorbell in other.both(offer.mailbox):
+            doorbell.close()
+    for doorbell in services.both(open_ones[1]):
+        doorbell.close()
+    services.both(services.introduce())
+    assert beats() == beating
+    for mailbox in (open_ones[0], open_ones[2]):
+        services.both(mailbox)  # the others are as they were
+
+
+def test_mailboxes_full_let_go_of_the_one_that_was_idle_longest(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 2)
+    first, second = services.introduce(), services.introduce()
+    services.both(first)  # as a grant does that names it
+    with pytest.raises(CapacityError):
+        services.introduce()
+    monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
+    third = services.introduce()
+    assert services.verify.get(second) is None and services.draft.get(second) is None
+    for mailbox in (first, third):
+        services.both(mailbox)
+
+
+@pytest.mark.parametrize("side", ["verify", "draft"])
+def test_mailboxes_close_lets_go_of_those_that_are_named(services: Services, side: str) -> None:
+    first, second, third = (services.introduce() for _ in range(3))
+    beating = beats()
+    named = services.verify if side == "verify" else services.draft
+    named.close([])
+    named.close([second, 0, second, third])
+    for gone in (second, third):
+        assert services.verify.get(gone) is None and services.draft.get(gone) is None
+    services.both(first)
+    assert len(services.verify) == len(services.draft) == 1
+    assert beats() == beating - 4
+    named.close([second])  # once more does no harm
+
+
+def test_mailboxes_refuse_sizes_out_of_range(services: Services) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ProtocolError, match=r"mailbox max_k: got 65; must be in 1\.\.64"):
+        request = pb.OfferMailboxRequest(max_sequences=1, max_k=65, row_entries=1)
+        services.verify.offer(request, UNIX)
+    with pytest.raises(InvalidRequest, match="max_sequences, max_k, row_entries: got"):
+        request = pb.OfferMailboxRequest(max_sequences=1024, max_k=64, row_entries=4096)
+        services.verify.offer(request, UNIX)
+    assert set(threading.enumerate()) <= before
+
+
+def test_mailboxes_that_can_not_be_mapped_are_not_open(services: Services) -> None:
+    offer = services.verify.offer(SIZES, UNIX)
+    wrong = pb.OfferMailboxResponse()
+    wrong.CopyFrom(offer)
+    wrong.boot_id = "elsewhere"
+    with pytest.raises(HandoverFailed, match="do not run on one host"):
+        services.draft.map(pb.MapMailboxRequest(offer=wrong), UNIX)
+    assert len(services.verify) == len(services.draft) == 0
+    services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
+    services.both(offer.mailbox)
+
+
+def test_mailboxes_watch_the_bell_as_long_as_they_are_told(services: Services) -> None:
+    services.verify.spin, services.draft.spin = 0.25, 0.5
+    verify, draft = services.both(services.introduce())
+    assert (verify._spin, draft._spin) == (0.25, 0.5)

@@ -1,0 +1,47 @@
+"""One service over a toy model, as a process that can be killed.
+
+All of the product runs but the model: ``toy_service.py ROLE LISTEN TOY``, the last one being the
+fields of ``fakes.Toy`` as JSON. Reports go to standard output, as a supervisor would read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from outrider.shared import lifecycle, model_service, tuning
+from outrider.shared.config import DraftConfig, VerifyConfig, load
+
+SECTIONS: dict[str, tuple[str, type[Any]]] = {
+    "draft": ("draft", DraftConfig),
+    "verify": ("base", VerifyConfig),
+}
+
+
+def main(role: str, listen: str, toy: dict[str, Any]) -> int:
+    """Serves until told to stop, or until the parent is gone."""
+    tuning.before_grpc()
+    # This folder is no package, and a script's own folder is not on a safe path.
+    sys.path.insert(0, str(Path(__file__).parent))
+    import fakes
+
+    name, part = SECTIONS[role]
+    config = load(None, flags={}, environment={})
+    config = dataclasses.replace(config, **{name: part(listen=listen, max_calls=16)})
+    made = fakes.Toy(**toy)
+    return model_service.serve(
+        config,
+        getattr(config, name),
+        service=role.capitalize(),
+        servicer=fakes.SERVICES[role].make_servicer(),
+        build=lambda part, progress: fakes.engine(role, made),
+        reporter=lifecycle.Reporter(1),
+        watch_stdin=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))
