@@ -130,9 +130,19 @@ def always(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def operations() -> dict[str, Operation]:
     """Every operation by name."""
-    from outrider.kernels import accept, attention, choose, embed, linear, norm
+    from outrider.kernels import (
+        accept,
+        attention,
+        choose,
+        embed,
+        follow,
+        linear,
+        norm,
+        settle,
+        take,
+    )
 
-    modules = (embed, norm, linear, attention, choose, accept)
+    modules = (embed, norm, linear, attention, choose, accept, take, settle, follow)
     return {module.OPERATION.name: module.OPERATION for module in modules}
 
 

@@ -14,6 +14,8 @@ from outrider.shared.penalties import is_penalised
 from outrider.shared.types import Decoding, Rule
 from outrider.shared.warpers import truncates
 
+# Operations whose fallback in PyTorch does: one launch a step, or only for turns on the device.
+_FALLBACK_DOES = frozenset({"embed", "take", "settle", "follow"})
 # Below this temperature the plain path shifts the logits before it divides.
 _TINY_TEMPERATURE = 1e-3
 
@@ -35,8 +37,9 @@ def why_not(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
         _, choices = resolve_all(Tools(device), dtype)
     except NotAvailable as error:
         return str(error)
-    slow = [c.operation for c in choices if c.implementation == "torch"]
-    return f"no kernels for {', '.join(slow)}" if slow and slow != ["embed"] else None
+    torch_only = {c.operation for c in choices if c.implementation == "torch"}
+    slow = sorted(torch_only - _FALLBACK_DOES)
+    return f"no kernels for {', '.join(slow)}" if slow else None
 
 
 def simple(d: Decoding) -> bool:

@@ -15,12 +15,14 @@ from outrider.kernels.linear import Tile
 SOURCES = Path(linear.__file__).parent
 # Shared memory that one block may have, in bytes.
 LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
+ALIKE = ("embed", "norm", "choose", "accept", "take", "settle", "follow")
+"""Sources without variants."""
 
 
 def variants(arch: int):
     """(source, defines, dynamic shared memory) of everything a forward may launch."""
     bf16 = int(arch >= 80)
-    for name in ("embed", "norm", "choose", "accept"):
+    for name in ALIKE:
         yield name, {}, 8 * 256 // 32 + 16 if name == "choose" else 0
     for dim in (64, 128):
         yield "attention", {"HEAD_DIM": dim, "TOKENS": 64}, attention.shared_bytes(dim, 64)
@@ -61,7 +63,7 @@ def compile_for(name: str, defines: dict[str, int], arch: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize("name", ["embed", "norm", "choose", "accept", "attention", "linear"])
+@pytest.mark.parametrize("name", [*ALIKE, "attention", "linear"])
 def test_cuda_source_compiles_within_shared_memory(name, arch, tmp_path):
     own = [v for v in variants(arch) if v[0] == name]
     assert own

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 def test_every_operation_is_declared_once_and_ends_in_a_fallback_that_runs_anywhere():
     known = registry.operations()
-    assert set(known) == {"embed", "norm", "linear", "attention", "choose", "accept"}
+    forward = {"embed", "norm", "linear", "attention", "choose", "accept"}
+    assert set(known) == forward | {"take", "settle", "follow"}
     for name, operation in known.items():
         assert operation.name == name
         assert operation.implementations[-1].why_not(CPU, torch.float32) is None

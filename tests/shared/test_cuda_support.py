@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from outrider.kernels.registry import Choice, operations
+from outrider.shared import cuda_support
 from outrider.shared.cuda_inputs import Field, Inputs
 from outrider.shared.cuda_support import simple, why_not
 from outrider.shared.types import Decoding, Rule
@@ -54,3 +56,17 @@ def test_inputs_have_equal_host_and_device_sides():
     assert inputs.device["a"].tolist() == [1, -2, 3]
     assert inputs.device["seeds"].tolist() == [-(1 << 63), 7]
     assert inputs.device["heat"].tolist() == [[0, 0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("in_torch", "expected"),
+    [(("embed", "take", "settle", "follow"), None), (("embed", "norm"), "no kernels for norm")],
+)
+def test_declines_fallbacks_that_every_forward_would_pay_for(monkeypatch, in_torch, expected):
+    config = SimpleNamespace(head_dim=64, hidden_size=256, intermediate_size=512)
+    model = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=torch.zeros(512, 256)))
+    choices = [
+        Choice(name, "torch" if name in in_torch else "cuda", (), "") for name in operations()
+    ]
+    monkeypatch.setattr(cuda_support, "resolve_all", lambda *_: ({}, choices))
+    assert why_not(model, torch.device("cuda"), torch.float16) == expected
