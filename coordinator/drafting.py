@@ -133,7 +133,7 @@ class Drafting:
             return made
         meanwhile()
         try:
-            timer = asyncio.get_running_loop().call_later(self._patience, _expire, future)
+            timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
             try:
                 response = await future
             finally:
@@ -141,7 +141,6 @@ class Drafting:
         except ServiceUnavailable:
             return made
         if response is None:
-            self._late = True
             return made
         made.timing = ServiceTiming(
             sent,
@@ -182,12 +181,15 @@ class Drafting:
             await link.send(request, lambda answer: self._came_late(answer, asked)), asked
         )
 
-    async def granted(self, granted: Granted) -> int:
+    async def granted(self, granted: Granted, *, wait: bool = True) -> int:
         """The verifier ended the grant: the draft says so too, at once or late.
 
-        Returns the rounds that it proposed for; 0 where it is late or lost.
+        Without ``wait`` it is late where it has not said so yet. Returns the rounds that it
+        proposed for; 0 where it is late or lost.
         """
-        timer = asyncio.get_running_loop().call_later(self._patience, _expire, granted.answer)
+        if not wait:
+            self._give_up(granted.answer)
+        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, granted.answer)
         try:
             response = await granted.answer
         except ServiceUnavailable:
@@ -195,7 +197,6 @@ class Drafting:
         finally:
             timer.cancel()
         if response is None:
-            self._late = True
             return 0
         self._absorb(response, granted.asked)
         return response.grant_end.rounds
@@ -302,6 +303,16 @@ class Drafting:
         except ServiceUnavailable:
             return
         _expire(future)
+
+    def _give_up(self, future: asyncio.Future[Any]) -> None:
+        """Waits no longer; nothing is asked until the answer comes, or the stream is lost.
+
+        Noted here and not by whoever awaits the future: by the time that one runs, either may
+        have happened.
+        """
+        if not future.done():
+            future.set_result(None)
+            self._late = True
 
     def _came_late(self, answer: pb.DraftResponse, asked: dict[int, Asked]) -> None:
         self._late = False

@@ -41,6 +41,8 @@ class FreeRun:
     """The verifier's last word was taken from ``reports``, or its stream was lost."""
     lost: bool = False
     """Its stream was lost."""
+    failed: bool = False
+    """The verifier has waited for the draft in vain."""
     steps: int = 0
     """Rounds that were reported."""
     revoked: bool = False
@@ -48,6 +50,8 @@ class FreeRun:
     """Rounds granted and not yet reported."""
     last_ns: int = 0
     """End of the last round."""
+    ahead_ns: int = 0
+    """What this clock is ahead of the verifier's, where that one is all there is to go by."""
 
     def heard(self, response: pb.VerifyResponse | None) -> None:
         """A report came in, or the verifier is lost."""
@@ -147,7 +151,7 @@ class FreeRunning:
             return None
         if response.HasField("grant_end"):
             run.over = True
-            self._note_end(response.grant_end)
+            self._note_end(run, response.grant_end)
         if not response.HasField("free"):
             return None
         run.left -= 1
@@ -202,7 +206,7 @@ class FreeRunning:
             return begun
         if run.lost:
             await self._abandon(run)
-        return max(begun, await self._drafting.granted(run.drafted))
+        return max(begun, await self._drafting.granted(run.drafted, wait=not run.failed))
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -227,8 +231,13 @@ class FreeRunning:
         if run.drafted is not None:
             await self._drafting.change(pb.GrantChange(id=run.grant.id))
 
-    def _note_end(self, end: pb.GrantEnd) -> None:
-        if end.reason == pb.GRANT_END_REASON_PEER:
+    def _note_end(self, run: FreeRun, end: pb.GrantEnd) -> None:
+        run.failed = end.reason in (pb.GRANT_END_REASON_PEER, pb.GRANT_END_REASON_LATE)
+        # Late word of a mailbox that has been replaced says nothing of the new one.
+        if (
+            end.reason == pb.GRANT_END_REASON_PEER
+            and run.grant.mailbox == self._introduction.mailbox
+        ):
             self._introduction.lost(end.message)
 
     def _time(
@@ -237,9 +246,11 @@ class FreeRunning:
         """The exchanges as the services saw them; they share this host's clock."""
         free, timing = response.free, response.timing
         if run.drafted is None:
-            # The verifier may be anywhere: all that is known is when its report came.
-            answered = self._clock()
-            sent = max(run.last_ns, answered - int(timing.service_seconds * 1e9))
+            # The verifier may be anywhere: its clock is set by when its first report came. When
+            # each one came says less, for some wait longer to be read.
+            run.ahead_ns = run.ahead_ns or self._clock() - free.verify_answered_ns
+            sent = free.verify_asked_ns + run.ahead_ns
+            answered = free.verify_answered_ns + run.ahead_ns
         else:
             sent, answered = map(self._clock.at, (free.verify_asked_ns, free.verify_answered_ns))
             proposals.timing = ServiceTiming(

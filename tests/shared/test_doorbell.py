@@ -25,7 +25,7 @@ from outrider.shared.doorbell import (
     connected,
 )
 from outrider.shared.errors import ProtocolError
-from outrider.shared.mailbox import BEATS, BELLS, Judgement, Layout, Mailbox, VerdictHead
+from outrider.shared.mailbox import BEATS, BELLS, ENDS, Judgement, Layout, Mailbox, VerdictHead
 
 LAYOUT = Layout(4, 4, 4)
 Pair = tuple[Doorbell, Doorbell]
@@ -102,9 +102,7 @@ def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def write(bell: Doorbell, grant: int, step: int) -> None:
-    bell.mailbox.write_verdicts(
-        VerdictHead(grant, step), [Judgement(1, 1, 0, step, step + 1, 4)]
-    )
+    bell.mailbox.write_verdicts(VerdictHead(grant, step), [Judgement(1, 1, 0, step, step + 1, 4)])
     bell.ring()
 
 
@@ -220,10 +218,27 @@ def test_doorbell_turn_that_is_yet_to_come_breaks_the_protocol(
         draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
 
 
+def test_doorbell_peer_that_left_in_a_later_turn_of_the_grant_is_heard(pair: Pair) -> None:
+    verify, draft = pair
+    write(verify, 1, 5)
+    # It did not wait for the draft, and its word is in the place of what the draft waits for.
+    verify.mailbox.write_verdicts(VerdictHead(1, 6, ENDS), ())
+    verify.ring()
+    found = draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
+    assert found == (VerdictHead(1, 6, ENDS), [])
+    assert not draft.closed
+    verify.mailbox.write_verdicts(VerdictHead(2, 0, ENDS), ())  # which no grant before it ends
+    verify.ring()
+    with pytest.raises(ProtocolError):
+        draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
+
+
 def test_doorbell_peer_that_let_go_is_told_at_once(pair: Pair) -> None:
     verify, draft = pair
     verify.ring()
+    assert draft.alive()
     verify.close()
+    assert not draft.alive()  # though a ring is yet to be heard
     assert draft.wait(1.0)  # what it said before still counts
     assert not draft.alive()
     began = time.monotonic()

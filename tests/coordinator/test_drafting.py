@@ -1,0 +1,42 @@
+"""What the coordinator makes of a draft that is late or lost, in whatever order it learns of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from outrider.coordinator.drafting import Drafting, Granted
+from outrider.protos import speculation_pb2 as pb
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda drafting: drafting.lost([]),
+        lambda drafting: drafting._came_late(pb.DraftResponse(), {}),
+    ],
+    ids=["lost", "answered"],
+)
+def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
+    happens: Callable[[Drafting], None],
+) -> None:
+    async def run() -> None:
+        link: Any = SimpleNamespace(up=True)
+        drafting = Drafting(link, chunk=8, patience=0.01, vocab_size=10)
+        answer: asyncio.Future[pb.DraftResponse] = asyncio.get_running_loop().create_future()
+        given_up = []
+
+        def at_once(future: Any) -> None:
+            given_up.append(not drafting.available)
+            happens(drafting)
+
+        answer.add_done_callback(at_once)  # runs before whoever waits for the answer runs on
+        assert await drafting.granted(Granted(answer, {})) == 0
+        assert given_up == [True]
+        assert drafting.available
+
+    asyncio.run(run())

@@ -1,0 +1,482 @@
+"""Rounds that draft and verifier run by themselves: no token differs, and they end when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from outrider.coordinator.records import NoObserver, RoundRecord
+from outrider.coordinator.runtime import Runtime
+from outrider.protos import generation_pb2 as pb
+from outrider.shared.config import DraftConfig, VerifyConfig
+
+Make = Callable[..., Any]
+PROMPT = [5, 6, 7, 8]
+# None is longer than what a proposal takes along: which rounds have one, and so the noise that
+# `rejection` uses, does not depend on when the requests came.
+PROMPTS = [[7] * 20, [5, 9, 40], [11], list(range(30, 48))]
+COUNT = 18
+LINKS = {"messages": ("grpc", False), "grants": ("grpc", True), "mailbox": ("shm", True)}
+RULES = {"greedy": 1, "coupled": 2, "rejection": 3}
+
+
+class Gate(threading.Event):
+    """For ``Toy.hold``: tells when a round has come to stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.reached.set()
+        return super().wait(timeout)
+
+
+class Seen(NoObserver):
+    """Keeps how each round's proposals travelled, and the coordinator at hand."""
+
+    enabled = True
+    runtime: Runtime
+
+    def __init__(self) -> None:
+        self.links: list[str] = []
+
+    def attach(self, runtime: Any) -> None:
+        self.runtime = runtime
+
+    def round(self, record: RoundRecord) -> None:
+        self.links.append(record.link)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for ``condition``; fails when it does not come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+def pairwise(*factors: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Few rows in which any two values of different factors meet."""
+
+    def pairs(row: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    # Samples of several requests begin in an order of their own, see PROMPTS.
+    rows = [
+        row
+        for row in itertools.product(*factors)
+        if not (row[0] == "rejection" and row[2] > 1 and row[3] == "samples")
+    ]
+    left = set().union(*map(pairs, rows))
+    chosen = []
+    while left:
+        best = max(rows, key=lambda row: len(pairs(row) & left))
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "max_tokens": {},
+    "few_tokens": {"n": 4},
+    "stop_token": {},
+    "stop_string": {},
+    "penalties": {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.4,
+        "bad_words": [pb.TokenIds(ids=[3])],
+        "output": {"logprobs": 3},
+    },
+    "samples": {"output": {"num_samples": 3}},
+    # The base wants to end at once, and may from the 13th token on: within a proposal.
+    "min_new_tokens": {"min_new_tokens": 12, "logit_bias": {0: 500.0}},
+}
+CASES = pairwise(tuple(RULES), (0, 1, 4, 7), (1, 4), tuple(FEATURES), (1, 5, 64))
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start_model: Make
+) -> Iterator[SimpleNamespace]:
+    """Real engines; the draft is the base with a little noise, so it is right now and then."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("near")
+    draft = shutil.copytree(tiny_base, folder / "near")
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(str(tiny_base / "model.safetensors"))
+    for name, tensor in tensors.items():
+        tensors[name] = tensor + 0.04 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, str(draft / "model.safetensors"), metadata={"format": "pt"})
+    options: dict[str, Any] = {
+        "device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        made = {}
+        for role, config in (
+            ("verify", VerifyConfig(path=str(tiny_base), **options)),
+            ("draft", DraftConfig(path=str(draft), **options)),
+        ):
+            made[role] = start_model(role, config, f"unix:{folder}/{role}")
+            stack.callback(made[role].server.drain, grace=0)
+        yield SimpleNamespace(**made, folder=tiny_base)
+
+
+def connection(pair: SimpleNamespace, way: str, rounds: int = 5) -> dict[str, Any]:
+    """Settings of a coordinator whose rounds go one of the three ways of ``LINKS``."""
+    link, free = LINKS[way]
+    settings = {"link": link, "free_rounds": rounds if free else 0}
+    # A draft that is late once would have `rejection` go on with other noise.
+    return settings | {"tokenizer": str(pair.folder), "draft_patience_seconds": 30.0}
+
+
+async def ask_all(client: Any, requests: list[pb.GenerateRequest]) -> list[Any]:
+    """Every sample of all ``requests``, run at once."""
+    results = await asyncio.gather(*(client.generate(request) for request in requests))
+    assert [result.error for result in results] == [None] * len(requests)
+    return [one for result in results for _, one in sorted(result.samples.items())]
+
+
+def told(one: Any) -> tuple[Any, ...]:
+    """What a client is told of a sample, however the rounds were run."""
+    end = one.finished
+    token = end.stop_token_id if end.HasField("stop_token_id") else None
+    return one.ids, one.text, end.reason, end.stop_string, token
+
+
+def emptied(pair: SimpleNamespace) -> None:
+    """Waits until the services have let go of everything, which they do after the goodbye."""
+    end = time.monotonic() + 5
+    while any(
+        info.sequences or info.arena_tokens_used
+        for info in (pair.verify.engine.info(), pair.draft.engine.info())
+    ):
+        assert time.monotonic() < end, "something is held"
+        time.sleep(0.005)
+
+
+# --- the tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "k", "batch", "feature", "rounds"), CASES)
+def test_free_running_gives_what_messages_give(
+    pair: SimpleNamespace,
+    client_of: Make,
+    ask: Make,
+    rule: str,
+    k: int,
+    batch: int,
+    feature: str,
+    rounds: int,
+) -> None:
+    sampling = {} if rule == "greedy" else {"temperature": 0.8, "top_p": 0.95}
+    changes = dict(sampling, **FEATURES[feature])
+    count = changes.pop("n", COUNT)
+    stopping: dict[str, Any] = {"ignore_eos": feature != "min_new_tokens"}
+
+    def requests() -> list[pb.GenerateRequest]:
+        return [
+            ask(prompt, count, k=k, rule=RULES[rule], seed=i, stopping=stopping, **changes)
+            for i, prompt in enumerate(PROMPTS[:batch])
+        ]
+
+    async def by_messages() -> list[Any]:
+        async with client_of(pair.verify, pair.draft, **connection(pair, "messages")) as client:
+            wanted = await ask_all(client, requests())
+            # Now that the text is known, one that ends in the midst of it.
+            if feature == "stop_token":
+                stopping["stop_token_ids"] = [wanted[0].ids[12]]
+            elif feature == "stop_string":
+                text = wanted[0].text
+                stopping["stop"] = [next(
+                    text[at : at + 2]
+                    for at in range(2 * len(text) // 3, len(text))
+                    if "\ufffd" not in text[at : at + 2]
+                )]  # fmt: skip
+            else:
+                return wanted
+            return await ask_all(client, requests())
+
+    async def run(way: str, wanted: list[Any]) -> None:
+        seen = Seen()
+        before = [len(pair.verify.free), len(pair.draft.free)]
+        settings = connection(pair, way, rounds)
+        async with client_of(pair.verify, pair.draft, seen, **settings) as client:
+            info = await client.info()
+            assert (info.link, info.link_reason) == (LINKS[way][0], "")
+            found = await ask_all(client, requests())
+        assert [told(one) for one in found] == [told(one) for one in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert len(one.logprobs) == (len(one.ids) if feature == "penalties" else 0)
+            for entry, wanted_entry in zip(one.logprobs, other.logprobs, strict=True):
+                assert entry.logprob == pytest.approx(wanted_entry.logprob, abs=1e-4)
+                assert [top.token_id for top in entry.top] == [
+                    top.token_id for top in wanted_entry.top
+                ]
+        # That was the way it should have gone; a short text may be over before.
+        free = pair.verify.free[before[0] :], pair.draft.free[before[1] :]
+        if feature != "few_tokens" and (way == "mailbox" or k == 0):
+            assert free[0]
+        if feature != "few_tokens" and way == "mailbox" and k:
+            assert "shm" in seen.links
+            assert max(len(item.proposal) for _, items in free[0] for item in items) == k
+            assert max(item.k for _, items in free[1] for item in items) == k
+        elif way != "mailbox":
+            assert set(seen.links) == {"grpc"}
+            # Nothing is drafted but by message; the last token of all is never worth it.
+            assert not free[1] and not any(item.proposal for _, items in free[0] for item in items)
+
+    wanted = asyncio.run(by_messages())
+    ends = {
+        "stop_token": pb.FINISH_REASON_STOP_TOKEN,
+        "stop_string": pb.FINISH_REASON_STOP_STRING,
+        "min_new_tokens": pb.FINISH_REASON_END_OF_SEQUENCE,
+    }
+    assert wanted[0].finished.reason == ends.get(feature, pb.FINISH_REASON_MAX_TOKENS)
+    for way in ("grants", "mailbox"):
+        asyncio.run(run(way, wanted))
+    emptied(pair)
+
+
+@pytest.fixture(scope="module")
+def written(tiny_base: Path) -> list[list[int]]:
+    """What transformers' generate writes after each of ``PROMPTS`` with the base alone."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM.from_pretrained(str(tiny_base), dtype=torch.float32)
+    model.eval()
+    made = []
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            out = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=COUNT,
+                repetition_penalty=1.2,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            made.append(out[0, len(prompt) :].tolist())
+    return made
+
+
+@pytest.mark.parametrize("way", LINKS)
+def test_free_running_greedy_equals_transformers_for_every_k(
+    pair: SimpleNamespace, written: list[list[int]], client_of: Make, ask: Make, way: str
+) -> None:
+    async def run() -> None:
+        async with client_of(pair.verify, pair.draft, **connection(pair, way)) as client:
+            for k in (0, 1, 4, 7, None):
+                requests = [
+                    ask(prompt, COUNT, k=k, repetition_penalty=1.2, stopping={"ignore_eos": True})
+                    for prompt in PROMPTS
+                ]
+                samples = await ask_all(client, requests)
+                assert [one.ids for one in samples] == written
+                if k:
+                    # Of all that can come of a proposal, each came.
+                    figures = [one.finished.speculation for one in samples]
+                    accepted = sum(one.accepted for one in figures)
+                    assert 0 < accepted < sum(one.proposed for one in figures)
+
+    asyncio.run(run())
+    emptied(pair)
+
+
+def test_free_running_grant_is_renewed_before_it_runs_out(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+) -> None:
+    base = services("verify", seconds_per_round=0.005)
+    draft = services("draft", agreement=0)
+
+    async def run() -> None:
+        async with client_of(base, draft, free_rounds=8) as client:
+            assert (await client.generate(ask(PROMPT, 60, k=1))).only.ids == fakes.plain(PROMPT, 60)
+            await until(lambda: len(base.free) == len(draft.free) == 59)
+
+    asyncio.run(run())
+    # One round by message, which opens the sequence on both sides, and one grant.
+    assert len({number for number, _ in base.free}) == 1
+    # The last token leaves no room for a proposal.
+    assert [len(items) for _, items in draft.free] == [1] * 58 + [0]
+
+
+def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+) -> None:
+    base = services("verify", seconds_per_round=0.02)
+    draft = services("draft", agreement=0)
+    silence = {"verify_timeout_seconds": 0.4, "draft_timeout_seconds": 0.4}
+
+    async def run() -> None:
+        async with client_of(base, draft, link="shm", **silence) as client:
+            assert (await client.generate(ask(PROMPT, 45, k=1))).only.ids == fakes.plain(PROMPT, 45)
+
+    asyncio.run(run())
+    assert len({number for number, _ in base.free}) == 1
+    assert len(draft.toy.opened) == 1
+
+
+# --- the ends, and the changes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("standing", ["verify", "draft"])
+@pytest.mark.parametrize("event", ["cancel", "deadline"])
+def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make, standing: str, event: str
+) -> None:
+    both = {"verify": services("verify", seconds_per_round=0.002), "draft": services("draft")}
+    base, draft = both["verify"], both["draft"]
+    toy = both[standing].toy
+
+    async def run() -> None:
+        async with client_of(base, draft, link="shm", draft_patience_seconds=20.0) as client:
+            call = client.stub.Generate(
+                ask(PROMPT, 3000, k=3), timeout=0.3 if event == "deadline" else None
+            )
+            await until(lambda: len(base.free) > 3)
+            gate = toy.hold = Gate()
+            await until(gate.reached.is_set)
+            before = base.toy.rounds, draft.toy.rounds
+            if event == "cancel":
+                call.cancel()
+            else:
+                assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            # Time for the word to reach the services, which stand still.
+            await asyncio.sleep(0.2)
+            toy.hold = None
+            gate.set()
+            await until(lambda: base.toy.live == draft.toy.live == 0)
+            assert base.toy.rounds - before[0] == 1
+            assert draft.toy.rounds - before[1] <= 1
+            assert base.toy.used == draft.toy.used == 0
+            info = await client.info()
+            assert (info.running, info.waiting, info.link) == (0, 0, "shm")
+            # And all is as before for the next one.
+            free = len(base.free)
+            assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
+            assert len(base.free) > free
+
+    asyncio.run(run())
+
+
+def test_free_running_takes_in_a_new_request_after_the_round(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+) -> None:
+    base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
+
+    found = 0
+
+    async def run() -> None:
+        nonlocal found
+        async with client_of(base, draft, link="shm") as client:
+            first = asyncio.create_task(client.generate(ask(PROMPT, 400, k=2)))
+            await until(lambda: len(base.free) > 3)
+            gate = base.toy.hold = Gate()
+            await until(gate.reached.is_set)
+            found = len(base.toy.items)
+            second = asyncio.create_task(client.generate(ask([9, 9], 30, k=4)))
+            while not (await client.info()).waiting:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.2)
+            base.toy.hold = None
+            gate.set()
+            assert (await second).only.ids == fakes.plain([9, 9], 30)
+            # They went on together by themselves, and then one of them alone.
+            assert {2} <= {len(items) for _, items in base.free}
+            alone = len(base.free)
+            assert (await first).only.ids == fakes.plain(PROMPT, 400)
+            assert {len(items) for _, items in base.free[alone + 2 :]} == {1}
+
+    asyncio.run(run())
+    ids = [item.sequence_id for item in base.toy.items]
+    # The round that ran, and the one that takes in the prompt beside it.
+    assert ids.index(2) - found <= 2
+    assert base.toy.live == draft.toy.live == 0
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_free_running_ends_after_the_round_that_completes_a_stop_string(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make, tiny_base: Path, k: int
+) -> None:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
+    ids = fakes.plain(PROMPT, 80, vocab=320)
+    text = backend.decode(ids)
+    stop = next(
+        text[at : at + 2]
+        for at in range(30, len(text))
+        if text.index(text[at : at + 2]) == at and text[at : at + 2].isascii()
+    )
+    last = next(i for i in range(80) if stop in backend.decode(ids[: i + 1]))
+    base = services("verify", vocab=320, model=str(tiny_base), seconds_per_round=0.001)
+    draft = services("draft", vocab=320, agreement=80)
+    beyond: list[Any] = []
+
+    def pace(item: Any) -> None:
+        if item.base_len + len(item.append) > len(PROMPT) + last:
+            if not beyond:
+                time.sleep(0.2)  # nobody but the coordinator sees the end, and has time to
+            beyond.append(item)
+
+    base.toy.refuse = pace
+
+    async def run() -> None:
+        async with client_of(base, draft, link="shm", tokenizer=str(tiny_base)) as client:
+            one = (await client.generate(ask(PROMPT, 80, k=k, stopping={"stop": [stop]}))).only
+            assert one.finished.reason == pb.FINISH_REASON_STOP_STRING
+            assert one.ids == ids[: last + 1]
+            assert one.text == text[: text.index(stop)]
+            await until(lambda: base.toy.live == draft.toy.live == 0)
+
+    asyncio.run(run())
+    assert len(beyond) == 1
+    assert base.free
+
+
+def test_free_running_takes_over_k_while_it_runs(
+    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+) -> None:
+    base, draft = services("verify"), services("draft", agreement=50)
+    seen = Seen()
+    changes = {10: 2, 20: 6}
+    judged = 0
+
+    def change(item: Any) -> None:
+        nonlocal judged
+        if item.proposal:
+            judged += 1
+            if judged in changes:
+                seen.runtime.speculation.max_k = changes[judged]
+            elif judged - 1 in changes:
+                time.sleep(0.15)  # the coordinator hears of the last round, and has time to speak
+
+    base.toy.refuse = change
+
+    async def run() -> None:
+        async with client_of(base, draft, seen, link="shm") as client:
+            one = (await client.generate(ask(PROMPT, 300, k=6))).only
+            assert one.ids == fakes.plain(PROMPT, 300)
+
+    asyncio.run(run())
+    rounds = [(number, item.k) for number, items in draft.free for item in items][:40]
+    # What is proposed when the word comes is still judged; then it holds, in the same grant.
+    assert [k for _, k in rounds] == [6] * 11 + [2] * 10 + [6] * 19
+    assert len({number for number, _ in rounds}) == 1
