@@ -130,6 +130,9 @@ class FreeRunning:
                 )
                 for seq, k in zip(plan.decode, ks, strict=True)
             ],
+            on_device=self._introduction.on_device
+            and all(ks)
+            and not any(seq.by_host for seq in plan.decode),
         )
         run = FreeRun(grant, plan, list(ks), traceparent, None, wake, left=self._rounds)
         run.sequences = {seq.sequence_id: seq for seq in plan.decode}
@@ -142,6 +145,13 @@ class FreeRunning:
             await self._abandon(run)
             return None
         return run
+
+    @staticmethod
+    def link(run: FreeRun) -> str:
+        """How the grant's proposals travel."""
+        if run.drafted is None:
+            return "grpc"
+        return "cuda-ipc" if run.grant.on_device else "shm"
 
     def take(self, run: FreeRun) -> FreeRound | None:
         """The next round that was reported; None where the report held none, or there is none."""
@@ -206,7 +216,12 @@ class FreeRunning:
             return begun
         if run.lost:
             await self._abandon(run)
-        return max(begun, await self._drafting.granted(run.drafted, wait=not run.failed))
+        rounds = await self._drafting.granted(run.drafted, wait=not run.failed)
+        if run.grant.on_device and not (run.steps or run.revoked or run.lost):
+            # One of the two can't, and has logged why: these go by the host from now on.
+            for sequence in run.plan.decode:
+                sequence.by_host = True
+        return max(begun, rounds)
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -222,9 +237,16 @@ class FreeRunning:
 
     def _for_draft(self, grant: pb.Grant) -> pb.Grant:
         """The draft waits as long as the verifier's process lives: that one may be slow."""
-        return pb.Grant(
-            id=grant.id, mailbox=grant.mailbox, rounds=grant.rounds, patience_seconds=3600.0
+        mine = pb.Grant(
+            id=grant.id,
+            mailbox=grant.mailbox,
+            rounds=grant.rounds,
+            patience_seconds=3600.0,
+            on_device=grant.on_device,
         )
+        if grant.on_device:
+            mine.sequences.extend(grant.sequences)
+        return mine
 
     async def _abandon(self, run: FreeRun) -> None:
         """No verifier will tell the draft of the end."""

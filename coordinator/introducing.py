@@ -36,6 +36,7 @@ class Introduction:
             max_sequences=config.max_running,
             max_k=max(1, config.max_k),
             row_entries=config.draft_top,
+            on_device=config.link == "cuda-ipc",
         )
         self.limits = self._sizes
         """What one round in the mailbox may hold."""
@@ -44,30 +45,35 @@ class Introduction:
         self._since = 0.0
         self.mailbox = 0
         """The open mailbox; 0: none."""
+        self.on_device = False
+        """Whether draft and verifier share device memory too."""
         self.reason = ""
-        """Why there is none, where one might be."""
+        """Why there is none, or no device memory, where it might be."""
 
     @property
     def link(self) -> str:
         """The link in use."""
-        return "shm" if self.mailbox else "grpc"
+        if not self.mailbox:
+            return "grpc"
+        return "cuda-ipc" if self.on_device else "shm"
 
     def changed(self) -> None:
         """A service came or went: what it had mapped is gone with it."""
-        self.mailbox, self.reason = 0, "a service was lost"
+        self.mailbox, self.on_device, self.reason = 0, False, "a service was lost"
         self._changed.set()
 
     def lost(self, reason: str) -> None:
         """The mailbox is of no more use; another one is arranged."""
         log.warning("draft and verifier have lost their mailbox: %s", reason)
-        self.mailbox, self.reason = 0, reason
+        self.mailbox, self.on_device, self.reason = 0, False, reason
         self._changed.set()
 
     async def first(self) -> None:
         """Tries once; raises ``ConfigError`` where the link was asked for by name and failed."""
         await self._introduce()
-        if self._wanted == "shm" and self._both_up and not self.mailbox:
-            raise ConfigError(f"link = 'shm' can't be had: {self.reason}")
+        wanted = self._wanted in ("shm", "cuda-ipc")
+        if wanted and self._both_up and self.link != self._wanted:
+            raise ConfigError(f"link = {self._wanted!r} can't be had: {self.reason}")
 
     async def run(self) -> None:
         """Arranges a mailbox whenever there is none and both services are up."""
@@ -107,13 +113,16 @@ class Introduction:
             return
         try:
             offer = await self._verify_link.ask("OfferMailbox", self._sizes)
-            await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
+            mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
         except ServiceUnavailable as error:
             if str(error) != self.reason:
-                level = logging.ERROR if self._wanted == "shm" else logging.WARNING
+                level = logging.WARNING if self._wanted == "auto" else logging.ERROR
                 log.log(level, "no shared memory between draft and verifier: %s", error)
             self.reason = str(error)
         else:
-            self.mailbox, self.reason = offer.mailbox, ""
+            self.mailbox, self.on_device = offer.mailbox, mapped.on_device
+            self.reason = mapped.reason
             self._since = time.monotonic()
             log.info("draft and verifier share a mailbox of %d bytes", offer.size)
+            if offer.on_device and not mapped.on_device:
+                log.error("no device memory between draft and verifier: %s", mapped.reason)

@@ -185,7 +185,7 @@ class Pipeline:
                 started_ns=done.started_ns,
                 finished_ns=done.finished_ns,
                 waiting=waiting,
-                link="grpc" if run.drafted is None else "shm",
+                link=self._free.link(run),
             )
         )
 

@@ -55,6 +55,8 @@ class Sequence:
     parent: Sequence | None = None
     """The sample that takes in the prompt for this one too."""
     children: list[Sequence] = field(default_factory=list)
+    by_host: bool = False
+    """The devices can't take its turns by themselves."""
 
     def __post_init__(self) -> None:
         self.log = [*self.request.prompt_ids, *self.request.resume_ids]

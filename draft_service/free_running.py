@@ -32,6 +32,11 @@ class Lane:
     k: int
     proposal: tuple[int, ...] = ()
 
+    @property
+    def log_len(self) -> int:
+        """Tokens of the log, the proposal not among them."""
+        return self.base_len + len(self.append)
+
     def item(self) -> ProposeItem:
         """What the engine is asked for."""
         return ProposeItem(self.sequence_id, self.epoch, self.base_len, self.append, self.k)
@@ -66,6 +71,11 @@ class FreeDraft:
         self.items: list[ProposeItem] = []
         """What the last turn asked of the engine."""
 
+    @property
+    def lanes(self) -> list[Lane]:
+        """The sequences, in the grant's order."""
+        return list(self._lanes.values())
+
     def propose(self) -> RoundResult[Proposal]:
         """One proposal for each sequence that is to have one."""
         self.items = [lane.item() for lane in self._lanes.values() if lane.k > 0]
@@ -78,7 +88,12 @@ class FreeDraft:
         """Takes in the verdicts; raises ``ProtocolError`` for one that can't be."""
         for one in verdicts:
             lane = self._lanes.get(one.sequence_id)
-            if lane is None or lane.epoch != one.epoch or one.num_accepted > len(lane.proposal):
+            # Its epoch is the verifier's own, and may be another than the draft's.
+            if (
+                lane is None
+                or one.num_accepted > len(lane.proposal)
+                or one.committed_len != lane.log_len + one.num_accepted + 1
+            ):
                 raise ProtocolError(f"a verdict on what was not proposed: {one}")
             lane.judged(one)
 
@@ -93,7 +108,7 @@ def run(
     steps = 0
     if doorbell is None:
         end = End(EndReason.PEER, f"mailbox {grant.mailbox} is not mapped here")
-        yield _answer(message, result, end, steps)
+        yield answer(message, result, end, steps)
         return
     try:
         while True:
@@ -134,7 +149,7 @@ def run(
     except (PeerGone, ProtocolError) as error:
         doorbell.close()
         end = End(EndReason.PEER, str(error))
-    yield _answer(message, result, end, steps)
+    yield answer(message, result, end, steps)
 
 
 def _leave(doorbell: Doorbell, grant: pb.Grant, step: int) -> None:
@@ -143,7 +158,7 @@ def _leave(doorbell: Doorbell, grant: pb.Grant, step: int) -> None:
     doorbell.ring()
 
 
-def _answer(
+def answer(
     message: pb.DraftRequest, result: RoundResult[Proposal], end: End, steps: int
 ) -> pb.DraftResponse:
     last = RoundResult[Proposal]([], result.refusals, result.model_seconds, result.rows)

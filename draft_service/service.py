@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from outrider.draft_service import free_running
+from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
 from outrider.shared.rounds import RoundsServicer
 
 
 def make_servicer() -> RoundsServicer:
     """The servicer, still without its engine."""
-    return RoundsServicer(wire.read_propose_items, wire.write_draft_response, free_running.run)
+    return RoundsServicer(wire.read_propose_items, wire.write_draft_response, _run_grant)
+
+
+def _run_grant(session: Any, message: pb.DraftRequest, *rest: Any) -> Iterator[pb.DraftResponse]:
+    if message.grant.on_device:
+        # Imported late: torch comes with the model.
+        from outrider.draft_service import device_running
+
+        return device_running.run(session, message, *rest)
+    return free_running.run(session, message, *rest)

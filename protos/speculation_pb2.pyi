@@ -23,6 +23,7 @@ class GrantEndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRANT_END_REASON_REFUSED: _ClassVar[GrantEndReason]
     GRANT_END_REASON_PEER: _ClassVar[GrantEndReason]
     GRANT_END_REASON_LATE: _ClassVar[GrantEndReason]
+    GRANT_END_REASON_HOST: _ClassVar[GrantEndReason]
 
 class SequenceErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,6 +45,7 @@ GRANT_END_REASON_REVOKED: GrantEndReason
 GRANT_END_REASON_REFUSED: GrantEndReason
 GRANT_END_REASON_PEER: GrantEndReason
 GRANT_END_REASON_LATE: GrantEndReason
+GRANT_END_REASON_HOST: GrantEndReason
 SEQUENCE_ERROR_CODE_UNSPECIFIED: SequenceErrorCode
 SEQUENCE_ERROR_CODE_UNKNOWN: SequenceErrorCode
 SEQUENCE_ERROR_CODE_STALE_EPOCH: SequenceErrorCode
@@ -258,18 +260,20 @@ class Verdict(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., committed_len: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("id", "mailbox", "rounds", "sequences", "patience_seconds")
+    __slots__ = ("id", "mailbox", "rounds", "sequences", "patience_seconds", "on_device")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAILBOX_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PATIENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     id: int
     mailbox: int
     rounds: int
     sequences: _containers.RepeatedCompositeFieldContainer[GrantedSequence]
     patience_seconds: float
-    def __init__(self, id: _Optional[int] = ..., mailbox: _Optional[int] = ..., rounds: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[GrantedSequence, _Mapping]]] = ..., patience_seconds: _Optional[float] = ...) -> None: ...
+    on_device: bool
+    def __init__(self, id: _Optional[int] = ..., mailbox: _Optional[int] = ..., rounds: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[GrantedSequence, _Mapping]]] = ..., patience_seconds: _Optional[float] = ..., on_device: bool = ...) -> None: ...
 
 class GrantedSequence(_message.Message):
     __slots__ = ("k", "limit", "stop_token_ids")
@@ -322,30 +326,34 @@ class GrantEnd(_message.Message):
     def __init__(self, id: _Optional[int] = ..., reason: _Optional[_Union[GrantEndReason, str]] = ..., message: _Optional[str] = ..., rounds: _Optional[int] = ...) -> None: ...
 
 class OfferMailboxRequest(_message.Message):
-    __slots__ = ("max_sequences", "max_k", "row_entries")
+    __slots__ = ("max_sequences", "max_k", "row_entries", "on_device")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     ROW_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     max_k: int
     row_entries: int
-    def __init__(self, max_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., row_entries: _Optional[int] = ...) -> None: ...
+    on_device: bool
+    def __init__(self, max_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., row_entries: _Optional[int] = ..., on_device: bool = ...) -> None: ...
 
 class OfferMailboxResponse(_message.Message):
-    __slots__ = ("mailbox", "layout", "socket", "secret", "boot_id", "size")
+    __slots__ = ("mailbox", "layout", "socket", "secret", "boot_id", "size", "on_device")
     MAILBOX_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SOCKET_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     mailbox: int
     layout: int
     socket: str
     secret: bytes
     boot_id: str
     size: int
-    def __init__(self, mailbox: _Optional[int] = ..., layout: _Optional[int] = ..., socket: _Optional[str] = ..., secret: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+    on_device: bool
+    def __init__(self, mailbox: _Optional[int] = ..., layout: _Optional[int] = ..., socket: _Optional[str] = ..., secret: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., size: _Optional[int] = ..., on_device: bool = ...) -> None: ...
 
 class MapMailboxRequest(_message.Message):
     __slots__ = ("offer",)
@@ -354,8 +362,12 @@ class MapMailboxRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[OfferMailboxResponse, _Mapping]] = ...) -> None: ...
 
 class MapMailboxResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("on_device", "reason")
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    on_device: bool
+    reason: str
+    def __init__(self, on_device: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PositionLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")

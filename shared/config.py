@@ -167,7 +167,7 @@ class CoordinatorConfig(ServeConfig):
     link: str = setting(
         "auto",
         help="how proposals travel between draft and verifier; auto takes the best there is",
-        choices=("auto", "grpc", "shm"),
+        choices=("auto", "grpc", "shm", "cuda-ipc"),
     )
     free_rounds: int = setting(
         64, help="rounds that the services run by themselves at a time; 0: none", low=0

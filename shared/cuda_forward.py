@@ -246,11 +246,12 @@ class Forward:
         self, chosen: Tensor, tokens: Tensor, pending: Tensor, proposed: Tensor, verdicts: Tensor
     ) -> None:
         """verdicts[s] = (accepted, next token); see kernels.accept."""
+        count = verdicts.shape[0]
         self.calls["accept"](
             chosen=chosen,
             tokens=tokens,
-            pending=pending,
-            proposed=proposed,
+            pending=pending[:count],
+            proposed=proposed[:count],
             verdicts=verdicts,
             overlap=self.tuning.overlap,
         )

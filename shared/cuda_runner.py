@@ -9,9 +9,9 @@ docs/numerics.md. What the chain can't do (branches of an extent) goes the way o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from outrider.kernels.registry import Call, Choice, Tools
 from outrider.shared.cuda_forward import Batch, Forward, resolve_all
 from outrider.shared.cuda_graphs import Graphs
 from outrider.shared.cuda_inputs import Field, Inputs
+from outrider.shared.cuda_ipc import CudaStream
 from outrider.shared.cuda_passes import (
     MAX_SEQUENCES,
     POWERS,
@@ -32,12 +33,16 @@ from outrider.shared.cuda_passes import (
 )
 from outrider.shared.cuda_support import simple
 from outrider.shared.cuda_tuning import Tuning, tuning_for
+from outrider.shared.cuda_turns import Parts, Turns
 from outrider.shared.cuda_weights import weights_of
+from outrider.shared.device_mailbox import DeviceMailbox
 from outrider.shared.llama_runner import LlamaRunner
 from outrider.shared.runner import ModelFacts, Span
 from outrider.shared.storage import Storage
+from outrider.shared.turn_stream import Stream
 from outrider.shared.types import Decoding
 
+TurnsT = TypeVar("TurnsT", bound=Turns)
 # Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
 _WORK_BYTES = 256 << 20
 
@@ -106,6 +111,33 @@ class CudaRunner(LlamaRunner):
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
         self._graphs = Graphs(enabled=graphs and device.type == "cuda")
         self._pending = False
+        self._taken: Any = None
+
+    def turns(
+        self,
+        kind: Callable[[Parts, DeviceMailbox, Stream], TurnsT],
+        mailbox: DeviceMailbox,
+        stream: Stream | None = None,
+    ) -> TurnsT:
+        """Turns that the device takes by itself; ``stream``: instead of the device's own."""
+        device = self.storage.device
+        if stream is None:
+            # Graphs of its own: they hold addresses of this mailbox, and go when it goes.
+            stream = CudaStream(device, Graphs(enabled=self._graphs.enabled))
+        pools = len(self.arena.pools)
+        return kind(Parts(self._step, self._geometry, pools, self._max_k, device), mailbox, stream)
+
+    @contextmanager
+    def taken(self, found: Any) -> Iterator[None]:
+        """Within it, a round's numbers are these: the device has taken that turn already.
+
+        ``found``: what ``judge`` or ``propose`` would find, for the same sequences.
+        """
+        self._taken = found
+        try:
+            yield
+        finally:
+            self._taken = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -171,8 +203,15 @@ class CudaRunner(LlamaRunner):
         if not self._whole(spans, rows) or not all(simple(d) for d in decodings):
             return None
         self.check(spans)
-        with self._on_device():
-            return self._judge(spans, decodings, proposals, rows)
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        verdicts = self._taken
+        if verdicts is None:
+            with self._on_device():
+                verdicts = self._judge(spans, decodings, proposals, rows)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        return verdicts
 
     def _judge(
         self,
@@ -211,12 +250,8 @@ class CudaRunner(LlamaRunner):
             )  # fmt: skip
             self._verdicts_host.copy_(self._verdicts, non_blocking=True)
 
-        for span in spans:
-            span.extent.begin(span.start + len(span.tokens))
         self._execute(("judge", count, sequences, bucket(queries, POWERS)), run)
         self._wait()
-        for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
         found = self._verdicts_host[: len(spans)].tolist()
         return [(accepted, token) for accepted, token in found]
 
@@ -252,8 +287,17 @@ class CudaRunner(LlamaRunner):
         rows = sum(len(span.tokens) for span in last)
         if not self._whole(last, rows):
             raise AssertionError("spans were cut to fit")
-        with self._on_device():
-            found = self._propose(last, [decodings[i] for i in asked], [ks[i] for i in asked])
+        ends = [
+            span.start + len(span.tokens) + ks[i] - 1 for i, span in zip(asked, last, strict=True)
+        ]
+        for span, end in zip(last, ends, strict=True):
+            span.extent.begin(end)
+        found = self._taken
+        if found is None:
+            with self._on_device():
+                found = self._propose(last, [decodings[i] for i in asked], [ks[i] for i in asked])
+        for span, end in zip(last, ends, strict=True):
+            span.extent.advance(end)
         answers: list[list[int]] = [[] for _ in spans]
         for i, tokens in zip(asked, found, strict=True):
             answers[i] = tokens
@@ -299,12 +343,8 @@ class CudaRunner(LlamaRunner):
                 )  # fmt: skip
             self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
 
-        for span, k in zip(spans, ks, strict=True):
-            span.extent.begin(span.start + len(span.tokens) + k - 1)
         self._execute(("propose", *size, steps, picks is None), run)
         self._wait()
-        for span, k in zip(spans, ks, strict=True):
-            span.extent.advance(span.start + len(span.tokens) + k - 1)
         found = self._chosen_host[:steps, :count].T.tolist()
         return [tokens[:k] for tokens, k in zip(found, ks, strict=True)]
 

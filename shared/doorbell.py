@@ -16,10 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from outrider.shared.errors import ProtocolError
-from outrider.shared.mailbox import BEATS, BELLS, Mailbox, ProposalHead, VerdictHead
+from outrider.shared.mailbox import BEATS, BELLS, ENDS, Mailbox, ProposalHead, VerdictHead
+
+if TYPE_CHECKING:
+    from outrider.shared.device_mailbox import DeviceMailbox
 
 BEAT_SECONDS = 0.1
 STALE_SECONDS = 1.5
@@ -62,6 +65,12 @@ class Doorbell:
         self._mine, self._other = _INDEX[side], 1 - _INDEX[side]
         self._spin = spin
         self._rings = 0
+        self.device: DeviceMailbox | None = None
+        """What the two share in device memory."""
+        self.device_reason = ""
+        """Why they share none, where they were to."""
+        self.turns: Any = None
+        """This side's turns over it, once there are any."""
         self._closed = threading.Event()
         self._lock = threading.Lock()
         peer.setblocking(False)
@@ -92,25 +101,15 @@ class Doorbell:
         Raises ``PeerGone`` when it is gone or stands still, ``PeerLate`` when it did not ring
         for ``patience`` seconds.
         """
-        began = beat_at = time.monotonic()
-        beat = self.mailbox.word(BEATS[self._other])
+        watch = Watch(self, patience)
         if self._spin:
-            self._watch(began + self._spin)
+            self._look(time.monotonic() + self._spin)
         while True:
             if self._poll.poll(1000 * BEAT_SECONDS) and self._hear():
                 return True
-            if self.closed:
-                raise PeerGone("the mailbox was closed")
-            if interrupted():
+            if not self.closed and interrupted():
                 return False
-            now = time.monotonic()
-            last, beat = beat, self.mailbox.word(BEATS[self._other])
-            if beat != last:
-                beat_at = now
-            elif now - beat_at > STALE_SECONDS:
-                raise PeerGone(f"the {_NAMES[self._other]} stands still")
-            if now - began > patience:
-                raise PeerLate(f"the {_NAMES[self._other]} did not answer in {patience:g} s")
+            watch.check()
 
     def await_turn(
         self,
@@ -122,29 +121,45 @@ class Doorbell:
         """What the other side wrote for ``turn`` (grant, step); None where interrupted first.
 
         ``read`` is one of the mailbox's two. Rings left over from earlier grants are passed
-        over. Raises ``PeerGone``, and ``ProtocolError`` for a turn that is yet to come.
+        over. The other side may have left this grant in a later turn, in the place of what was
+        waited for: that is returned. Raises ``PeerGone``, and ``ProtocolError`` for any other
+        turn that is yet to come.
         """
         while self.wait(patience, interrupted):
             found = read()
             if found is None:
                 continue  # being written: its own ring is still to come
             there = (found[0].grant, found[0].step)
-            if there == turn:
+            left = found[0].flags & ENDS and not found[1] and there[0] == turn[0]
+            if there == turn or (left and there > turn):
                 return found
             if there > turn:
                 raise ProtocolError(f"grant, round {there} came while {turn} was waited for")
         return None
 
+    def rung(self) -> bool:
+        """Whether the other side has rung since it was last heard; raises ``PeerGone``."""
+        return bool(self._poll.poll(0)) and self._hear()
+
+    def others_beat(self) -> int:
+        """How often the other side's process has counted that it runs."""
+        return self.mailbox.word(BEATS[self._other])
+
+    @property
+    def other(self) -> str:
+        """What the other side is, for a person."""
+        return _NAMES[self._other]
+
     def alive(self) -> bool:
         """Whether the other side still holds the mailbox, as far as the kernel knows."""
-        if self.closed:
-            return False
+        # Reading would not tell while a ring is unheard. A poll of its own: they can't be shared.
+        poll = select.poll()
         try:
-            return self._peer.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+            poll.register(self._peer, select.POLLIN | select.POLLHUP)
+        except (OSError, ValueError):
+            return False  # closed meanwhile
+        gone = select.POLLHUP | select.POLLERR | select.POLLNVAL
+        return not self.closed and not any(events & gone for _, events in poll.poll(0))
 
     def close(self) -> None:
         """Lets go of the mailbox; the other side is told by the kernel. May be called again.
@@ -164,7 +179,7 @@ class Doorbell:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _watch(self, until: float) -> None:
+    def _look(self, until: float) -> None:
         poll, now = self._poll.poll, time.monotonic
         # Each look lets the process's other threads have the interpreter, and whoever wants the
         # core has it first.
@@ -187,6 +202,34 @@ class Doorbell:
         while not self._closed.wait(BEAT_SECONDS):
             count += 1
             self.mailbox.set_word(BEATS[self._mine], count)
+
+
+class Watch:
+    """Whether the other side of a doorbell lives and answers in time, over several looks."""
+
+    def __init__(self, doorbell: Doorbell, patience: float) -> None:
+        """``patience``: seconds within which it is to answer."""
+        self.doorbell = doorbell
+        self._patience = patience
+        self._beat = doorbell.others_beat()
+        self._began = self._beat_at = time.monotonic()
+
+    def reset(self) -> None:
+        """It has answered; its time for the next answer begins."""
+        self._began = time.monotonic()
+
+    def check(self) -> None:
+        """Raises ``PeerGone`` where it is gone or stands still, ``PeerLate`` where it is late."""
+        if self.doorbell.closed:
+            raise PeerGone("the mailbox was closed")
+        now = time.monotonic()
+        beat = self.doorbell.others_beat()
+        if beat != self._beat:
+            self._beat, self._beat_at = beat, now
+        elif now - self._beat_at > STALE_SECONDS:
+            raise PeerGone(f"the {self.doorbell.other} stands still")
+        if now - self._began > self._patience:
+            raise PeerLate(f"the {self.doorbell.other} did not answer in {self._patience:g} s")
 
 
 def connected(path: str, timeout: float) -> socket.socket:

@@ -26,6 +26,7 @@ class EndReason(IntEnum):
     REFUSED = 4
     PEER = 5
     LATE = 6
+    HOST = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,15 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from outrider.shared.doorbell import Doorbell, address_of, connected
+from outrider.shared.doorbell import Doorbell, Side, address_of, connected
 from outrider.shared.errors import InvalidRequest, OutriderError, ProtocolError
 from outrider.shared.mailbox import LAYOUT, Layout, Mailbox, layout_of
+
+if TYPE_CHECKING:
+    from outrider.shared.device_handover import DeviceSide
+    from outrider.shared.device_mailbox import DeviceMailbox
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +45,8 @@ OFFER_SECONDS = 5.0
 """How long an offer stands."""
 STEP_SECONDS = 2.0
 """How long either side waits for the other within the hand-over."""
+DEVICE_SECONDS = 10.0
+"""The same where device memory is allocated and mapped."""
 MOST_BYTES = 256 << 20
 SECRET_BYTES = 32
 _MAPPED, _AGREED = b"M", b"A"
@@ -61,17 +68,26 @@ class Offered:
     secret: bytes
     boot_id: str
     size: int
+    on_device: bool = False
+    """Handles of device memory are exchanged on the socket, once the mailbox is handed over."""
 
 
 class Offer:
     """The verifier's half: a mailbox that waits for its draft, on a thread, for a few seconds."""
 
     def __init__(
-        self, layout: Layout, claimed: Callable[[int, Doorbell], None], *, spin: float = 0.0
+        self,
+        layout: Layout,
+        claimed: Callable[[int, Doorbell], None],
+        *,
+        spin: float = 0.0,
+        on_device: bool = False,
+        device: DeviceSide | None = None,
     ) -> None:
         """``claimed(mailbox, doorbell)`` is called, on that thread, before the draft goes on.
 
         A draft that hangs up at that very moment leaves it a doorbell that is closed.
+        ``on_device``: device memory is asked for too; ``device``: what there is of it here.
         """
         if layout.size > MOST_BYTES:
             raise InvalidRequest(
@@ -82,11 +98,13 @@ class Offer:
         self._layout = layout
         self._claimed = claimed
         self._spin = spin
+        self._device = device
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._listener, self._path, self._folder = _listen()
         self.offered = Offered(
-            secrets.randbits(63) | 1, LAYOUT, self._path, self._secret, boot_id(), layout.size
-        )
+            secrets.randbits(63) | 1, LAYOUT, self._path, self._secret, boot_id(), layout.size,
+            on_device,
+        )  # fmt: skip
         threading.Thread(target=self._serve, name="mailbox offer", daemon=True).start()
 
     def _serve(self) -> None:
@@ -130,7 +148,11 @@ class Offer:
             os.close(descriptor)
         if _receive(peer, 1) != _MAPPED or not mailbox.proven(canary):
             raise HandoverFailed("the other side did not prove that it maps the same memory")
+        found: tuple[DeviceMailbox | None, str] = (None, "")
+        if self.offered.on_device:
+            found = _device_memory(peer, self._layout, "verify", self._device)
         doorbell = Doorbell(mailbox, peer, "verify", spin=self._spin)
+        doorbell.device, doorbell.device_reason = found
         # First known here, then agreed: a grant may follow as soon as the draft has its word.
         self._claimed(self.offered.mailbox, doorbell)
         try:
@@ -140,7 +162,7 @@ class Offer:
             raise
 
 
-def fetch(offered: Offered, *, spin: float = 0.0) -> Doorbell:
+def fetch(offered: Offered, *, spin: float = 0.0, device: DeviceSide | None = None) -> Doorbell:
     """The draft's half: maps what was offered; raises ``HandoverFailed`` saying why it can't."""
     if offered.layout != LAYOUT:
         raise HandoverFailed(f"the mailbox has layout {offered.layout}, this side {LAYOUT}")
@@ -161,6 +183,9 @@ def fetch(offered: Offered, *, spin: float = 0.0) -> Doorbell:
         mailbox = _map(peer, offered.size)
         mailbox.prove()
         peer.sendall(_MAPPED)
+        found: tuple[DeviceMailbox | None, str] = (None, "")
+        if offered.on_device:
+            found = _device_memory(peer, mailbox.layout, "draft", device)
         if _receive(peer, 1) != _AGREED:
             raise HandoverFailed("the verifier did not accept the proof")
     except (OSError, ValueError, ProtocolError) as error:
@@ -169,7 +194,28 @@ def fetch(offered: Offered, *, spin: float = 0.0) -> Doorbell:
     except BaseException:
         peer.close()
         raise
-    return Doorbell(mailbox, peer, "draft", spin=spin)
+    doorbell = Doorbell(mailbox, peer, "draft", spin=spin)
+    doorbell.device, doorbell.device_reason = found
+    return doorbell
+
+
+def _device_memory(
+    peer: socket.socket, layout: Layout, side: Side, device: DeviceSide | None
+) -> tuple[DeviceMailbox | None, str]:
+    """What the two share in device memory, or why they don't."""
+    # Only here: a service whose link needs no device should not load torch to listen.
+    from outrider.shared.device_handover import NoDeviceMemory, exchange
+    from outrider.shared.device_mailbox import DeviceLayout
+
+    peer.settimeout(DEVICE_SECONDS)
+    try:
+        sizes = DeviceLayout(layout.max_sequences, layout.max_k)
+        return exchange(peer, sizes, side, device), ""
+    except NoDeviceMemory as error:
+        log.warning("draft and verifier share no device memory: %s", error)
+        return None, str(error)
+    finally:
+        peer.settimeout(STEP_SECONDS)
 
 
 def boot_id() -> str:

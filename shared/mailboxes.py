@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.doorbell import Doorbell
 from outrider.shared.errors import CapacityError
 from outrider.shared.handover import HandoverFailed, Offer, Offered, fetch
 from outrider.shared.mailbox import Layout
+
+if TYPE_CHECKING:
+    from outrider.shared.device_handover import DeviceSide
 
 MOST_MAILBOXES = 16
 """A coordinator needs one."""
@@ -25,6 +29,8 @@ class Mailboxes:
     def __init__(self) -> None:
         self.spin = 0.0
         """Seconds that doorbells made from now on watch before they sleep."""
+        self.device: DeviceSide | None = None
+        """What there is of device memory."""
         self._open: dict[int, Doorbell] = {}
         self._used: dict[int, float] = {}
         self._lock = threading.Lock()
@@ -33,7 +39,13 @@ class Mailboxes:
         """Makes one and has it wait for its draft; ``caller`` as gRPC names the peer."""
         self._admit(caller)
         layout = Layout(request.max_sequences, request.max_k, request.row_entries)
-        made = Offer(layout, self._keep, spin=self.spin).offered
+        made = Offer(
+            layout,
+            self._keep,
+            spin=self.spin,
+            on_device=request.on_device,
+            device=self.device,
+        ).offered
         return pb.OfferMailboxResponse(
             mailbox=made.mailbox,
             layout=made.layout,
@@ -41,6 +53,7 @@ class Mailboxes:
             secret=made.secret,
             boot_id=made.boot_id,
             size=made.size,
+            on_device=made.on_device,
         )
 
     def map(self, request: pb.MapMailboxRequest, caller: str) -> pb.MapMailboxResponse:
@@ -48,10 +61,14 @@ class Mailboxes:
         self._admit(caller)
         offer = request.offer
         offered = Offered(
-            offer.mailbox, offer.layout, offer.socket, offer.secret, offer.boot_id, offer.size
+            offer.mailbox, offer.layout, offer.socket, offer.secret, offer.boot_id, offer.size,
+            offer.on_device,
+        )  # fmt: skip
+        doorbell = fetch(offered, spin=self.spin, device=self.device)
+        self._keep(offer.mailbox, doorbell)
+        return pb.MapMailboxResponse(
+            on_device=doorbell.device is not None, reason=doorbell.device_reason
         )
-        self._keep(offer.mailbox, fetch(offered, spin=self.spin))
-        return pb.MapMailboxResponse()
 
     def get(self, mailbox: int) -> Doorbell | None:
         """The mailbox of that id, while both sides hold it."""

@@ -95,7 +95,10 @@ def serve(
         reporter.progress(f"loading {part.path}")
         engine = build(part, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
-        servicer.attach(engine, link_spin=part.link_spin_seconds)
+        # Imported late: torch comes with the model.
+        from outrider.shared.device_handover import side_of
+
+        servicer.attach(engine, link_spin=part.link_spin_seconds, device=side_of(engine.runner))
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
@@ -25,6 +25,9 @@ from outrider.shared.grants import Control, Inbox
 from outrider.shared.mailboxes import Mailboxes
 from outrider.shared.traceparents import stepped
 from outrider.shared.types import OpenSequence, Refusal, RoundResult
+
+if TYPE_CHECKING:
+    from outrider.shared.device_handover import DeviceSide
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,6 @@ class FreeRoundMessage:
     traceparent: str
 
 
-
 class RoundsServicer:
     """Implements ``Rounds`` and ``Info`` of both services over any engine.
 
@@ -89,9 +91,15 @@ class RoundsServicer:
         self._lock = threading.Lock()
         self._streams = 0
 
-    def attach(self, engine: Engine, *, link_spin: float = 0.0) -> None:
-        """From now on rounds are served; ``link_spin``: seconds, see ``Doorbell``."""
-        self._mailboxes.spin = link_spin
+    def attach(
+        self, engine: Engine, *, link_spin: float = 0.0, device: DeviceSide | None = None
+    ) -> None:
+        """From now on rounds are served.
+
+        ``link_spin``: seconds, see ``Doorbell``; ``device``: where turns can be taken without
+        the host.
+        """
+        self._mailboxes.spin, self._mailboxes.device = link_spin, device
         self._engine = engine
 
     def watch(self, seen: Seen) -> None:

@@ -91,7 +91,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
             raise ValueError(f"the rings allow {limit} rows, fewer than max_k + 1 = {max_k + 1}")
         self.runner = runner
         self.max_k = max_k
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # whoever holds it over many rounds goes on serving them
         self.sequences = 0
 
     def connect(self) -> Session[ItemT, AnswerT]:
@@ -191,6 +191,18 @@ class Session(Generic[ItemT, AnswerT]):
             self._released = True
             for sequence_id in list(self._held):
                 self._free(sequence_id)
+
+    def held(self, sequence_id: int) -> Held:
+        """A live sequence. Raises ``SequenceRefused``: UNKNOWN."""
+        found = self._held.get(sequence_id)
+        if found is None:
+            raise SequenceRefused(RefusalCode.UNKNOWN, f"sequence {sequence_id} is not open")
+        return found
+
+    @property
+    def engine(self) -> Engine[ItemT, AnswerT]:
+        """What serves the rounds."""
+        return self._engine
 
     def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
         """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""

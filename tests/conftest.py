@@ -189,6 +189,12 @@ def linked() -> Any:
     return _helper("linked")
 
 
+@pytest.fixture(scope="session")
+def device() -> Any:
+    """The module tests/device.py: a device played by the host."""
+    return _helper("device")
+
+
 def _helper(module: str) -> Any:
     """A module beside this file; no package, so that test folders shadow nothing."""
     import importlib.util

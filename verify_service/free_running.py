@@ -4,6 +4,7 @@ works on the next one."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,10 +90,11 @@ class FreeVerify:
             if found is None:
                 item = VerifyItem(lane.sequence_id, lane.epoch, lane.base_len, lane.append)
             else:
-                if (found.epoch, found.committed_len) != (lane.epoch, lane.committed_len):
+                # Its epoch is the draft's own: each service counts how often it was opened there.
+                if found.committed_len != lane.committed_len:
                     raise ProtocolError(
-                        f"a proposal for epoch {found.epoch} at {found.committed_len}; sequence "
-                        f"{lane.sequence_id} stands in epoch {lane.epoch} at {lane.committed_len}"
+                        f"a proposal at {found.committed_len}; sequence {lane.sequence_id} "
+                        f"stands at {lane.committed_len}"
                     )
                 item = VerifyItem(
                     lane.sequence_id, lane.epoch, lane.base_len, lane.append, found.tokens,
@@ -154,7 +156,7 @@ def run(
             result = free.judge(proposals)
             left, ks = control.step()
             free.change(ks)
-            end = _end(free, result, head, left, control)
+            end = end_of(free, result, head, left, control)
             if free.drafted:
                 assert doorbell is not None
                 flags = 0 if end is None else ENDS
@@ -163,7 +165,7 @@ def run(
             done = time.perf_counter_ns()
             if doorbell is not None:
                 doorbell.ring()
-            response = _report(message.round, steps, free, result, head, (asked, began, done))
+            response = report(message.round, steps, free, result, head, (asked, began, done))
             steps += 1
             if end is not None:
                 response.grant_end.CopyFrom(end_message(grant, end, steps))
@@ -178,7 +180,8 @@ def run(
         whole = True
         assert doorbell is not None
         doorbell.mailbox.write_verdicts(VerdictHead(grant.id, steps, ENDS), ())
-        doorbell.ring()
+        with contextlib.suppress(PeerGone):  # it needs no word where it is gone by now
+            doorbell.ring()
         end = End(EndReason.LATE, str(error))
         yield pb.VerifyResponse(round=message.round, grant_end=end_message(grant, end, steps))
     except (PeerGone, ProtocolError) as error:
@@ -190,7 +193,7 @@ def run(
             doorbell.close()
 
 
-def _end(
+def end_of(
     free: FreeVerify, result: RoundResult[Verdict], head: ProposalHead, left: int, control: Control
 ) -> End | None:
     """Why this round is the grant's last, or None."""
@@ -203,7 +206,7 @@ def _end(
     return End(EndReason.CREDITS) if left <= 0 else None
 
 
-def _report(
+def report(
     number: int,
     step: int,
     free: FreeVerify,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from outrider.protos import speculation_pb2 as pb
 from outrider.shared import wire
 from outrider.shared.ahead import ahead
 from outrider.shared.rounds import RoundsServicer
@@ -19,5 +20,10 @@ def make_servicer() -> RoundsServicer:
     return RoundsServicer(wire.read_verify_items, wire.write_verify_response, _run_grant)
 
 
-def _run_grant(*grant: Any) -> Iterator[Any]:
-    return ahead(free_running.run(*grant), REPORTS_AHEAD)
+def _run_grant(session: Any, message: pb.VerifyRequest, *rest: Any) -> Iterator[pb.VerifyResponse]:
+    if message.grant.on_device:
+        # Imported late: torch comes with the model.
+        from outrider.verify_service import device_running
+
+        return ahead(device_running.run(session, message, *rest), REPORTS_AHEAD)
+    return ahead(free_running.run(session, message, *rest), REPORTS_AHEAD)

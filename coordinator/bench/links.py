@@ -31,6 +31,7 @@ NEEDS_MODELS = True
 LINKS: Mapping[str, Mapping[str, Any]] = {
     "grpc": {"link": "grpc", "free_rounds": 0},
     "shm": {"link": "shm"},
+    "cuda-ipc": {"link": "cuda-ipc"},
 }
 """What each coordinator has of its own. Over grpc every round is two exchanges of messages."""
 IN_PROCESS = "in-process"
@@ -40,7 +41,7 @@ Variant = tuple[str, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--links", type=_links, default=[*LINKS], help="default: grpc,shm")
+    parser.add_argument("--links", type=_links, default=["grpc", "shm"], help="default: grpc,shm")
     parser.add_argument(
         "--in-process",
         action=argparse.BooleanOptionalAction,

@@ -170,9 +170,16 @@ def ask() -> Callable[..., pb.GenerateRequest]:
     return make
 
 
-def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
+def _start_model(
+    role: str,
+    config: Any,
+    listen: str,
+    runner: Callable[[Any], Any] = lambda plain: plain,
+    device: Any = None,
+) -> SimpleNamespace:
     """One service over the engine that its program would build.
 
+    ``runner``: makes another runner of the engine's; ``device``: see ``RoundsServicer.attach``.
     ``rows``: of each round. ``free``: of each round that it ran by itself, the number of the
     grant's message and the items.
     """
@@ -187,6 +194,7 @@ def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
         from outrider.verify_service.service import make_servicer
     servicer = make_servicer()
     engine = build(config, lambda text: None)
+    engine.runner = runner(engine.runner)
     rows: list[int] = []
     run = engine.run
 
@@ -203,7 +211,7 @@ def _start_model(role: str, config: Any, listen: str) -> SimpleNamespace:
             free.append((message.round, list(items)))
 
     engine.run = counted
-    servicer.attach(engine)
+    servicer.attach(engine, device=device)
     servicer.watch(seen)
     name = role.capitalize()
     server = Server(
