@@ -233,7 +233,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-device", dest="draft.device", help="of the draft model")
     parser.add_argument("--dtype", help="of both models: auto, float32, float16 or bfloat16")
     parser.add_argument(
-        "--link", dest="coordinator.link", help="between draft and base: auto, grpc, shm or cuda-ipc"
+        "--link",
+        dest="coordinator.link",
+        help="between draft and base: auto, grpc, shm or cuda-ipc",
     )
     parser.add_argument(
         "--cuda-mps", action="store_true", help="run NVIDIA's MPS daemon for these processes"

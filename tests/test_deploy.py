@@ -33,7 +33,9 @@ def test_deploy_kubernetes_arguments_are_flags_and_ports_agree() -> None:
         arguments = container["args"]
         assert arguments[0] == "serve"
         section = {"verify": "base", "draft": "draft", "coordinator": "coordinator"}[arguments[1]]
-        known = {f"--{spec.name.replace('_', '-')}" for spec in dataclasses.fields(SECTIONS[section])}
+        known = {
+            f"--{spec.name.replace('_', '-')}" for spec in dataclasses.fields(SECTIONS[section])
+        }
         assert {word for word in arguments if word.startswith("--")} <= known
         port = container["ports"][0]["containerPort"]
         assert f"0.0.0.0:{port}" in arguments

@@ -35,7 +35,8 @@ from outrider.shared.doorbell import Doorbell
 from outrider.shared.mailbox import Layout, Mailbox, ProposalHead
 memory, peer = (int(one) for one in sys.argv[1:])
 layout = Layout(4, 4, 4)
-bell = Doorbell(Mailbox(mmap.mmap(memory, layout.size), layout), socket.socket(fileno=peer), "draft")
+mailbox = Mailbox(mmap.mmap(memory, layout.size), layout)
+bell = Doorbell(mailbox, socket.socket(fileno=peer), "draft")
 bell.ring()
 while True:
     bell.wait(3600.0)

@@ -24,12 +24,16 @@ MAX_K = 8
 
 
 @torch.no_grad()
-def loss(model: Llama, tokens: np.ndarray, length: int = 512, batch: int = 16, batches: int = 32) -> float:
+def loss(
+    model: Llama, tokens: np.ndarray, length: int = 512, batch: int = 16, batches: int = 32
+) -> float:
     """Mean cross-entropy, nats a token, over evenly spaced windows of `length` tokens."""
     device, total, count = model.cos.device, 0.0, 0
     starts = np.linspace(0, len(tokens) - length - 2, batch * batches).astype(np.int64)
     for group in starts.reshape(batches, batch):
-        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in group]).astype(np.int64)).to(device)
+        ids = torch.from_numpy(
+            np.stack([tokens[s : s + length + 1] for s in group]).astype(np.int64)
+        ).to(device)
         logits = model(ids[:, :-1]).float()
         total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         count += ids[:, 1:].numel()
@@ -37,7 +41,9 @@ def loss(model: Llama, tokens: np.ndarray, length: int = 512, batch: int = 16, b
 
 
 @torch.no_grad()
-def agreements(base: Llama, draft: Llama, prompts: list[list[int]], new_tokens: int, graph: bool = True) -> list[list[bool]]:
+def agreements(
+    base: Llama, draft: Llama, prompts: list[list[int]], new_tokens: int, graph: bool = True
+) -> list[list[bool]]:
     """For each prompt and each of the base's next greedy tokens: would the draft have said it?
 
     A row ends with the base's first END (id 0), which counts.
@@ -72,23 +78,46 @@ def replay(rows: list[list[bool]], k: int) -> dict:
                 tries[i] += 1
                 hits[i] += i < run
             step = min(run + 1, len(row) - at)
-            proposed, accepted, emitted, rounds, at = proposed + width, accepted + run, emitted + step, rounds + 1, at + step
-    return {"k": k, "acceptance_rate": accepted / max(1, proposed), "mean_accepted_length": emitted / max(1, rounds),
-            "accepted_by_position": [h / max(1, t) for h, t in zip(hits, tries)]}
+            proposed, accepted, emitted, rounds, at = (
+                proposed + width,
+                accepted + run,
+                emitted + step,
+                rounds + 1,
+                at + step,
+            )
+    return {
+        "k": k,
+        "acceptance_rate": accepted / max(1, proposed),
+        "mean_accepted_length": emitted / max(1, rounds),
+        "accepted_by_position": [h / max(1, t) for h, t in zip(hits, tries, strict=True)],
+    }
 
 
-def measure(base: Llama, draft: Llama, heldout: np.ndarray, bytes_per_token: float, prompts: list[list[int]],
-            new_tokens: int = 128, graph: bool = True) -> dict:
+def measure(
+    base: Llama,
+    draft: Llama,
+    heldout: np.ndarray,
+    bytes_per_token: float,
+    prompts: list[list[int]],
+    new_tokens: int = 128,
+    graph: bool = True,
+) -> dict:
     """Everything `evaluation.json` holds. Weights should already be rounded to bf16."""
     result: dict = {"arithmetic": "float32 on bf16 weights", "bytes_per_token": bytes_per_token}
     for name, model in (("base", base), ("draft", draft)):
         nats = loss(model, heldout)
-        result[name] = {"heldout_nats_per_token": nats, "heldout_bits_per_byte": nats / math.log(2) / bytes_per_token,
-                        "parameters": sum(p.numel() for p in model.parameters())}
+        result[name] = {
+            "heldout_nats_per_token": nats,
+            "heldout_bits_per_byte": nats / math.log(2) / bytes_per_token,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
     rows = agreements(base, draft, prompts, new_tokens, graph)
-    result["acceptance"] = {"prompts": len(prompts), "new_tokens": new_tokens,
-                            "agreement": sum(map(sum, rows)) / sum(map(len, rows)),
-                            "speculation": [replay(rows, k) for k in range(1, MAX_K + 1)]}
+    result["acceptance"] = {
+        "prompts": len(prompts),
+        "new_tokens": new_tokens,
+        "agreement": sum(map(sum, rows)) / sum(map(len, rows)),
+        "speculation": [replay(rows, k) for k in range(1, MAX_K + 1)],
+    }
     return result
 
 
@@ -96,8 +125,12 @@ def main() -> None:
     import data
     from tokenizers import Tokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True, help="the folder that holds base/ and draft/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pair", type=Path, required=True, help="the folder that holds base/ and draft/"
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--new-tokens", type=int, default=128)

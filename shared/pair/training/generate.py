@@ -1,4 +1,4 @@
-"""A batched generation loop with a static KV cache, as fast as eager code and a CUDA graph allow."""
+"""Batched generation with a static KV cache, as fast as eager code and a CUDA graph allow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class Generator:
     overwritten as the row advances. Rows do not stop at END: text after it counts as well.
     """
 
-    def __init__(self, model: Llama, batch: int, length: int, dtype: torch.dtype, graph: bool = True) -> None:
+    def __init__(
+        self, model: Llama, batch: int, length: int, dtype: torch.dtype, graph: bool = True
+    ) -> None:
         device, s = model.cos.device, model.shape
         self.model = copy.deepcopy(model).requires_grad_(False).to(dtype)
         self.model.cos, self.model.sin, self.model.dtype = model.cos, model.sin, dtype
@@ -54,7 +56,9 @@ class Generator:
         hidden = (self.columns[None] > last[:, None])[:, None, None]
         for i, layer in enumerate(m.layers):
             a, h = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (p(h).view(self.batch, -1, s.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj))
+            q, k, v = (
+                p(h).view(self.batch, -1, s.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj)
+            )
             self.keys[i][self.rows, :, last] = rotate(k, cos, sin)
             self.values[i][self.rows, :, last] = v
             q = rotate(q, cos, sin).view(self.batch, s.num_key_value_heads, -1, s.head_dim)
@@ -89,20 +93,21 @@ class Generator:
 
     @torch.no_grad()
     def run(self, prompts: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
-        """prompts [batch, width] (right-padded), lengths [batch], temperature [batch] -> ids [batch, length]."""
+        """prompts [batch, width] (right-padded), lengths, temperature [batch] -> ids."""
         width = prompts.shape[1]
         self.tokens.zero_()
         self.tokens[:, :width] = prompts
         self.temperature.copy_(temperature)
+        last = []
         for begin in range(0, self.batch, 512):  # prefill in pieces: its logits are large
             part, kept = slice(begin, begin + 512), []
             logits = self.model(prompts[part], kept)
             for i, (k, v) in enumerate(kept):
                 self.keys[i, part, :, :width], self.values[i, part, :, :width] = k, v
-            ends = logits[torch.arange(logits.shape[0], device=logits.device), lengths[part] - 1]
-            first = ends if begin == 0 else torch.cat((first, ends))
+            rows = torch.arange(logits.shape[0], device=logits.device)
+            last.append(logits[rows, lengths[part] - 1])
         self.position.copy_(lengths)
-        self._write(self._choose(first))
+        self._write(self._choose(torch.cat(last)))
         self.position.add_(1)
         if self.want_graph:
             self._capture()

@@ -38,7 +38,10 @@ DRAFT = Shape(160, 2, 4, 2, 64, 384)
 def rope_tables(shape: Shape, device) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [max_positions, head_dim] (both halves alike)."""
     powers = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-    angles = torch.arange(shape.max_position_embeddings, dtype=torch.float32, device=device)[:, None] / shape.rope_theta**powers
+    angles = (
+        torch.arange(shape.max_position_embeddings, dtype=torch.float32, device=device)[:, None]
+        / shape.rope_theta**powers
+    )
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 
@@ -73,7 +76,10 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, length, hidden] to q, k, v [batch, heads, length, head_dim], rotated."""
         b, t, _ = x.shape
-        q, k, v = (p(x).view(b, t, -1, self.shape.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).view(b, t, -1, self.shape.head_dim).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kept: list | None) -> Tensor:
@@ -127,14 +133,18 @@ class Llama(nn.Module):
         depth = (2 * shape.num_hidden_layers) ** -0.5
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0))
+                nn.init.normal_(
+                    p,
+                    std=0.02
+                    * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0),
+                )
         self.to(device)
         cos, sin = rope_tables(shape, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, kept: list | None = None) -> Tensor:
-        """Logits [batch, length, vocab] of ids [batch, length]; `kept` collects each layer's (k, v)."""
+        """Logits [batch, length, vocab] of ids [batch, length]; `kept` collects (k, v) by layer."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             x = self.model.embed_tokens(ids).to(self.dtype)
             cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
@@ -149,14 +159,33 @@ def save(model: Llama, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     s = asdict(model.shape)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **s,
-              "rope_parameters": {"rope_type": "default", "rope_theta": s["rope_theta"]}, "rope_scaling": None,
-              "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-              "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0,
-              "pad_token_id": 0, "use_cache": True, "torch_dtype": "bfloat16", "dtype": "bfloat16"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **s,
+        "rope_parameters": {"rope_type": "default", "rope_theta": s["rope_theta"]},
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n")
-    weights = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in model.named_parameters()}
+    (out / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n"
+    )
+    weights = {
+        name: p.detach().to(torch.bfloat16).cpu().contiguous()
+        for name, p in model.named_parameters()
+    }
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
 
@@ -166,6 +195,11 @@ def load(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Llam
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    model = Llama(Shape(**{name: config[name] for name in Shape.__dataclass_fields__}), device, dtype)
-    model.load_state_dict({name: w.float() for name, w in load_file(str(folder / "model.safetensors")).items()}, strict=True)
+    model = Llama(
+        Shape(**{name: config[name] for name in Shape.__dataclass_fields__}), device, dtype
+    )
+    model.load_state_dict(
+        {name: w.float() for name, w in load_file(str(folder / "model.safetensors")).items()},
+        strict=True,
+    )
     return model

@@ -28,7 +28,9 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 class Optimiser:
     """Both optimisers under one `step(scale)`; `scale` multiplies both peak learning rates."""
 
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.1) -> None:
+    def __init__(
+        self, model: nn.Module, muon_lr: float, adam_lr: float, decay: float = 0.1
+    ) -> None:
         inner = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers." in n]
         outer = [p for n, p in model.named_parameters() if not (p.dim() == 2 and "layers." in n)]
         groups: dict[torch.Size, list[nn.Parameter]] = {}
@@ -37,14 +39,21 @@ class Optimiser:
         self.groups = list(groups.values())
         self.momentum = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
         self.muon_lr, self.adam_lr, self.decay = muon_lr, adam_lr, decay
-        self.adam = torch.optim.AdamW(outer, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=outer[0].is_cuda)
+        self.adam = torch.optim.AdamW(
+            outer,
+            lr=adam_lr,
+            betas=(0.9, 0.95),
+            eps=1e-10,
+            weight_decay=0.0,
+            fused=outer[0].is_cuda,
+        )
         self.parameters = inner + outer
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One update from the gradients, which it then clears."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for group, momentum in zip(self.groups, self.momentum):
+        for group, momentum in zip(self.groups, self.momentum, strict=True):
             grad = torch.stack([p.grad for p in group])
             momentum.lerp_(grad, 0.05)
             update = orthogonalise(grad.lerp_(momentum, 0.95))
@@ -58,7 +67,6 @@ class Optimiser:
         for group in self.groups:
             for p in group:
                 p.grad = None
-
 
     def reset(self) -> None:
         """Forgets the momentum, after the weights were put back."""

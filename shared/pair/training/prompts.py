@@ -32,7 +32,11 @@ def candidates(text: str) -> list[str]:
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
         documented = ast.get_docstring(node) is not None
         if documented:
-            found.append("\n".join(lines[first : node.body[0].end_lineno]) + "\n" + " " * node.body[1].col_offset)
+            found.append(
+                "\n".join(lines[first : node.body[0].end_lineno])
+                + "\n"
+                + " " * node.body[1].col_offset
+            )
         middle = node.body[len(node.body) // 2]
         indent = " " * middle.col_offset
         found.append("\n".join(lines[first : middle.lineno - 1]).rstrip() + "\n" + indent)
@@ -44,14 +48,19 @@ def candidates(text: str) -> list[str]:
 def main() -> None:
     from tokenizers import Tokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=256)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    licences = {row["package"]: row["licence"] for row in json.loads((args.corpus / "manifest.json").read_text())["packages"]}
+    licences = {
+        row["package"]: row["licence"]
+        for row in json.loads((args.corpus / "manifest.json").read_text())["packages"]
+    }
     pool = collections.defaultdict(list)
     for line in (args.corpus / "heldout_index.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -67,7 +76,14 @@ def main() -> None:
                 file, text = items.pop()
                 if per_file[file] < 6 and not any(text in c["text"] for c in chosen):
                     per_file[file] += 1
-                    chosen.append({"package": package, "licence": licences[package], "file": file, "text": text})
+                    chosen.append(
+                        {
+                            "package": package,
+                            "licence": licences[package],
+                            "file": file,
+                            "text": text,
+                        }
+                    )
                     break
     chosen = sorted(chosen[: args.count], key=lambda c: (c["package"], c["file"]))
     args.out.write_text(json.dumps(chosen, indent=0) + "\n")

@@ -12,13 +12,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PERMISSIVE = re.compile(r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|CNRI)", re.I)
-RESTRICTIVE = re.compile(r"GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|Commercial|CC-BY-NC", re.I)
+PERMISSIVE = re.compile(
+    r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|CNRI)", re.I
+)
+RESTRICTIVE = re.compile(
+    r"GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|Commercial|CC-BY-NC", re.I
+)
 PSF = "PSF-2.0"
 
 # Folders that hold other projects' code or data rather than the package's own source.
-SKIPPED_PARTS = {"_vendor", "_vendored", "vendor", "vendored", "extern", "site-packages", "__pycache__", "lib2to3",
-                 "idlelib", "idle_test", "ensurepip", "turtledemo", "data", "test_data", "testdata", "unidata"}
+SKIPPED_PARTS = {
+    "_vendor",
+    "_vendored",
+    "vendor",
+    "vendored",
+    "extern",
+    "site-packages",
+    "__pycache__",
+    "lib2to3",
+    "idlelib",
+    "idle_test",
+    "ensurepip",
+    "turtledemo",
+    "data",
+    "test_data",
+    "testdata",
+    "unidata",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,11 @@ def declared_licence(metadata) -> str:
     """
     if expression := metadata.get("License-Expression"):
         return expression.strip()
-    classifiers = [c.split("::")[-1].strip() for c in metadata.get_all("Classifier") or [] if c.startswith("License ::")]
+    classifiers = [
+        c.split("::")[-1].strip()
+        for c in metadata.get_all("Classifier") or []
+        if c.startswith("License ::")
+    ]
     first_line = (metadata.get("License") or "").strip().split("\n")[0][:80]
     return " AND ".join(classifiers) or first_line
 
@@ -55,9 +79,17 @@ def installed(site: Path) -> Iterator[Package]:
         licence = declared_licence(dist.metadata)
         if not is_permissive(licence):
             continue
-        files = tuple(sorted(site / str(f) for f in dist.files or () if str(f).endswith(".py") and not str(f).startswith("..")))
+        files = tuple(
+            sorted(
+                site / str(f)
+                for f in dist.files or ()
+                if str(f).endswith(".py") and not str(f).startswith("..")
+            )
+        )
         if files:
-            yield Package(dist.metadata["Name"].lower().replace("_", "-"), dist.version, licence, site, files)
+            yield Package(
+                dist.metadata["Name"].lower().replace("_", "-"), dist.version, licence, site, files
+            )
 
 
 def standard_library(root: Path, version: str) -> Iterator[Package]:
@@ -66,7 +98,11 @@ def standard_library(root: Path, version: str) -> Iterator[Package]:
     for entry in sorted(root.iterdir()):
         if entry.is_file() and entry.suffix == ".py":
             modules.append(entry)
-        elif entry.is_dir() and entry.name not in SKIPPED_PARTS | {"test", "tests"} and entry.name.isidentifier():
-            if files := tuple(sorted(entry.rglob("*.py"))):
-                yield Package(f"stdlib/{entry.name}", version, PSF, root, files)
+        elif (
+            entry.is_dir()
+            and entry.name not in SKIPPED_PARTS | {"test", "tests"}
+            and entry.name.isidentifier()
+            and (files := tuple(sorted(entry.rglob("*.py"))))
+        ):
+            yield Package(f"stdlib/{entry.name}", version, PSF, root, files)
     yield Package("stdlib/modules", version, PSF, root, tuple(modules))

@@ -18,7 +18,7 @@ AHEAD = 3  # steps the CPU may run ahead of the GPU, so that the schedule follow
 
 
 def guarded(function: Callable, compile: bool) -> Callable:
-    """`function` compiled; if its first call or backward pass fails, eager from then on, with one line that says so.
+    """`function` compiled; eager, and a line that says so, once a call or backward pass fails.
 
     The trial's gradients stay in `.grad`, so the first step sees them twice, which clipping undoes.
     """
@@ -36,7 +36,11 @@ def guarded(function: Callable, compile: bool) -> Callable:
                     loss.backward()  # the backward graph is compiled here, not in the forward pass
                 chosen.append(compiled)
             except Exception as error:
-                print(f"torch.compile failed, going on without it: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(
+                    f"torch.compile failed, going on without it: "
+                    f"{type(error).__name__}: {str(error)[:300]}",
+                    flush=True,
+                )
                 chosen.append(function)
         return chosen[0](*inputs)
 
@@ -49,8 +53,16 @@ def windows(source: Tensor, rows: int, length: int) -> Tensor:
     return source[starts + torch.arange(length, device=source.device)].long()
 
 
-def loop(name: str, model: Llama, optimiser: Optimiser, clock: Clock, step_loss: Callable[[], tuple[Tensor, Tensor]],
-         tokens_per_step: int, decay_from: float, warmup: int = 100) -> dict:
+def loop(
+    name: str,
+    model: Llama,
+    optimiser: Optimiser,
+    clock: Clock,
+    step_loss: Callable[[], tuple[Tensor, Tensor]],
+    tokens_per_step: int,
+    decay_from: float,
+    warmup: int = 100,
+) -> dict:
     """Steps until the clock ends. `step_loss()` gives (loss, second figure), both scalar tensors.
 
     A loss that is not finite puts the weights back to the last good ones and halves the rate.
@@ -75,22 +87,43 @@ def loop(name: str, model: Llama, optimiser: Optimiser, clock: Clock, step_loss:
                 good = {n: p.detach().clone() for n, p in model.named_parameters()}
             else:
                 damping *= 0.5
-                print(f"{name}: the loss is not finite at step {step}; back to the last good weights, half the rate", flush=True)
+                print(
+                    f"{name}: the loss is not finite at step {step}; "
+                    "back to the last good weights, half the rate",
+                    flush=True,
+                )
                 with torch.no_grad():
                     for n, p in model.named_parameters():
                         p.copy_(good[n])
                 optimiser.reset()
             speed = step * tokens_per_step / max(1e-6, clock.elapsed() - first)
-            history.append((step, round(clock.elapsed(), 1), round(value, 4), round(extra.item(), 4)))
+            history.append(
+                (step, round(clock.elapsed(), 1), round(value, 4), round(extra.item(), 4))
+            )
             if step % (4 * LOG_EVERY) == 0 or step <= LOG_EVERY:
-                print(f"{name} step {step} {clock.elapsed():.0f} s loss {value:.4f} ({extra.item():.4f}) {speed / 1e6:.3f} M tokens/s", flush=True)
+                print(
+                    f"{name} step {step} {clock.elapsed():.0f} s loss {value:.4f} "
+                    f"({extra.item():.4f}) {speed / 1e6:.3f} M tokens/s",
+                    flush=True,
+                )
     value, second = loss.item(), extra.item()
-    print(f"{name} ends: step {step} {clock.elapsed():.0f} s loss {value:.4f} ({second:.4f})", flush=True)
-    return {"steps": step, "tokens": step * tokens_per_step, "seconds": round(clock.elapsed(), 1), "loss": value,
-            "second_figure": second, "history": history[:: max(1, len(history) // 60)]}
+    print(
+        f"{name} ends: step {step} {clock.elapsed():.0f} s loss {value:.4f} ({second:.4f})",
+        flush=True,
+    )
+    return {
+        "steps": step,
+        "tokens": step * tokens_per_step,
+        "seconds": round(clock.elapsed(), 1),
+        "loss": value,
+        "second_figure": second,
+        "history": history[:: max(1, len(history) // 60)],
+    }
 
 
-def train_base(base: Llama, source: Tensor, seconds: float, batch: int, length: int, compile: bool) -> dict:
+def train_base(
+    base: Llama, source: Tensor, seconds: float, batch: int, length: int, compile: bool
+) -> dict:
     """Cross-entropy on random windows of the source."""
     clock = Clock(seconds)
 
@@ -106,7 +139,9 @@ def train_base(base: Llama, source: Tensor, seconds: float, batch: int, length: 
     return loop("base", base, Optimiser(base, 0.02, 3e-3), clock, step_loss, batch * length, 0.35)
 
 
-def distilling(base: Llama, draft: Llama, hard: float, compile: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def distilling(
+    base: Llama, draft: Llama, hard: float, compile: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(ids [rows, length], weight [rows, length]) -> (loss, agreement of the argmax).
 
     loss = (1 - hard) * KL(base || draft) + hard * cross-entropy with the base's argmax, each
@@ -124,7 +159,9 @@ def distilling(base: Llama, draft: Llama, hard: float, compile: bool) -> Callabl
         ce = -log_q.gather(-1, best).squeeze(-1)
         agree = (said.argmax(-1, keepdim=True) == best).squeeze(-1).float()
         total = weight.sum()
-        return ((1 - hard) * kl + hard * ce).mul(weight).sum() / total, (agree * weight).sum() / total
+        return ((1 - hard) * kl + hard * ce).mul(weight).sum() / total, (
+            agree * weight
+        ).sum() / total
 
     teacher, student = guarded(teach, compile), guarded(learn, compile)
 
@@ -137,17 +174,34 @@ def distilling(base: Llama, draft: Llama, hard: float, compile: bool) -> Callabl
     return both
 
 
-def distill(base: Llama, draft: Llama, source: Tensor, seconds: float, batch: int, length: int, compile: bool) -> dict:
+def distill(
+    base: Llama,
+    draft: Llama,
+    source: Tensor,
+    seconds: float,
+    batch: int,
+    length: int,
+    compile: bool,
+) -> dict:
     """The draft learns from the base on random windows of the source."""
     clock = Clock(seconds)
     both = distilling(base, draft, 0.3, compile)
     rows = max(1, batch // 2)  # a small model gains more from steps than from large batches
     weight = torch.ones(rows, length, device=source.device)
-    return loop("distill", draft, Optimiser(draft, 0.02, 4e-3), clock, lambda: both(windows(source, rows, length), weight),
-                rows * length, 0.5)
+    return loop(
+        "distill",
+        draft,
+        Optimiser(draft, 0.02, 4e-3),
+        clock,
+        lambda: both(windows(source, rows, length), weight),
+        rows * length,
+        0.5,
+    )
 
 
-def write_own(base: Llama, source: Tensor, clock: Clock, share: float, rows: int, length: int) -> tuple[Tensor, Tensor]:
+def write_own(
+    base: Llama, source: Tensor, clock: Clock, share: float, rows: int, length: int
+) -> tuple[Tensor, Tensor]:
     """Text the base writes after random prompts: ids [n, length] and prompt lengths [n].
 
     Two thirds greedy, the rest at a temperature of 0.3 to 1. Writes until `share` of the clock.
@@ -164,13 +218,25 @@ def write_own(base: Llama, source: Tensor, clock: Clock, share: float, rows: int
         texts.append(generator.run(prompts, size, temperature).to(torch.int32))
         lengths.append(size)
         if len(texts) == 1:
-            print(f"the base writes: first {rows} rows of {length} done at {clock.elapsed():.1f} s", flush=True)
+            print(
+                f"the base writes: first {rows} rows of {length} done at {clock.elapsed():.1f} s",
+                flush=True,
+            )
     return torch.cat(texts), torch.cat(lengths)
 
 
-def on_policy(base: Llama, draft: Llama, source: Tensor, seconds: float, rows: int, own_length: int, batch: int,
-              length: int, compile: bool) -> dict:
-    """Distils on the base's own text (three quarters of each batch) and on real source (the rest)."""
+def on_policy(
+    base: Llama,
+    draft: Llama,
+    source: Tensor,
+    seconds: float,
+    rows: int,
+    own_length: int,
+    batch: int,
+    length: int,
+    compile: bool,
+) -> dict:
+    """Distils on the base's own text (three quarters of each batch) and real source (the rest)."""
     clock = Clock(seconds)
     texts, lengths = write_own(base, source, clock, 0.35, rows, own_length)
     written = int((own_length - lengths).sum())
@@ -185,7 +251,18 @@ def on_policy(base: Llama, draft: Llama, source: Tensor, seconds: float, rows: i
         pick = torch.randint(len(texts), (own,), device=source.device)
         ids = torch.cat((texts[pick].long(), windows(source, real, own_length)))
         weight = torch.where(place[None] >= lengths[pick, None] - 1, 1.0, 0.25)
-        return both(ids, torch.cat((weight, torch.full((real, own_length), 0.5, device=source.device))))
+        return both(
+            ids, torch.cat((weight, torch.full((real, own_length), 0.5, device=source.device)))
+        )
 
-    result = loop("on-policy", draft, Optimiser(draft, 0.01, 2e-3), clock, step_loss, total * own_length, 0.2, warmup=50)
+    result = loop(
+        "on-policy",
+        draft,
+        Optimiser(draft, 0.01, 2e-3),
+        clock,
+        step_loss,
+        total * own_length,
+        0.2,
+        warmup=50,
+    )
     return {"written_tokens": written, **result}

@@ -29,13 +29,23 @@ def train(texts: Iterator[str]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=32, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=32,
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -43,17 +53,28 @@ def save(tokenizer, out: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, as `AutoTokenizer` loads them."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END,
-              "model_max_length": MAX_POSITIONS, "clean_up_tokenization_spaces": False, "add_prefix_space": False,
-              "model_input_names": ["input_ids", "attention_mask"]}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--megabytes", type=float, default=40, help="how much training text to learn from")
+    parser.add_argument(
+        "--megabytes", type=float, default=40, help="how much training text to learn from"
+    )
     args = parser.parse_args()
 
     def sample() -> Iterator[str]:
@@ -73,7 +94,10 @@ def main() -> None:
             raise SystemExit(f"held-out document {number} does not survive encoding and decoding")
         sizes[0] += len(text.encode())
         sizes[1] += len(ids)
-    print(f"{tokenizer.get_vocab_size()} tokens, {sizes[0] / sizes[1]:.3f} held-out bytes per token, exact round trip")
+    print(
+        f"{tokenizer.get_vocab_size()} tokens, {sizes[0] / sizes[1]:.3f} held-out bytes per token, "
+        "exact round trip"
+    )
 
 
 if __name__ == "__main__":

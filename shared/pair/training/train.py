@@ -27,20 +27,33 @@ from stages import distill, on_policy, train_base
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True, help="shards written by corpus.py")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by tokenizer.py")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder written by tokenizer.py"
+    )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base-seconds", type=float, default=250)
     parser.add_argument("--distill-seconds", type=float, default=100)
     parser.add_argument("--onpolicy-seconds", type=float, default=160)
-    parser.add_argument("--deadline-seconds", type=float, default=545, help="evaluation is over by then; stages shrink to fit")
+    parser.add_argument(
+        "--deadline-seconds",
+        type=float,
+        default=545,
+        help="evaluation is over by then; stages shrink to fit",
+    )
     parser.add_argument("--reserve-seconds", type=float, default=30, help="kept for the evaluation")
     parser.add_argument("--batch", type=int, default=96, help="rows a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
-    parser.add_argument("--own-batch", type=int, default=2048, help="rows the base writes at once in stage 3")
-    parser.add_argument("--own-length", type=int, default=384, help="tokens of such a row, prompt included")
+    parser.add_argument(
+        "--own-batch", type=int, default=2048, help="rows the base writes at once in stage 3"
+    )
+    parser.add_argument(
+        "--own-length", type=int, default=384, help="tokens of such a row, prompt included"
+    )
     parser.add_argument("--shards", type=int, help="read only so many shards (for a trial)")
     parser.add_argument("--max-prompts", type=int)
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
@@ -57,7 +70,7 @@ def checkpoint(model: Llama, out: Path, tokenizer: Path) -> Llama:
 
 
 def against_transformers(folder: Path, ids: torch.Tensor) -> float:
-    """Largest difference in logits between this model and Hugging Face's, both in float32 on the CPU."""
+    """Largest difference in logits from Hugging Face's model, both in float32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -72,8 +85,15 @@ def samples(base: Llama, tokenizer, prompts: list[list[int]], tokens: int = 96) 
         with torch.no_grad():
             for _ in range(tokens):
                 ids = torch.cat((ids, base(ids)[:, -1:].argmax(-1)), 1)
-        new = ids[0, len(prompt):].tolist()
-        print("=" * 72 + "\n" + tokenizer.decode(prompt) + "\N{BLACK RIGHT-POINTING TRIANGLE}" + tokenizer.decode(new, skip_special_tokens=False), flush=True)
+        new = ids[0, len(prompt) :].tolist()
+        print(
+            "=" * 72
+            + "\n"
+            + tokenizer.decode(prompt)
+            + "\N{BLACK RIGHT-POINTING TRIANGLE}"
+            + tokenizer.decode(new, skip_special_tokens=False),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -88,12 +108,21 @@ def main() -> None:
     source = data.tokens(args.corpus, "train", tokenizer, args.shards)
     heldout = data.tokens(args.corpus, "heldout", tokenizer, args.shards)
     size = sum(len(text.encode()) for text in data.documents(args.corpus, "heldout", args.shards))
-    prompts = [tokenizer.encode(p["text"]).ids for p in json.loads(args.prompts.read_text())][: args.max_prompts]
-    print(f"{len(source)} training tokens, {len(heldout)} held out, {time.monotonic() - begun:.1f} s", flush=True)
+    prompts = [tokenizer.encode(p["text"]).ids for p in json.loads(args.prompts.read_text())][
+        : args.max_prompts
+    ]
+    print(
+        f"{len(source)} training tokens, {len(heldout)} held out, {time.monotonic() - begun:.1f} s",
+        flush=True,
+    )
     source = torch.from_numpy(source.astype("int32")).to(args.device)
-    record: dict = {"training_tokens": len(source), "heldout_tokens": len(heldout), "stages": {},
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                    "device": torch.cuda.get_device_name() if cuda else "cpu"}
+    record: dict = {
+        "training_tokens": len(source),
+        "heldout_tokens": len(heldout),
+        "stages": {},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
     manifest = args.corpus / "manifest.json"
     if manifest.exists():
         record["corpus"] = json.loads(manifest.read_text())["totals"]
@@ -115,8 +144,18 @@ def main() -> None:
     draft = Llama(DRAFT, args.device, dtype)
     note("distill", distill(base, draft, source, budget(args.distill_seconds), **settings))
     checkpoint(draft, args.out / "draft", args.tokenizer)
-    note("on_policy", on_policy(base, draft, source, budget(args.onpolicy_seconds), rows=args.own_batch,
-                                own_length=args.own_length, **settings))
+    note(
+        "on_policy",
+        on_policy(
+            base,
+            draft,
+            source,
+            budget(args.onpolicy_seconds),
+            rows=args.own_batch,
+            own_length=args.own_length,
+            **settings,
+        ),
+    )
     checkpoint(draft, args.out / "draft", args.tokenizer)
 
     base, draft = (load(args.out / name, args.device) for name in ("base", "draft"))
@@ -127,7 +166,9 @@ def main() -> None:
     samples(base, tokenizer, prompts)
     try:
         ids = torch.tensor([prompts[0]])
-        result["largest_difference_from_transformers"] = {n: against_transformers(args.out / n, ids) for n in ("base", "draft")}
+        result["largest_difference_from_transformers"] = {
+            n: against_transformers(args.out / n, ids) for n in ("base", "draft")
+        }
         (args.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
         print(result["largest_difference_from_transformers"])
     except Exception as error:
