@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.doorbell import Doorbell
-from outrider.shared.errors import CapacityError
-from outrider.shared.handover import HandoverFailed, Offer, Offered, fetch
-from outrider.shared.mailbox import Layout
+from outrider.shared.errors import CapacityError, InvalidRequest
+from outrider.shared.handover import OFFER_SECONDS, HandoverFailed, Offer, Offered, fetch
+from outrider.shared.mailbox import MOST_K, MOST_ROW_ENTRIES, MOST_SEQUENCES, Layout
 
 if TYPE_CHECKING:
     from outrider.shared.device_handover import DeviceSide
@@ -21,6 +23,12 @@ MOST_MAILBOXES = 16
 IDLE_SECONDS = 60.0
 """Where all are open, one that no grant named for so long makes room: its coordinator may have
 gone without a word, and asks for another one if it has not."""
+
+_LIMITS: Mapping[str, int] = {
+    "max_sequences": MOST_SEQUENCES,
+    "max_k": MOST_K,
+    "row_entries": MOST_ROW_ENTRIES,
+}
 
 
 class Mailboxes:
@@ -32,12 +40,19 @@ class Mailboxes:
         self.device: DeviceSide | None = None
         """What there is of device memory."""
         self._open: dict[int, Doorbell] = {}
+        self._offered: dict[int, float] = {}
+        """When those were offered that no draft has fetched yet."""
         self._used: dict[int, float] = {}
+        """When each open one was last used; infinite while a grant uses it."""
         self._lock = threading.Lock()
 
     def offer(self, request: pb.OfferMailboxRequest, caller: str) -> pb.OfferMailboxResponse:
         """Makes one and has it wait for its draft; ``caller`` as gRPC names the peer."""
         self._admit(caller)
+        for name, most in _LIMITS.items():
+            value = getattr(request, name)
+            if not 1 <= value <= most:
+                raise InvalidRequest(name, value, f"in 1..{most}")
         layout = Layout(request.max_sequences, request.max_k, request.row_entries)
         made = Offer(
             layout,
@@ -46,6 +61,8 @@ class Mailboxes:
             on_device=request.on_device,
             device=self.device,
         ).offered
+        with self._lock:
+            self._offered[made.mailbox] = time.monotonic()
         return pb.OfferMailboxResponse(
             mailbox=made.mailbox,
             layout=made.layout,
@@ -72,11 +89,17 @@ class Mailboxes:
 
     def get(self, mailbox: int) -> Doorbell | None:
         """The mailbox of that id, while both sides hold it."""
-        with self._lock:
-            found = self._open.get(mailbox)
-            if found is not None:
-                self._used[mailbox] = time.monotonic()
+        found = self._open.get(mailbox)
         return found if found is not None and found.alive() else None
+
+    @contextmanager
+    def used(self, mailbox: int) -> Iterator[Doorbell | None]:
+        """``get``; within, it does not make room for another one."""
+        self._mark(mailbox, math.inf)
+        try:
+            yield self.get(mailbox)
+        finally:
+            self._mark(mailbox, time.monotonic())
 
     def close(self, mailboxes: Iterable[int]) -> None:
         """Lets go of ``mailboxes``, as far as they are open here; the other sides hear of it."""
@@ -97,17 +120,29 @@ class Mailboxes:
             )
         self._sweep()
         with self._lock:
-            if len(self._open) < MOST_MAILBOXES:
+            now = time.monotonic()
+            waiting = {key: at for key, at in self._offered.items() if now - at < OFFER_SECONDS}
+            self._offered = {key: at for key, at in waiting.items() if key not in self._open}
+            held = len(self._open) + len(self._offered)
+            if held < MOST_MAILBOXES:
                 return
-            since, oldest = min((since, key) for key, since in self._used.items())
-        if time.monotonic() - since < IDLE_SECONDS:
-            raise CapacityError(f"{len(self._open)} mailboxes are open (at most {MOST_MAILBOXES})")
+            since, oldest = min(((at, key) for key, at in self._used.items()), default=(now, 0))
+        if now - since < IDLE_SECONDS:
+            raise CapacityError(f"{held} mailboxes are open or offered (at most {MOST_MAILBOXES})")
         self.close([oldest])
 
     def _keep(self, mailbox: int, doorbell: Doorbell) -> None:
         with self._lock:
+            replaced = self._open.get(mailbox)
             self._open[mailbox] = doorbell
             self._used[mailbox] = time.monotonic()
+        if replaced is not None:
+            replaced.close()
+
+    def _mark(self, mailbox: int, until: float) -> None:
+        with self._lock:
+            if mailbox in self._open:
+                self._used[mailbox] = until
 
     def _sweep(self) -> None:
         """Lets go of those that the other side has let go of."""

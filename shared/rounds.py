@@ -162,10 +162,10 @@ class RoundsServicer:
                 told = FreeRoundMessage(message.round, traceparent)
                 self._seen(told, items, result, arrived, answered)
 
-        doorbell = self._mailboxes.get(message.grant.mailbox) if message.grant.mailbox else None
         inbox.listen(control)
         try:
-            yield from self._run_grant(session, message, doorbell, control, seen)
+            with self._mailboxes.used(message.grant.mailbox) as doorbell:
+                yield from self._run_grant(session, message, doorbell, control, seen)
         finally:
             inbox.deafen()
 

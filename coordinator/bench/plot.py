@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench import arena_plots, drawing, speed_plots
+from outrider.coordinator.bench import arena_plots, drawing, link_plots, speed_plots
 from outrider.shared.config import Config
 from outrider.shared.errors import ConfigError
 
@@ -16,6 +16,7 @@ from outrider.shared.errors import ConfigError
 _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rollback": arena_plots.draw,
     "copy_bandwidth": speed_plots.draw_step,
+    "bare": link_plots.draw,
     "variants": speed_plots.draw_bench,
 }
 
@@ -55,7 +56,9 @@ def render(file: Path) -> dict[str, str]:
                     f"{file.stem}-{part}".removesuffix("-") + ".svg": drawing.svg(figure)
                     for part, figure in draw(figures).items()
                 }
-    raise ConfigError(f"{file} holds no figures of `outrider bench`, its arena or its step study")
+    raise ConfigError(
+        f"{file} holds no figures of `outrider bench`, its arena, step or links study"
+    )
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:

@@ -61,8 +61,9 @@ def run(args: argparse.Namespace, config: Config) -> int:
     with collector() as (endpoint, counts):
         figures = cost(config, endpoint, prompts, args.max_new_tokens, args.repeats, args.k)
         figures["collector"] = counts()
-    with collector() as (endpoint, counts):
-        figures["rate"] = at_rate(endpoint, counts)
+    for name, sampled in (("rate", True), ("rate_sampled_out", False)):
+        with collector() as (endpoint, counts):
+            figures[name] = at_rate(endpoint, counts, sampled=sampled)
     figures["hardware"] = hardware.describe()
     print(table(figures))
     if args.json:
@@ -125,8 +126,11 @@ def cost(
     }
 
 
-def at_rate(endpoint: str, counts: Any) -> dict[str, Any]:
-    """Made-up rounds at ``RATE`` a second through observer, exporter and collector."""
+def at_rate(endpoint: str, counts: Any, *, sampled: bool = True) -> dict[str, Any]:
+    """Made-up rounds at ``RATE`` a second through observer, exporter and collector.
+
+    ``sampled`` False: the client's ``traceparent`` says that they are not to be traced.
+    """
     from outrider.coordinator.observing import TelemetryObserver
     from outrider.shared.telemetry import Telemetry
 
@@ -134,7 +138,7 @@ def at_rate(endpoint: str, counts: Any) -> dict[str, Any]:
         TelemetryConfig(traces="otlp-grpc", endpoint=endpoint, sample_ratio=1.0), "coordinator"
     )
     observer = TelemetryObserver(telemetry)
-    observer.request_started("r", "")
+    observer.request_started("r", "" if sampled else f"00-{'ab' * 16}-{'cd' * 8}-00")
     total = int(RATE * RATE_SECONDS)
     spent = 0.0
     start, cpu = time.perf_counter(), time.process_time()
@@ -149,7 +153,8 @@ def at_rate(endpoint: str, counts: Any) -> dict[str, Any]:
     observer.request(_end(total))
     telemetry.shutdown()
     got = counts()
-    made = 2 * total + 3  # a round and its accept; queue, prefill and the request
+    # A round and its accept; queue, prefill and the request.
+    made = 2 * total + 3 if sampled else 0
     return {
         "rounds_per_second": total / seconds,
         "spans": made,
@@ -203,14 +208,15 @@ def table(figures: dict[str, Any]) -> str:
         speed = tables.number(figures["tokens_per_second"][mode], 1)
         more = f"{worked[mode] / worked['off'] - 1:.2%}" if worked["off"] else "-"
         rows.append([mode, speed, f"{one['median']:.2%}", f"{low:.2%} to {high:.2%}", more])
-    rate = figures["rate"]
+    rate, out = figures["rate"], figures["rate_sampled_out"]
     return (
         tables.markdown(["telemetry", "tokens/s", "cost", "95 % interval", "processor"], rows)
         + "\n\ncost: throughput lost; processor: more time of all processes, the collector's too"
         + f"\n\n{figures['traced_rounds']} rounds traced at K = {figures['k']}. At "
         f"{rate['rounds_per_second']:.0f} rounds/s: {rate['dropped']} of {rate['spans']} spans "
         f"dropped, {rate['event_loop_us_per_round']:.1f} µs a round on the event loop, "
-        f"{rate['processor_us_per_round']:.1f} µs of processor time with export"
+        f"{rate['processor_us_per_round']:.1f} µs of processor time with export. Sampled out: "
+        f"{out['event_loop_us_per_round']:.1f} µs a round on the event loop"
     )
 
 

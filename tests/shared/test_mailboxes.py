@@ -10,7 +10,7 @@ import pytest
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import mailboxes
 from outrider.shared.doorbell import Doorbell, PeerGone
-from outrider.shared.errors import CapacityError, InvalidRequest, ProtocolError
+from outrider.shared.errors import CapacityError, InvalidRequest
 from outrider.shared.handover import HandoverFailed
 from outrider.shared.mailbox import Judgement, Layout, ProposalHead, VerdictHead
 from outrider.shared.mailboxes import Mailboxes
@@ -133,7 +133,7 @@ def test_mailboxes_have_a_limit_and_those_that_are_gone_make_room(
     monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 3)
     open_ones = [services.introduce() for _ in range(3)]
     beating = beats()
-    says = r"3 mailboxes are open \(at most 3\)"
+    says = r"3 mailboxes are open or offered \(at most 3\)"
     other = Services()
     if full == "verify":
         with pytest.raises(CapacityError, match=says):
@@ -158,7 +158,9 @@ def test_mailboxes_full_let_go_of_the_one_that_was_idle_longest(
 ) -> None:
     monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 2)
     first, second = services.introduce(), services.introduce()
-    services.both(first)  # as a grant does that names it
+    for side in (services.verify, services.draft):
+        with side.used(first):  # as a grant does that names it
+            pass
     with pytest.raises(CapacityError):
         services.introduce()
     monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
@@ -166,6 +168,31 @@ def test_mailboxes_full_let_go_of_the_one_that_was_idle_longest(
     assert services.verify.get(second) is None and services.draft.get(second) is None
     for mailbox in (first, third):
         services.both(mailbox)
+
+
+def test_mailboxes_full_keep_those_that_a_grant_uses(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 1)
+    monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
+    only = services.introduce()
+    with services.verify.used(only) as doorbell:
+        assert doorbell is not None
+        with pytest.raises(CapacityError):
+            services.verify.offer(SIZES, UNIX)
+    services.both(only)
+
+
+def test_mailboxes_count_offers_that_nobody_has_fetched(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 2)
+    services.verify.offer(SIZES, UNIX)
+    services.verify.offer(SIZES, UNIX)
+    with pytest.raises(CapacityError, match="2 mailboxes are open or offered"):
+        services.verify.offer(SIZES, UNIX)
+    monkeypatch.setattr(mailboxes, "OFFER_SECONDS", 0.0)
+    services.verify.offer(SIZES, UNIX)
 
 
 @pytest.mark.parametrize("side", ["verify", "draft"])
@@ -185,7 +212,7 @@ def test_mailboxes_close_lets_go_of_those_that_are_named(services: Services, sid
 
 def test_mailboxes_refuse_sizes_out_of_range(services: Services) -> None:
     before = set(threading.enumerate())
-    with pytest.raises(ProtocolError, match=r"mailbox max_k: got 65; must be in 1\.\.64"):
+    with pytest.raises(InvalidRequest, match=r"max_k: got 65; must be in 1\.\.64"):
         request = pb.OfferMailboxRequest(max_sequences=1, max_k=65, row_entries=1)
         services.verify.offer(request, UNIX)
     with pytest.raises(InvalidRequest, match="max_sequences, max_k, row_entries: got"):

@@ -69,6 +69,30 @@ BENCH = {
         for k, rate in ((0, 100.0), (3, 133.0), (None, 121.0))
     ],
 }
+LINKS = {
+    "hardware": MACHINE,
+    "device": "cpu",
+    "prompts": 2,
+    "max_new_tokens": 9,
+    "repeats": 3,
+    "bare": [
+        {"link": "grpc, two exchanges", "median": 5.89e-4, "p99": 1.2e-3, "rounds": 9},
+        {"link": "shm", "median": 8.4e-5, "p99": 1.53e-4, "rounds": 9},
+    ],
+    "variants": [
+        {
+            "link": link,
+            "k": k,
+            "tokens_per_second": rate,
+            "round_ms": {"draft": 1.0 * k, "verify": 2.5, "overhead": overhead},
+        }
+        for link, k, rate, overhead in (
+            ("grpc", 3, 215.0, 1.75),
+            ("shm", 3, 252.0, 0.5),
+            ("grpc", 0, 157.0, 1.0),
+        )
+    ],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -129,10 +153,19 @@ def test_bench_plots_hold_series_and_numbers(tmp_path: Path) -> None:
     assert any("133" in word for word in found) and any("1.33×" in word for word in found)
 
 
+def test_link_plots_hold_series_and_numbers(tmp_path: Path) -> None:
+    plots = drawn(LINKS, tmp_path)
+    assert list(plots) == ["some-rounds.svg", "some-bare.svg"]
+    rounds, bare = (words(text) for text in plots.values())
+    assert {"draft", "verify", "overhead", "grpc, K = 0", "grpc, K = 3", "shm, K = 3"} <= rounds
+    assert {"7.25 ms, 215 tokens/s", "6.00 ms, 252 tokens/s"} <= rounds
+    assert {"grpc, two exchanges", "shm", "589, p99 1,200", "84, p99 153"} <= bare
+
+
 def test_every_colour_of_text_and_ground_has_one_for_dark_screens(tmp_path: Path) -> None:
     from outrider.coordinator.bench.drawing import SERIES
 
-    for figures in (ARENA, STEP, BENCH):
+    for figures in (ARENA, STEP, BENCH, LINKS):
         for text in drawn(figures, tmp_path).values():
             rules = text[text.index("@media (prefers-color-scheme: dark)") :].split("</style>")[0]
             used = set(re.findall(r'style="[^"]*?(?:fill|stroke): (#\w{6})', text))
