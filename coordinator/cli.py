@@ -212,6 +212,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.study is not None:
         return studies.run(args, config)
+    if args.in_process:
+        return command.run_in_process(args, config)
     if args.target is not None:
         return command.run(args, args.target)
     progress = display.Progress(sys.stderr)

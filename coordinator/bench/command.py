@@ -12,6 +12,8 @@ from pathlib import Path
 
 from outrider.coordinator.bench import ceiling, hardware, speculation, tables
 from outrider.shared import pair
+from outrider.shared.config import Config
+from outrider.shared.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,24 +39,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts of this many random token ids instead of held-out code, for models "
         "without text such as planted ones",
     )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="both models in this process: what splitting them costs is missing",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
 def run(arguments: argparse.Namespace, target: str) -> int:
-    """Measures the coordinator at ``target`` and prints a table."""
-    workload = speculation.Workload(
+    """Measures the coordinator at ``target`` and prints a table; returns the exit status."""
+    workload = _workload(arguments)
+    figures = asyncio.run(
+        speculation.measure(
+            target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup
+        )
+    )
+    return _report(arguments, workload, figures)
+
+
+def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
+    """The same with both models in this process. Raises ``ConfigError`` for what it can't do."""
+    if None in arguments.ks:
+        raise ConfigError("--ks auto: K is chosen by a coordinator, and --in-process has none")
+    if arguments.concurrency != 1:
+        raise ConfigError(
+            f"--concurrency: got {arguments.concurrency}; with --in-process it must be 1"
+        )
+    from outrider.coordinator import tokenizer
+    from outrider.coordinator.bench.in_process import InProcess
+
+    workload = _workload(arguments)
+    encode = tokenizer.load(config.coordinator.tokenizer).encode
+    ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
+    models = InProcess(config)
+    runs: dict[int | None, list[speculation.Run]] = {k: [] for k in arguments.ks}
+    for repeat in range(-arguments.warmup, arguments.repeats):
+        turn = repeat % len(arguments.ks)
+        for k in arguments.ks[turn:] + arguments.ks[:turn]:
+            run = models.run(workload, ids, k)
+            if repeat >= 0:
+                runs[k].append(run)
+    base = runs.get(0)
+    figures = {
+        "variants": [speculation.summary(k, runs[k], base) for k in arguments.ks],
+        **models.describe(),
+        "link": "in-process",
+    }
+    return _report(arguments, workload, figures)
+
+
+def _workload(arguments: argparse.Namespace) -> speculation.Workload:
+    return speculation.Workload(
         prompts=prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         rule={"auto": 0, "greedy": 1, "coupled": 2, "rejection": 3}[arguments.rule],
         concurrency=arguments.concurrency,
     )
+
+
+def _report(
+    arguments: argparse.Namespace, workload: speculation.Workload, figures: dict[str, object]
+) -> int:
     bandwidth = hardware.read_bandwidth()
-    figures = asyncio.run(
-        speculation.measure(
-            target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup
-        )
-    )
     figures |= {
         "hardware": hardware.describe(),
         "memory_read_bytes_per_second": bandwidth,

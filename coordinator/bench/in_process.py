@@ -40,6 +40,17 @@ class InProcess:
             self._turns[role] = importlib.import_module(f"outrider.{role}_service.free_running")
         self._sequence = 0
 
+    def describe(self) -> dict[str, dict[str, object]]:
+        """Both models, as the plain study describes them."""
+        fields = {"name": "model"} | {
+            name: name for name in ("architecture", "parameters", "weight_bytes", "device", "dtype")
+        }
+        made = {}
+        for name, role in (("base", "verify"), ("draft", "draft")):
+            info = self._engines[role].info()
+            made[name] = {ours: getattr(info, theirs) for ours, theirs in fields.items()}
+        return made
+
     def run(self, workload: Workload, prompts: Sequence[Sequence[int]], k: int) -> Run:
         """All prompts of the workload, one after the other; ids in place of text."""
         run = Run()

@@ -1,4 +1,4 @@
-"""The study of links with the bundled pair: every way to run a round gives the same tokens."""
+"""Benchmarks with the bundled pair: every way to run a round gives the same tokens."""
 
 from __future__ import annotations
 
@@ -36,3 +36,28 @@ def test_bench_links_has_the_same_tokens_over_every_link(
         assert one["rounds"] == 50 and 0 < one["median"] <= one["p99"]
     shown = capsys.readouterr().out
     assert "against in-process" in shown and "link alone" in shown
+
+
+def test_bench_in_process_measures_both_models_and_has_the_same_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "bench.json"
+    arguments = ["bench", "--in-process", "--ks", "0,3", "--prompts", "2", "--max-new-tokens", "24"]
+    assert cli.main([*arguments, "--repeats", "2", "--warmup", "0", "--json", str(written)]) == 0
+    figures = json.loads(written.read_text())
+    assert figures["link"] == "in-process" and figures["base"]["parameters"] > 1e6
+    alone, drafted = figures["variants"]
+    assert alone["mean_accepted_length"] == 1.0 < drafted["mean_accepted_length"]
+    assert drafted["same_tokens_as_base"]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["--ks", "0,auto"], "--ks auto"), (["--concurrency", "2"], "--concurrency: got 2")],
+)
+def test_bench_in_process_refuses_what_needs_a_coordinator(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--in-process", *flags]) != 0
+    assert says in capsys.readouterr().err
