@@ -68,7 +68,7 @@ def exchange(
     mine = opened = None
     canary = secrets.randbits(64)
     try:
-        mine = _allocated(layout, own)
+        mine = _allocated(layout, own, side)
         DeviceRegion(mine.tensor, layout).format(canary)
         send = (_GO, mine.handle)
     except (OutriderError, RuntimeError) as error:
@@ -87,9 +87,9 @@ def exchange(
     return SharedMailbox(mine, opened, layout, side)
 
 
-def _allocated(layout: DeviceLayout, own: DeviceSide | None) -> Any:
+def _allocated(layout: DeviceLayout, own: DeviceSide | None, side: str) -> Any:
     if own is None:
-        raise NoDeviceMemory("its model does not run on a CUDA device")
+        raise NoDeviceMemory(f"the model of the {side} service does not run on a CUDA device")
     reason = own.ipc.why_not(own.device)
     if reason is not None:
         raise NoDeviceMemory(reason)
@@ -106,7 +106,7 @@ def _turn(peer: socket.socket, word: bytes, content: bytes) -> bytes:
     if word == _NO:
         raise NoDeviceMemory(content.decode(errors="replace"))
     if theirs == _NO:
-        raise NoDeviceMemory("the other side: " + found.decode(errors="replace"))
+        raise NoDeviceMemory("on the other side: " + found.decode(errors="replace"))
     return found
 
 

@@ -68,8 +68,10 @@ def test_exchange_fails_on_both_sides_where_one_has_no_device(device: Any, witho
     sides[without] = None
     found = both(*sides)
     assert all(isinstance(one, NoDeviceMemory) for one in found)
-    assert str(found[without]) == "its model does not run on a CUDA device"
-    assert str(found[1 - without]) == "the other side: its model does not run on a CUDA device"
+    role = ("verify", "draft")[without]
+    says = f"the model of the {role} service does not run on a CUDA device"
+    assert str(found[without]) == says
+    assert str(found[1 - without]) == f"on the other side: {says}"
 
 
 def test_exchange_on_a_device_without_cuda_says_so() -> None:
