@@ -120,7 +120,7 @@ class CudaMark:
 
     def seconds_after(self, earlier: CudaMark) -> float:
         """Device time between two marks that were reached."""
-        return earlier._event.elapsed_time(self._event) / 1e3
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 class CudaStream:

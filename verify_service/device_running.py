@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
@@ -28,7 +28,7 @@ NO_HEAD = ProposalHead(0, 0)
 
 def run(
     session: Any, message: pb.VerifyRequest, doorbell: Doorbell | None, control: Control, seen: Seen
-) -> Iterator[pb.VerifyResponse]:
+) -> Generator[pb.VerifyResponse, None, None]:
     """Runs a grant to its end; an answer a round, the last one saying that it is the last."""
     grant = message.grant
     steps = 0

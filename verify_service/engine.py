@@ -76,7 +76,10 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         if len(judged) != len(work):
             return None
         found = self.runner.judge(
-            spans, [held.decoding for _, held in work], [item.proposal for item, _ in work]
+            spans,
+            [held.decoding for _, held in work],
+            [item.proposal for item, _ in work],
+            [item.rows for item, _ in work],
         )
         if found is None:
             return None

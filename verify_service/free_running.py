@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class FreeVerify:
 
 def run(
     session: Any, message: pb.VerifyRequest, doorbell: Doorbell | None, control: Control, seen: Seen
-) -> Iterator[pb.VerifyResponse]:
+) -> Generator[pb.VerifyResponse, None, None]:
     """Runs a grant to its end; an answer a round, the last one saying that it is the last."""
     grant = message.grant
     steps = 0
@@ -141,7 +141,7 @@ def run(
             raise PeerGone(f"mailbox {grant.mailbox} is not mapped here")
         asked = time.perf_counter_ns()
         while end is None:
-            head, proposals = NO_HEAD, []
+            head, proposals = NO_HEAD, list[Proposal]()
             if free.drafted:
                 assert doorbell is not None
                 found = doorbell.await_turn(

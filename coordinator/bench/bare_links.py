@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 
@@ -61,13 +62,13 @@ def _timed(turn: Callable[[int], None]) -> list[float]:
 def _grpc(draft: str, base: str) -> list[float]:
     """Rounds without sequences, to the services themselves: draft first, then verify."""
     with grpc.insecure_channel(draft) as to_draft, grpc.insecure_channel(base) as to_base:
-        sides = [
+        sides: list[tuple[Any, Any]] = [
             (pb.DraftRequest, rpc.DraftStub(to_draft).Rounds),
             (pb.VerifyRequest, rpc.VerifyStub(to_base).Rounds),
         ]
         streams = []
         for message, call in sides:
-            asked: queue.SimpleQueue[pb.DraftRequest | pb.VerifyRequest] = queue.SimpleQueue()
+            asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
             streams.append((message, asked, call(iter(asked.get, None))))
 
         def turn(index: int) -> None:

@@ -81,7 +81,7 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
             if repeat >= 0:
                 runs[k].append(run)
     base = runs.get(0)
-    figures = {
+    figures: dict[str, object] = {
         "variants": [speculation.summary(k, runs[k], base) for k in arguments.ks],
         **models.describe(),
         "link": "in-process",
