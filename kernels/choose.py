@@ -51,16 +51,23 @@ def reference(
     picked = logits[:count] if rows is None else logits.index_select(0, rows[:count])
     hot = temperatures[:count, None] > 0
     heat = torch.where(hot, temperatures[:count, None], torch.ones_like(temperatures[:count, None]))
-    noise = _gumbel(seeds[:count], positions[:count].long() + offset, logits.shape[1])
+    noise = gumbel(uniforms(seeds[:count], positions[:count].long() + offset, logits.shape[1]))
     scores = torch.where(hot, picked / heat + noise, picked)
     tokens[:count] = torch.where(scores.amax(-1).isfinite(), scores.argmax(-1), -1)
 
 
-def _gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Written apart from ``shared/noise.py``, which this package can't import."""
+def uniforms(
+    seeds: Tensor, positions: Tensor, vocabulary: int, stream: Tensor | None = None
+) -> Tensor:
+    """The noise of token ids 0 … ``vocabulary`` - 1 as numbers in (0, 1), float32 [rows, ids].
+
+    ``seeds``, ``positions``, and ``stream`` (None: 0), int64 [rows]. Written apart from
+    ``shared/noise.py``, which this package can't import.
+    """
     mask, ids = 0xFFFFFFFF, torch.arange((vocabulary + 3) // 4, device=seeds.device)
     zero = torch.zeros((seeds.shape[0], ids.shape[0]), dtype=torch.int64, device=seeds.device)
-    c = [zero + ids, zero + positions[:, None], zero, zero]
+    label = zero if stream is None else zero + stream[:, None]
+    c = [zero + ids, zero + positions[:, None], zero, label]
     k = [(seeds & mask)[:, None], (seeds >> 32 & mask)[:, None]]
     for _ in range(10):
         # Products of two 32-bit words wrap in int64; shift and mask still give both halves.
@@ -68,8 +75,12 @@ def _gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         c = [(q >> 32 & mask) ^ c[1] ^ k[0], q & mask, (p >> 32 & mask) ^ c[3] ^ k[1], p & mask]
         k = [k[0] + 0x9E3779B9 & mask, k[1] + 0xBB67AE85 & mask]
     words = torch.stack(c, -1).flatten(1)[:, :vocabulary].float()
-    u = (words * 2.0**-32 + 2.0**-33).clamp_(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-u))
+    return (words * 2.0**-32 + 2.0**-33).clamp_(max=1 - 2.0**-24)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise of ``uniforms``."""
+    return -torch.log(-torch.log1p(-uniform))
 
 
 def _cuda(tools: Tools) -> Call:

@@ -16,14 +16,15 @@ DEVICE uint4 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Gumbel noise of token ids 4 q .. 4 q + 3 at `position`: -log(-log1p(-u)) of the uniform
-// u = min(word / 2^32 + 2^-33, 1 - 2^-24).
+// A word as a number in (0, 1): min(word / 2^32 + 2^-33, 1 - 2^-24).
+DEVICE float to_uniform(u32 word) {
+  return fminf(fmaf((float)word, 0x1p-32f, 0x1p-33f), 1.f - 0x1p-24f);
+}
+
+// Gumbel noise of token ids 4 q .. 4 q + 3 at `position`: -log(-log1p(-u)) of their uniforms u.
 DEVICE void gumbel4(float (&out)[4], u64 seed, u32 position, u32 q, u32 stream) {
   const uint4 r = philox(q, position, 0, stream, (u32)seed, (u32)(seed >> 32));
   const u32 w[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float u = fminf(fmaf((float)w[j], 0x1p-32f, 0x1p-33f), 1.f - 0x1p-24f);
-    out[j] = -logf(-log1pf(-u));
-  }
+  for (int j = 0; j < 4; ++j) out[j] = -logf(-log1pf(-to_uniform(w[j])));
 }

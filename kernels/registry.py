@@ -138,11 +138,12 @@ def operations() -> dict[str, Operation]:
         follow,
         linear,
         norm,
+        reject,
         settle,
         take,
     )
 
-    modules = (embed, norm, linear, attention, choose, accept, take, settle, follow)
+    modules = (embed, norm, linear, attention, choose, accept, reject, take, settle, follow)
     return {module.OPERATION.name: module.OPERATION for module in modules}
 
 

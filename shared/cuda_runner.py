@@ -19,6 +19,7 @@ from torch import Tensor
 from outrider.kernels.attention import need
 from outrider.kernels.linear import MAX_ROWS
 from outrider.kernels.registry import Call, Choice, Tools
+from outrider.shared.cuda_draws import Draws, draws, fits
 from outrider.shared.cuda_forward import Batch, Forward, resolve_all
 from outrider.shared.cuda_graphs import Graphs
 from outrider.shared.cuda_inputs import Field, Inputs
@@ -31,7 +32,7 @@ from outrider.shared.cuda_passes import (
     cut,
     rows_in_order,
 )
-from outrider.shared.cuda_support import simple
+from outrider.shared.cuda_support import judged, simple
 from outrider.shared.cuda_tuning import Tuning, tuning_for
 from outrider.shared.cuda_turns import Parts, Turns
 from outrider.shared.cuda_weights import weights_of
@@ -40,7 +41,7 @@ from outrider.shared.llama_runner import LlamaRunner
 from outrider.shared.runner import ModelFacts, Span
 from outrider.shared.storage import Storage
 from outrider.shared.turn_stream import Stream
-from outrider.shared.types import Decoding
+from outrider.shared.types import Decoding, Rule, SparseRow
 
 TurnsT = TypeVar("TurnsT", bound=Turns)
 # Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
@@ -109,6 +110,7 @@ class CudaRunner(LlamaRunner):
         self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
         self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
+        self._draws = Draws(device)
         self._graphs = Graphs(enabled=graphs and device.type == "cuda")
         self._pending = False
         self._taken: Any = None
@@ -197,10 +199,14 @@ class CudaRunner(LlamaRunner):
         spans: Sequence[Span],
         decodings: Sequence[Decoding],
         proposals: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[SparseRow]] | None = None,
     ) -> list[tuple[int, int]] | None:
         """See ``Runner.judge``."""
-        rows = sum(len(span.tokens) for span in spans)
-        if not self._whole(spans, rows) or not all(simple(d) for d in decodings):
+        count = sum(len(span.tokens) for span in spans)
+        rows = rows if rows is not None else [()] * len(spans)
+        if not self._whole(spans, count) or not all(judged(d) for d in decodings):
+            return None
+        if not fits(rows):
             return None
         self.check(spans)
         for span in spans:
@@ -218,39 +224,53 @@ class CudaRunner(LlamaRunner):
         spans: Sequence[Span],
         decodings: Sequence[Decoding],
         proposals: Sequence[Sequence[int]],
-        rows: int,
+        sparse: Sequence[Sequence[SparseRow]],
     ) -> list[tuple[int, int]]:
         _, queries = self._place(spans)
-        host, begin = self._inputs.host, 0
+        host, rows = self._inputs.host, 0
+        self._draws.begin()
+        drawn = 0
         for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
-            end = begin + len(span.tokens)
-            host["temperatures"][begin:end] = d.temperature
-            host["seeds"][begin:end] = _signed(d.seed)
-            host["noise_positions"][begin:end] = range(span.start + 1, span.start + end - begin + 1)
-            host["pending"][s] = end - len(proposal) - 1
+            begin, rows = rows, rows + len(span.tokens)
+            host["temperatures"][begin:rows] = d.temperature
+            host["seeds"][begin:rows] = _signed(d.seed)
+            host["noise_positions"][begin:rows] = range(
+                span.start + 1, span.start + rows - begin + 1
+            )
+            host["pending"][s] = rows - len(proposal) - 1
             host["proposed"][s] = len(proposal)
-            begin = end
+            if draws(d, proposal):
+                self._draws.place(s, rows - len(proposal) - 1, proposal, sparse[s])
+                drawn += 1
         count = bucket(rows, ROW_SIZES)
         sequences = bucket(len(spans), POWERS)
         host["temperatures"][rows:count] = 0
         host["pending"][len(spans) : sequences] = 0
         host["proposed"][len(spans) : sequences] = 0
         step, own, batch = self._step, self._inputs.device, self._batch()
+        verdicts = self._verdicts[:sequences]
+        # Each kernel judges the sequences of its rules; a round without any leaves it out.
+        compared = drawn < len(spans)
 
         def run() -> None:
             self._inputs.upload()
+            if drawn:
+                self._draws.upload()
             step.run(batch, count, sequences, bucket(queries, POWERS))
-            step.choose(
-                count, None, own["temperatures"], own["seeds"], own["noise_positions"],
-                self._chosen[0],
-            )  # fmt: skip
-            step.accept(
-                self._chosen[0], own["tokens"], own["pending"], own["proposed"],
-                self._verdicts[:sequences],
-            )  # fmt: skip
+            if compared:
+                step.choose(
+                    count, None, own["temperatures"], own["seeds"], own["noise_positions"],
+                    self._chosen[0],
+                )  # fmt: skip
+                step.accept(
+                    self._chosen[0], own["tokens"], own["pending"], own["proposed"], verdicts
+                )
+            if drawn:
+                self._draws.run(step, count, own, verdicts)
             self._verdicts_host.copy_(self._verdicts, non_blocking=True)
 
-        self._execute(("judge", count, sequences, bucket(queries, POWERS)), run)
+        size = (count, sequences, bucket(queries, POWERS))
+        self._execute(("judge", *size, compared, drawn > 0), run)
         self._wait()
         found = self._verdicts_host[: len(spans)].tolist()
         return [(accepted, token) for accepted, token in found]
@@ -426,6 +446,10 @@ class CudaRunner(LlamaRunner):
                         if count <= self._max_k:
                             self.propose([Span(extent, 0, [0] * pending, 1)], [greedy], [count])
                             arena.rollback(extent, 0)
+            # Few ask for rejection: its kernel is compiled here, its graphs wait to be needed.
+            drawn = Decoding(temperature=1.0, rule=Rule.REJECTION)
+            self.judge([Span(extent, 0, [0] * rows, rows)], [drawn], [[0] * self._max_k])
+            arena.rollback(extent, 0)
         finally:
             arena.free(extent)
 

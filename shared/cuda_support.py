@@ -14,8 +14,9 @@ from outrider.shared.penalties import is_penalised
 from outrider.shared.types import Decoding, Rule
 from outrider.shared.warpers import truncates
 
-# Operations whose fallback in PyTorch does: one launch a step, or only for turns on the device.
-_FALLBACK_DOES = frozenset({"embed", "take", "settle", "follow"})
+# Operations whose fallback in PyTorch does: one launch a step, only for turns on the device, or
+# what the plain path would do as well.
+_FALLBACK_DOES = frozenset({"embed", "reject", "take", "settle", "follow"})
 # Below this temperature the plain path shifts the logits before it divides.
 _TINY_TEMPERATURE = 1e-3
 
@@ -43,7 +44,14 @@ def why_not(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def simple(d: Decoding) -> bool:
-    """Whether the device chooses and judges by itself: argmax, or temperature and noise alone."""
+    """Whether the device chooses by itself, and judges by comparing: argmax, or temperature and
+    noise alone."""
+    return judged(d) and (d.temperature == 0 or d.rule != Rule.REJECTION)
+
+
+def judged(d: Decoding) -> bool:
+    """Whether the device judges proposals by itself: ``simple``, or rejection at a temperature
+    alone. It proposes nothing for the latter."""
     if d.logprobs is not None or is_penalised(d) or truncates(d):
         return False
-    return d.temperature == 0 or (d.rule != Rule.REJECTION and d.temperature >= _TINY_TEMPERATURE)
+    return d.temperature == 0 or d.temperature >= _TINY_TEMPERATURE

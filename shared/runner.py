@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.shared.arena import Arena, Extent
 from outrider.shared.storage import Storage
-from outrider.shared.types import Decoding
+from outrider.shared.types import Decoding, SparseRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,14 @@ class Runner(ABC):
         spans: Sequence[Span],
         decodings: Sequence[Decoding],
         proposals: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[SparseRow]] | None = None,
     ) -> list[tuple[int, int]] | None:
         """Forwards and judges in one go, where the device can: (accepted, next token) per span.
 
-        A span's rows end with its proposal; what its decoding chooses is compared on the device.
-        The next token is -1 where the logits were not finite. None where this runner can't, or
-        not with these decodings: then nothing was done, and ``forward`` does it.
+        A span's rows end with its proposal. ``rows``: per span the distributions that its
+        proposal was drawn from, or none; None where no span has any. The next token is -1 where
+        the logits were not finite. None where this runner can't, or not with these decodings:
+        then nothing was done, and ``forward`` does it.
         """
         return None
 

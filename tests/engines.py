@@ -126,20 +126,21 @@ def speculate(
     asked: Sequence[Sequence[int]],
     count: int,
     k: int | Sequence[int],
-    decoding: Decoding | None = None,
+    decoding: Decoding | Sequence[Decoding] | None = None,
     chunk: int = 1 << 30,
 ) -> list[Course]:
     """Writes ``count`` tokens after each prompt, all sequences in each round.
 
-    ``k``: per sequence, or one for all. ``chunk``: rows of a prefill item.
+    ``k``, ``decoding``: per sequence, or one for all. ``chunk``: rows of a prefill item.
     """
     ks = [k] * len(asked) if isinstance(k, int) else list(k)
     courses = [Course(list(prompt), len(prompt), count) for prompt in asked]
     base = verify.connect()
     helper = draft.connect() if draft is not None else None
-    decoding = decoding or Decoding()
+    one = decoding if isinstance(decoding, Decoding) else Decoding()
+    decodings = [one] * len(asked) if decoding is None or decoding is one else list(decoding)
     for i, course in enumerate(courses):
-        request = OpenSequence(i, 1, len(course.log) + count + max(ks) + 1, decoding)
+        request = OpenSequence(i, 1, len(course.log) + count + max(ks) + 1, decodings[i])
         base.open(request)
         if helper is not None:
             helper.open(request)

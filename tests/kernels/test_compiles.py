@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from outrider.kernels import attention, linear
+from outrider.kernels import attention, linear, reject
 from outrider.kernels.linear import Tile
 
 SOURCES = Path(linear.__file__).parent
 # Shared memory that one block may have, in bytes.
 LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
-ALIKE = ("embed", "norm", "choose", "accept", "take", "settle", "follow")
+ALIKE = ("embed", "norm", "choose", "accept", "reject", "take", "settle", "follow")
 """Sources without variants."""
+SHARED = {"choose": 8 * 256 // 32 + 16, "reject": reject.SHARED}
 
 
 def variants(arch: int):
     """(source, defines, dynamic shared memory) of everything a forward may launch."""
     bf16 = int(arch >= 80)
     for name in ALIKE:
-        yield name, {}, 8 * 256 // 32 + 16 if name == "choose" else 0
+        yield name, {}, SHARED.get(name, 0)
     for dim in (64, 128):
         yield "attention", {"HEAD_DIM": dim, "TOKENS": 64}, attention.shared_bytes(dim, 64)
     for groups in (1, 2, 4, 6, 8):

@@ -91,13 +91,13 @@ def generate(verify, draft, prompt, count, k, decoding):
     log, held, side_held = list(prompt), 0, 0
     while len(log) < len(prompt) + count:
         asked = min(k, len(prompt) + count - len(log) - 1)
-        proposal = ()
+        proposal, rows = (), ()
         if asked > 0:
             item = ProposeItem(1, 0, side_held, tuple(log[side_held:]), asked)
             result = side.round([item])
             assert not result.refusals
-            proposal = result.answers[0].tokens
-        result = base.round([VerifyItem(1, 0, held, tuple(log[held:]), proposal)])
+            proposal, rows = result.answers[0].tokens, result.answers[0].rows
+        result = base.round([VerifyItem(1, 0, held, tuple(log[held:]), proposal, rows)])
         assert not result.refusals
         verdict = result.answers[0]
         n = len(log)
@@ -124,6 +124,20 @@ def test_text_does_not_depend_on_k(runners, decoding):
     assert generate(verify, propose, prompt, 6, 3, decoding) == alone
     # Draft and base are the same model here: every proposal stands.
     assert len(alone) == 11
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["equal", "stranger"])
+def test_rejection_on_the_device_writes_what_the_plain_path_writes(runners, seed):
+    _, base = runners()
+    _, draft = runners(seed)
+    verify, propose = VerifyEngine(base, 4), DraftEngine(draft, 4)
+    decoding = Decoding(prompt_len=5, temperature=1.0, seed=7, rule=Rule.REJECTION)
+    judge, found = base.judge, []
+    base.judge = lambda *arguments: found.append(judge(*arguments)) or found[-1]
+    drawn = generate(verify, propose, [3, 1, 4, 1, 5], 5, 3, decoding)
+    assert found and None not in found
+    base.judge = lambda *arguments: None
+    assert generate(verify, propose, [3, 1, 4, 1, 5], 5, 3, decoding) == drawn
 
 
 def test_a_row_that_is_not_finite_is_refused(runners):

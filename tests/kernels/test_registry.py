@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def test_every_operation_is_declared_once_and_ends_in_a_fallback_that_runs_anywhere():
     known = registry.operations()
-    forward = {"embed", "norm", "linear", "attention", "choose", "accept"}
+    forward = {"embed", "norm", "linear", "attention", "choose", "accept", "reject"}
     assert set(known) == forward | {"take", "settle", "follow"}
     for name, operation in known.items():
         assert operation.name == name

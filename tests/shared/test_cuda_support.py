@@ -10,7 +10,7 @@ import torch
 from outrider.kernels.registry import Choice, operations
 from outrider.shared import cuda_support
 from outrider.shared.cuda_inputs import Field, Inputs
-from outrider.shared.cuda_support import simple, why_not
+from outrider.shared.cuda_support import judged, simple, why_not
 from outrider.shared.types import Decoding, Rule
 
 
@@ -31,6 +31,16 @@ from outrider.shared.types import Decoding, Rule
 )
 def test_simple_is_argmax_or_temperature_and_noise_alone(decoding, expected):
     assert simple(decoding) is expected
+    # Judged by the device as well: rejection at a temperature alone.
+    rejection = decoding.rule == Rule.REJECTION and decoding.temperature > 0
+    assert judged(decoding) is (expected or rejection)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"top_p": 0.9}, {"logprobs": 1}, {"temperature": 1e-4}], ids=str
+)
+def test_rejection_with_more_than_a_temperature_is_judged_by_the_host(changes):
+    assert not judged(Decoding(**({"temperature": 0.7, "rule": Rule.REJECTION} | changes)))
 
 
 def test_declines_what_its_kernels_do_not_know():
@@ -60,7 +70,10 @@ def test_inputs_have_equal_host_and_device_sides():
 
 @pytest.mark.parametrize(
     ("in_torch", "expected"),
-    [(("embed", "take", "settle", "follow"), None), (("embed", "norm"), "no kernels for norm")],
+    [
+        (("embed", "reject", "take", "settle", "follow"), None),
+        (("embed", "norm"), "no kernels for norm"),
+    ],
 )
 def test_declines_fallbacks_that_every_forward_would_pay_for(monkeypatch, in_torch, expected):
     config = SimpleNamespace(head_dim=64, hidden_size=256, intermediate_size=512)
