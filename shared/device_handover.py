@@ -39,8 +39,9 @@ class DeviceSide:
     """``why_not``, ``allocate`` and ``open_handle`` as in ``cuda_ipc``."""
 
 
-def side_of(runner: Any) -> DeviceSide | None:
-    """What ``runner`` brings along; None where its device takes no turns by itself."""
+def side_of(engine: Any) -> DeviceSide | None:
+    """What ``engine`` brings along; None where its device takes no turns by itself."""
+    runner = getattr(engine, "runner", None)
     return DeviceSide(runner.storage.device) if hasattr(runner, "turns") else None
 
 

@@ -121,8 +121,7 @@ class Mailboxes:
         self._sweep()
         with self._lock:
             now = time.monotonic()
-            waiting = {key: at for key, at in self._offered.items() if now - at < OFFER_SECONDS}
-            self._offered = {key: at for key, at in waiting.items() if key not in self._open}
+            self._offered = {k: at for k, at in self._offered.items() if now - at < OFFER_SECONDS}
             held = len(self._open) + len(self._offered)
             if held < MOST_MAILBOXES:
                 return
@@ -133,6 +132,7 @@ class Mailboxes:
 
     def _keep(self, mailbox: int, doorbell: Doorbell) -> None:
         with self._lock:
+            self._offered.pop(mailbox, None)
             replaced = self._open.get(mailbox)
             self._open[mailbox] = doorbell
             self._used[mailbox] = time.monotonic()

@@ -98,7 +98,7 @@ def serve(
         # Imported late: torch comes with the model.
         from outrider.shared.device_handover import side_of
 
-        servicer.attach(engine, link_spin=part.link_spin_seconds, device=side_of(engine.runner))
+        servicer.attach(engine, link_spin=part.link_spin_seconds, device=side_of(engine))
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()
