@@ -275,6 +275,8 @@ def _asked(
         return None
     if sequence.verify.epoch != epoch:
         return None
+    if sequence.output.finish is not None:
+        return None  # over by the client's will: its log stands still, the rounds did not yet
     n = len(sequence.log)
     return Asked(sequence, n, n, 1 + len(offer.tokens), NO_ITEM, list(offer.tokens))
 
