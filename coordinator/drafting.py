@@ -118,13 +118,8 @@ class Drafting:
             meanwhile()
             return made
         request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
-        self._fill_close(request)
-        asked: dict[int, Asked] = {}
-        for sequence, k in wanted:
-            n = len(sequence.log)
-            rows = self._append(request, sequence, n, k)
-            made.clean = made.clean and rows <= LAG
-            asked[sequence.sequence_id] = Asked(sequence, n, k)
+        asked, most = self._fill(request, wanted)
+        made.clean = most <= LAG
         sent = self._clock()
         try:
             future = await link.send(request, lambda answer: self._came_late(answer, asked))
@@ -132,14 +127,7 @@ class Drafting:
             meanwhile()
             return made
         meanwhile()
-        try:
-            timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
-            try:
-                response = await future
-            finally:
-                timer.cancel()
-        except ServiceUnavailable:
-            return made
+        response = await self._patiently(future)
         if response is None:
             return made
         made.timing = ServiceTiming(
@@ -171,12 +159,7 @@ class Drafting:
         link = self._link
         assert link is not None
         request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent, grant=grant)
-        self._fill_close(request)
-        asked: dict[int, Asked] = {}
-        for sequence, k in wanted:
-            n = len(sequence.log)
-            self._append(request, sequence, n, k)
-            asked[sequence.sequence_id] = Asked(sequence, n, k)
+        asked, _ = self._fill(request, wanted)
         return Granted(
             await link.send(request, lambda answer: self._came_late(answer, asked)), asked
         )
@@ -189,13 +172,7 @@ class Drafting:
         """
         if not wait:
             self._give_up(granted.answer)
-        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, granted.answer)
-        try:
-            response = await granted.answer
-        except ServiceUnavailable:
-            return 0
-        finally:
-            timer.cancel()
+        response = await self._patiently(granted.answer)
         if response is None:
             return 0
         self._absorb(response, granted.asked)
@@ -272,6 +249,19 @@ class Drafting:
 
     # --- parts of a message ------------------------------------------------------------------
 
+    def _fill(
+        self, request: pb.DraftRequest, wanted: Iterable[tuple[Seq, int]]
+    ) -> tuple[dict[int, Asked], int]:
+        """Adds all that are ``wanted``; returns them by id, and the most rows of one."""
+        self._fill_close(request)
+        asked: dict[int, Asked] = {}
+        most = 0
+        for sequence, k in wanted:
+            n = len(sequence.log)
+            most = max(most, self._append(request, sequence, n, k))
+            asked[sequence.sequence_id] = Asked(sequence, n, k)
+        return asked, most
+
     def _append(self, request: pb.DraftRequest, sequence: Seq, upto: int, k: int) -> int:
         """Adds the item that brings the draft to ``log[:upto]``; returns its rows."""
         held = sequence.draft
@@ -303,6 +293,16 @@ class Drafting:
         except ServiceUnavailable:
             return
         _expire(future)
+
+    async def _patiently(self, future: asyncio.Future[pb.DraftResponse]) -> pb.DraftResponse | None:
+        """The answer; None where it is late, or the draft is lost."""
+        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
+        try:
+            return await future
+        except ServiceUnavailable:
+            return None
+        finally:
+            timer.cancel()
 
     def _give_up(self, future: asyncio.Future[Any]) -> None:
         """Waits no longer; nothing is asked until the answer comes, or the stream is lost.

@@ -218,7 +218,7 @@ class FreeRunning:
             await self._abandon(run)
         rounds = await self._drafting.granted(run.drafted, wait=not run.failed)
         if run.grant.on_device and not (run.steps or run.revoked or run.lost):
-            # One of the two can't, and has logged why: these go by the host from now on.
+            # One of the two can't, and has logged why: the hosts take these turns from now on.
             for sequence in run.plan.decode:
                 sequence.by_host = True
         return max(begun, rounds)

@@ -32,13 +32,12 @@ class Introduction:
         self._verify_link = verify_link
         self._draft_link = draft_link
         self._wanted = config.link
-        self._sizes = pb.OfferMailboxRequest(
+        self.limits = pb.OfferMailboxRequest(
             max_sequences=config.max_running,
             max_k=max(1, config.max_k),
             row_entries=config.draft_top,
             on_device=config.link == "cuda-ipc",
         )
-        self.limits = self._sizes
         """What one round in the mailbox may hold."""
         self._targets = (config.base_target, config.draft_target)
         self._changed = asyncio.Event()
@@ -112,7 +111,7 @@ class Introduction:
         if self.mailbox or draft is None or not self._both_up or not self._possible():
             return
         try:
-            offer = await self._verify_link.ask("OfferMailbox", self._sizes)
+            offer = await self._verify_link.ask("OfferMailbox", self.limits)
             mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
         except ServiceUnavailable as error:
             if str(error) != self.reason:

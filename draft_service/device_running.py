@@ -8,22 +8,24 @@ the mailbox; by then the device may have taken one turn more, on a verdict that 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from outrider.draft_service.free_running import FreeDraft, Lane, Seen, answer
+from outrider.draft_service.free_running import FreeDraft, Seen, answer, leave
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import device_turns, wire
 from outrider.shared.cuda_draft_turns import DraftTurns
-from outrider.shared.cuda_turns import TurnSequence
 from outrider.shared.device_turns import NotOnDevice
 from outrider.shared.doorbell import Doorbell, PeerGone, Watch
 from outrider.shared.errors import ProtocolError, SequenceRefused
 from outrider.shared.grants import Control, End, EndReason
-from outrider.shared.mailbox import ENDS, Judgement, ProposalHead
+from outrider.shared.mailbox import ENDS, Judgement
 from outrider.shared.types import Proposal, ProposeItem, RoundResult
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -49,20 +51,21 @@ def run(
                 steps += 1
                 seen(steps - 1, rounds.free.items, result, rounds.began, rounds.done)
                 if result.refusals or control.interrupted:
-                    _leave(doorbell, grant.id, steps)
+                    leave(doorbell, grant.id, steps)
                     break
                 if rounds.verdicts is not None:
                     break
-                rounds.queue()
+                turns.queue()
             if result.refusals:
                 end = End(EndReason.REFUSED, result.refusals[0].message)
             else:
                 end = End(EndReason.REVOKED if control.interrupted else EndReason.STOPPED)
     except NotOnDevice as error:
+        log.info("the hosts take the turns of grant %d: %s", grant.id, error)
         end = End(EndReason.HOST, str(error))
         if doorbell is not None:
             with contextlib.suppress(PeerGone):
-                _leave(doorbell, grant.id, 0)
+                leave(doorbell, grant.id, 0)
     except (PeerGone, ProtocolError, SequenceRefused) as error:
         end = End(EndReason.PEER, str(error))
         if doorbell is not None:
@@ -77,31 +80,13 @@ class _Rounds:
         self, session: Any, message: pb.DraftRequest, turns: DraftTurns, watch: Watch
     ) -> None:
         grant = message.grant
-        pairs = sorted(
-            zip(wire.read_propose_items(message), grant.sequences, strict=True),
-            key=lambda one: one[0].sequence_id,
-        )
+        items, self._granted = device_turns.in_order(wire.read_propose_items(message), grant)
         self.began = self.done = 0.0
         self.verdicts: int | None = None
         """How many there are of them, once the last one is known."""
         self._session, self._turns, self._watch, self._grant = session, turns, watch, grant.id
-        self._turn = 0
-        self._granted = [one for _, one in pairs]
-        self.free = FreeDraft(session, [self._caught_up(item) for item, _ in pairs])
-        device_turns.start(
-            turns,
-            grant.id,
-            [
-                self._sequence(lane, one)
-                for lane, one in zip(self.free.lanes, self._granted, strict=True)
-            ],
-        )
-        turns.queue(0)
-
-    def queue(self) -> None:
-        """Queues the next turn."""
-        self._turn += 1
-        self._turns.queue(self._turn)
+        self.free = FreeDraft(session, [self._caught_up(item) for item in items])
+        device_turns.start(turns, session, grant.id, self.free.lanes, self._granted)
 
     def taken(self) -> bool:
         """Waits for the queued turn; False where the grant is over before it."""
@@ -117,7 +102,7 @@ class _Rounds:
         self.done = time.perf_counter()
         self.began = self.done - seconds
         lanes = self.free.lanes
-        if self._turn:
+        if self._turns.turn:
             verdicts = self._turns.verdicts()
             if not all(goes_on for _, _, _, goes_on in verdicts):
                 return None  # a sequence came to its end, and with it the grant
@@ -144,30 +129,11 @@ class _Rounds:
         found = self._watch.doorbell.mailbox.read_verdicts()
         if found is not None and found[0].grant == self._grant and found[0].flags & ENDS:
             self.verdicts = found[0].step
-        return self.verdicts is not None and self._turn > self.verdicts
+        return self.verdicts is not None and self._turns.turn > self.verdicts
 
     def _caught_up(self, item: ProposeItem) -> ProposeItem:
         """Takes in all but the pending token."""
         if len(item.append) < 2:
             return item
-        ahead = replace(item, append=item.append[:-1], k=0)
-        refused = self._session.round([ahead]).refusals
-        if refused:
-            raise NotOnDevice(refused[0].message)
+        device_turns.take_in(self._session, [replace(item, append=item.append[:-1], k=0)])
         return replace(item, base_len=item.base_len + len(item.append) - 1, append=item.append[-1:])
-
-    def _sequence(self, lane: Lane, granted: pb.GrantedSequence) -> TurnSequence:
-        held = self._session.held(lane.sequence_id)
-        if not granted.k or held.epoch != lane.epoch or held.extent.valid_len < lane.base_len:
-            raise NotOnDevice(f"sequence {lane.sequence_id} is not ready for turns")
-        before = held.log[lane.base_len - 1] if lane.base_len else 0
-        return TurnSequence(
-            held.extent, held.decoding, before, lane.append[0], lane.log_len, granted.k,
-            granted.limit,
-        )  # fmt: skip
-
-
-def _leave(doorbell: Doorbell, grant: int, step: int) -> None:
-    """Tells the verifier that ``step`` proposals are all."""
-    doorbell.mailbox.write_proposals(ProposalHead(grant, step, ENDS), ())
-    doorbell.ring()

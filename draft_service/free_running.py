@@ -138,7 +138,7 @@ def run(
                 lambda: control.interrupted,
             )
             if found is None:
-                _leave(doorbell, grant, steps)
+                leave(doorbell, grant.id, steps)
                 end = End(EndReason.REVOKED)
                 break
             head, verdicts = found
@@ -152,15 +152,16 @@ def run(
     yield answer(message, result, end, steps)
 
 
-def _leave(doorbell: Doorbell, grant: pb.Grant, step: int) -> None:
-    """Tells the verifier, whose turn it is, that no proposal will follow."""
-    doorbell.mailbox.write_proposals(ProposalHead(grant.id, step, ENDS), ())
+def leave(doorbell: Doorbell, grant: int, step: int) -> None:
+    """Tells the verifier, whose turn it is, that ``step`` proposals are all."""
+    doorbell.mailbox.write_proposals(ProposalHead(grant, step, ENDS), ())
     doorbell.ring()
 
 
 def answer(
     message: pb.DraftRequest, result: RoundResult[Proposal], end: End, steps: int
 ) -> pb.DraftResponse:
+    """The one answer to a grant; ``result``: of its last round."""
     last = RoundResult[Proposal]([], result.refusals, result.model_seconds, result.rows)
     response = wire.write_draft_response(message.round, last, 0.0)
     response.grant_end.CopyFrom(end_message(message.grant, end, steps))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from outrider.kernels.linear import MAX_ROWS
-from outrider.shared.cuda_forward import Batch
 from outrider.shared.cuda_passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
-from outrider.shared.cuda_turns import Parts, Turns, TurnSequence, signed
-from outrider.shared.device_mailbox import ENDED, DeviceMailbox, bell
+from outrider.shared.cuda_step import draft, signed
+from outrider.shared.cuda_turns import Parts, Turns, TurnSequence
+from outrider.shared.device_mailbox import DeviceMailbox, bell
 from outrider.shared.turn_stream import Stream
 
 
@@ -31,10 +31,6 @@ class DraftTurns(Turns):
     def verdicts(self) -> list[tuple[int, int, int, int]]:
         """Per sequence the verdict that the last turn began with, see ``device_mailbox``."""
         return [tuple(row) for row in self._seen_host[: self._count].tolist()]
-
-    def release(self) -> None:
-        """See ``Turns.release``."""
-        self._stream.release(self._mailbox.heard, bell(self._grant, ENDED))
 
     def _width(self, steps: int) -> int:
         return 2
@@ -75,20 +71,7 @@ class DraftTurns(Turns):
             )  # fmt: skip
             self._seen_host.copy_(self._seen, non_blocking=True)
         sequences = bucket(count, POWERS)
-        batch = self._batch(own)
-        step.run(batch, bucket(2 * count, ROW_SIZES), sequences, 2, head=False)
-        step.head(sequences, own["picks"])
-        for j in range(steps):
-            if j:
-                # Its row stands j - 1 after the position that the first proposed token is for.
-                batch = Batch(
-                    self._chosen[j - 1], own["starts"], self._iota, own["active"][j],
-                    own["noise_positions"],
-                )  # fmt: skip
-                step.run(batch, sequences, sequences, 1, offset=j - 1)
-            step.choose(
-                sequences, None, own["temperatures"], own["seeds"], own["noise_positions"],
-                self._chosen[j], j,
-            )  # fmt: skip
+        size = bucket(2 * count, ROW_SIZES), sequences, 2
+        draft(step, own, size, own["picks"], self._iota, self._chosen, steps)
         box.proposals[:count, :steps].copy_(self._chosen[:steps, :count].T)
         self._chosen_host.copy_(self._chosen, non_blocking=True)

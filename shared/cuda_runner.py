@@ -20,9 +20,9 @@ from outrider.kernels.attention import need
 from outrider.kernels.linear import MAX_ROWS
 from outrider.kernels.registry import Call, Choice, Tools
 from outrider.shared.cuda_draws import Draws, draws, fits
-from outrider.shared.cuda_forward import Batch, Forward, resolve_all
+from outrider.shared.cuda_forward import Forward, resolve_all
 from outrider.shared.cuda_graphs import Graphs
-from outrider.shared.cuda_inputs import Field, Inputs
+from outrider.shared.cuda_inputs import Inputs
 from outrider.shared.cuda_ipc import CudaStream
 from outrider.shared.cuda_passes import (
     MAX_SEQUENCES,
@@ -32,6 +32,7 @@ from outrider.shared.cuda_passes import (
     cut,
     rows_in_order,
 )
+from outrider.shared.cuda_step import batch_of, draft, numbers, signed
 from outrider.shared.cuda_support import judged, simple
 from outrider.shared.cuda_tuning import Tuning, tuning_for
 from outrider.shared.cuda_turns import Parts, Turns
@@ -86,27 +87,11 @@ class CudaRunner(LlamaRunner):
             weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
-        pools, steps = len(self.arena.pools), max(max_k, 1)
-        self._inputs = Inputs(
-            [
-                Field("seeds", (MAX_ROWS,), "l"),
-                Field("tokens", (MAX_ROWS,)),
-                Field("starts", (pools, MAX_SEQUENCES)),
-                Field("first_rows", (MAX_SEQUENCES,)),
-                Field("row_counts", (MAX_SEQUENCES,)),
-                Field("positions", (MAX_SEQUENCES,)),
-                Field("picks", (MAX_ROWS,)),
-                Field("noise_positions", (MAX_ROWS,)),
-                Field("temperatures", (MAX_ROWS,), "f"),
-                Field("pending", (MAX_SEQUENCES,)),
-                Field("proposed", (MAX_SEQUENCES,)),
-                Field("active", (steps, MAX_SEQUENCES)),
-            ],
-            storage.device,
-        )
+        steps = max(max_k, 1)
+        self._inputs = Inputs(numbers(len(self.arena.pools), steps), storage.device)
         device, pin = storage.device, storage.device.type == "cuda"
         self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
-        self._chosen = torch.zeros(max(steps, 1), MAX_ROWS, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(steps, MAX_ROWS, dtype=torch.int32, device=device)
         self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
         self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
@@ -182,7 +167,7 @@ class CudaRunner(LlamaRunner):
         size = (bucket(rows, ROW_SIZES), bucket(len(spans), POWERS), bucket(queries, POWERS))
         heads = bucket(wanted, ROW_SIZES) if wanted else 0
         all_rows = wanted == rows
-        step, batch = self._step, self._batch()
+        step, batch = self._step, batch_of(self._inputs.device)
 
         def run() -> None:
             self._inputs.upload()
@@ -233,7 +218,7 @@ class CudaRunner(LlamaRunner):
         for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
             begin, rows = rows, rows + len(span.tokens)
             host["temperatures"][begin:rows] = d.temperature
-            host["seeds"][begin:rows] = _signed(d.seed)
+            host["seeds"][begin:rows] = signed(d.seed)
             host["noise_positions"][begin:rows] = range(
                 span.start + 1, span.start + rows - begin + 1
             )
@@ -247,7 +232,7 @@ class CudaRunner(LlamaRunner):
         host["temperatures"][rows:count] = 0
         host["pending"][len(spans) : sequences] = 0
         host["proposed"][len(spans) : sequences] = 0
-        step, own, batch = self._step, self._inputs.device, self._batch()
+        step, own, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
         verdicts = self._verdicts[:sequences]
         # Each kernel judges the sequences of its rules; a round without any leaves it out.
         compared = drawn < len(spans)
@@ -333,7 +318,7 @@ class CudaRunner(LlamaRunner):
             begin += len(span.tokens)
             host["picks"][s] = begin - 1
             host["temperatures"][s] = d.temperature
-            host["seeds"][s] = _signed(d.seed)
+            host["seeds"][s] = signed(d.seed)
             host["noise_positions"][s] = span.start + len(span.tokens)
             host["active"][:k, s] = 1
         count = len(spans)
@@ -342,25 +327,12 @@ class CudaRunner(LlamaRunner):
         host["temperatures"][count:sequences] = 0
         host["noise_positions"][count:sequences] = 0
         size = (bucket(rows, ROW_SIZES), sequences, bucket(queries, POWERS))
-        step, own, first = self._step, self._inputs.device, self._batch()
+        step, own = self._step, self._inputs.device
         picks = None if rows == count else own["picks"]
 
         def run() -> None:
             self._inputs.upload()
-            for j in range(steps):
-                if j == 0:
-                    step.run(first, *size, head=False)
-                    step.head(sequences, picks)
-                else:
-                    batch = Batch(
-                        self._chosen[j - 1], first.starts, self._iota, own["active"][j],
-                        own["noise_positions"],
-                    )  # fmt: skip
-                    step.run(batch, sequences, sequences, 1, offset=j - 1)
-                step.choose(
-                    sequences, None, own["temperatures"], own["seeds"], own["noise_positions"],
-                    self._chosen[j], j,
-                )  # fmt: skip
+            draft(step, own, size, picks, self._iota, self._chosen, steps)
             self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
 
         self._execute(("propose", *size, steps, picks is None), run)
@@ -391,12 +363,6 @@ class CudaRunner(LlamaRunner):
             return False
         ends = [span.start + len(span.tokens) + self._max_k for span in spans]
         return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
-
-    def _batch(self) -> Batch:
-        own = self._inputs.device
-        return Batch(
-            own["tokens"], own["starts"], own["first_rows"], own["row_counts"], own["positions"]
-        )
 
     def _place(self, spans: Sequence[Span]) -> tuple[int, int]:
         """Writes where the rows stand; returns (rows, most rows of one sequence)."""
@@ -452,8 +418,3 @@ class CudaRunner(LlamaRunner):
             arena.rollback(extent, 0)
         finally:
             arena.free(extent)
-
-
-def _signed(seed: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit seed."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed

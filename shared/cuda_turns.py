@@ -24,11 +24,12 @@ from torch import Tensor
 from outrider.kernels.attention import Heads, need
 from outrider.kernels.linear import MAX_ROWS
 from outrider.shared.arena import Extent
-from outrider.shared.cuda_forward import Batch, Forward
+from outrider.shared.cuda_forward import Forward
 from outrider.shared.cuda_inputs import Field, Inputs
 from outrider.shared.cuda_passes import MAX_SEQUENCES, POWERS, bucket
+from outrider.shared.cuda_step import numbers
 from outrider.shared.cuda_support import simple
-from outrider.shared.device_mailbox import DeviceMailbox
+from outrider.shared.device_mailbox import ENDED, DeviceMailbox, bell
 from outrider.shared.turn_stream import Mark, Stream
 from outrider.shared.types import Decoding
 
@@ -68,19 +69,8 @@ class Turns(ABC):
         self._parts, self._mailbox, self._stream = parts, mailbox, stream
         self._inputs = Inputs(
             [
-                Field("seeds", (MAX_ROWS,), "l"),
-                Field("tokens", (MAX_ROWS,)),
-                Field("starts", (parts.pools, MAX_SEQUENCES)),
-                Field("first_rows", (MAX_SEQUENCES,)),
-                Field("row_counts", (MAX_SEQUENCES,)),
-                Field("positions", (MAX_SEQUENCES,)),
-                Field("picks", (MAX_ROWS,)),
-                Field("noise_positions", (MAX_ROWS,)),
-                Field("temperatures", (MAX_ROWS,), "f"),
-                Field("proposed", (MAX_SEQUENCES,)),
-                Field("active", (max(parts.max_k, 1), MAX_SEQUENCES)),
+                *numbers(parts.pools, parts.max_k),
                 Field("committed", (MAX_SEQUENCES,)),
-                Field("pending", (MAX_SEQUENCES,)),
                 Field("limits", (MAX_SEQUENCES,)),
                 Field("ks", (MAX_SEQUENCES,)),
             ],
@@ -88,6 +78,8 @@ class Turns(ABC):
         )
         self._ready: set[Hashable] = set()
         self._grant = self._count = self._steps = 0
+        self.turn = -1
+        """Number of the turn that was queued last, from 0 within a grant."""
         self._began: Mark | None = None
         self._done: Mark | None = None
 
@@ -119,6 +111,7 @@ class Turns(ABC):
         """Brings the numbers that the first turn begins with; ``why_not`` had no objection."""
         self._grant, self._count = grant, len(sequences)
         self._steps = max(one.k for one in sequences)
+        self.turn = -1
         host = self._inputs.host
         for name in host:
             host[name][...] = 0
@@ -141,9 +134,10 @@ class Turns(ABC):
             self._place(s, one)
         self._inputs.upload()
 
-    def queue(self, turn: int) -> None:
-        """Queues one turn; the one before it is done."""
-        self._queue(turn)
+    def queue(self) -> None:
+        """Queues the next turn; the one before it is done."""
+        self.turn += 1
+        self._queue(self.turn)
         self._done = self._stream.mark()
 
     def done(self) -> bool:
@@ -155,9 +149,9 @@ class Turns(ABC):
         assert self._began is not None and self._done is not None
         return self._done.seconds_after(self._began)
 
-    @abstractmethod
     def release(self) -> None:
         """Has a turn that waits for the other side pass, and do nothing."""
+        self._stream.release(self._mailbox.heard, bell(self._grant, ENDED))
 
     @abstractmethod
     def _width(self, steps: int) -> int:
@@ -177,17 +171,6 @@ class Turns(ABC):
     def _sizes(self) -> tuple[Hashable, ...]:
         return self._count, self._steps
 
-    def _batch(self, device: dict[str, Tensor]) -> Batch:
-        return Batch(
-            device["tokens"], device["starts"], device["first_rows"], device["row_counts"],
-            device["positions"],
-        )  # fmt: skip
-
     def _pinned(self, *shape: int) -> Tensor:
         pin = self._parts.device.type == "cuda"
         return torch.zeros(shape, dtype=torch.int32, pin_memory=pin)
-
-
-def signed(seed: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit seed."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed

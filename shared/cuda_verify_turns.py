@@ -6,8 +6,9 @@ import torch
 
 from outrider.kernels.linear import MAX_ROWS
 from outrider.shared.cuda_passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
-from outrider.shared.cuda_turns import Parts, Turns, TurnSequence, signed
-from outrider.shared.device_mailbox import ENDED, DeviceMailbox, bell
+from outrider.shared.cuda_step import batch_of, signed
+from outrider.shared.cuda_turns import Parts, Turns, TurnSequence
+from outrider.shared.device_mailbox import DeviceMailbox, bell
 from outrider.shared.turn_stream import Stream
 
 
@@ -32,10 +33,6 @@ class VerifyTurns(Turns):
             accepted, token = self._verdicts_host[s].tolist()
             found.append((self._tokens_host[first : first + count].tolist(), accepted, token))
         return found
-
-    def release(self) -> None:
-        """See ``Turns.release``."""
-        self._stream.release(self._mailbox.heard, bell(self._grant, ENDED))
 
     def _width(self, steps: int) -> int:
         return steps + 1
@@ -68,7 +65,7 @@ class VerifyTurns(Turns):
             row_counts=own["row_counts"], proposed=own["proposed"], width=width, count=count,
             overlap=overlap,
         )  # fmt: skip
-        step.run(self._batch(own), rows, sequences, bucket(width, POWERS))
+        step.run(batch_of(own), rows, sequences, bucket(width, POWERS))
         step.choose(
             rows, None, own["temperatures"], own["seeds"], own["noise_positions"], self._chosen
         )

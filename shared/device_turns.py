@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.cuda_turns import Turns, TurnSequence
 from outrider.shared.doorbell import Doorbell, Watch
 from outrider.shared.errors import OutriderError
-
-if TYPE_CHECKING:
-    from outrider.shared.cuda_turns import Turns, TurnSequence
+from outrider.shared.types import ProposeItem, VerifyItem
 
 LOOK_SECONDS = 5e-5
 """How often the host looks whether a turn is done. Nobody waits for the host meanwhile: the other
 side's turn is several times as long."""
-TurnsT = TypeVar("TurnsT", bound="Turns")
+TurnsT = TypeVar("TurnsT", bound=Turns)
+ItemT = TypeVar("ItemT", ProposeItem, VerifyItem)
 
 
 class NotOnDevice(OutriderError):
@@ -47,12 +48,45 @@ def turns_of(session: Any, doorbell: Doorbell | None, kind: type[TurnsT]) -> Ite
         engine.lock.release()
 
 
-def start(turns: Turns, grant: int, sequences: Sequence[TurnSequence]) -> None:
-    """Begins a grant's turns. Raises ``NotOnDevice``."""
+def in_order(
+    items: Sequence[ItemT], grant: pb.Grant
+) -> tuple[list[ItemT], list[pb.GrantedSequence]]:
+    """The grant's sequences in an order that both sides have: a place in it is a slot."""
+    pairs = sorted(zip(items, grant.sequences, strict=True), key=lambda pair: pair[0].sequence_id)
+    return [item for item, _ in pairs], [one for _, one in pairs]
+
+
+def start(
+    turns: Turns, session: Any, grant: int, lanes: Sequence[Any], granted: Sequence[Any]
+) -> None:
+    """Begins a grant's turns and queues the first one. Raises ``NotOnDevice``.
+
+    ``lanes``: where the sequences stand, all but their pending token taken in.
+    """
+    sequences = [_sequence(session, lane, one) for lane, one in zip(lanes, granted, strict=True)]
     reason = turns.why_not(sequences)
     if reason is not None:
         raise NotOnDevice(reason)
     turns.start(grant, sequences)
+    turns.queue()
+
+
+def take_in(session: Any, items: Sequence[Any]) -> None:
+    """Has the host take in what is behind the pending tokens. Raises ``NotOnDevice``."""
+    refused = session.round(items).refusals if items else []
+    if refused:
+        raise NotOnDevice(refused[0].message)
+
+
+def _sequence(session: Any, lane: Any, granted: pb.GrantedSequence) -> TurnSequence:
+    held = session.held(lane.sequence_id)
+    if not granted.k or held.epoch != lane.epoch or held.extent.valid_len < lane.base_len:
+        raise NotOnDevice(f"sequence {lane.sequence_id} is not ready for turns")
+    before = held.log[lane.base_len - 1] if lane.base_len else 0
+    return TurnSequence(
+        held.extent, held.decoding, before, lane.append[0], lane.base_len + len(lane.append),
+        granted.k, granted.limit,
+    )  # fmt: skip
 
 
 def look_on(turns: Turns, watch: Watch, heard: Callable[[], bool]) -> bool:

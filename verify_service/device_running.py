@@ -6,24 +6,23 @@ would have gone had the host asked for them.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from collections.abc import Generator
 from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared import device_turns, wire
-from outrider.shared.cuda_turns import TurnSequence
 from outrider.shared.cuda_verify_turns import VerifyTurns
 from outrider.shared.device_turns import NotOnDevice
 from outrider.shared.doorbell import Doorbell, PeerGone, PeerLate, Watch
 from outrider.shared.errors import ProtocolError, SequenceRefused
 from outrider.shared.grants import Control, End, EndReason, end_message
-from outrider.shared.mailbox import ENDS, ProposalHead, VerdictHead
+from outrider.shared.mailbox import ENDS, ProposalHead
 from outrider.shared.types import Proposal, RoundResult, Verdict, VerifyItem
-from outrider.verify_service.free_running import FreeVerify, Seen, end_of, report
+from outrider.verify_service.free_running import NO_HEAD, FreeVerify, Seen, end_of, report, tell_end
 
-NO_HEAD = ProposalHead(0, 0)
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -52,9 +51,9 @@ def run(
                     # The device's turns have the K that they began with.
                     end = End(EndReason.REVOKED)
                 if end is None:
-                    rounds.queue()
+                    turns.queue()
                 else:
-                    _tell(doorbell, grant.id, steps + 1)
+                    tell_end(doorbell, grant.id, steps + 1)
                 response = rounds.report(message.round, steps, result)
                 steps += 1
                 if end is not None:
@@ -68,8 +67,11 @@ def run(
     except (NotOnDevice, PeerLate) as error:
         whole = True
         late = isinstance(error, PeerLate)
+        if not late:
+            log.info("the hosts take the turns of grant %d: %s", grant.id, error)
         end = End(EndReason.LATE if late else EndReason.HOST, str(error))
-        _tell(doorbell, grant.id, steps)
+        if doorbell is not None:
+            tell_end(doorbell, grant.id, steps)
         yield pb.VerifyResponse(round=message.round, grant_end=end_message(grant, end, steps))
     except (PeerGone, ProtocolError, SequenceRefused) as error:
         end = End(EndReason.PEER, str(error))
@@ -87,23 +89,13 @@ class _Rounds:
         self, session: Any, message: pb.VerifyRequest, turns: VerifyTurns, watch: Watch
     ) -> None:
         grant = message.grant
-        pairs = sorted(
-            zip(wire.read_verify_items(message), grant.sequences, strict=True),
-            key=lambda one: one[0].sequence_id,
-        )
-        self.free = FreeVerify(session, [item for item, _ in pairs], [one for _, one in pairs])
+        items, granted = device_turns.in_order(wire.read_verify_items(message), grant)
+        self.free = FreeVerify(session, items, granted)
         self.asked = self.began = self.done = time.perf_counter_ns()
         self._session, self._turns, self._watch, self._grant = session, turns, watch, grant.id
-        self._turn = 0
         self._proposals: int | None = None  # how many there are of them, once the last is known
         self._catch_up()
-        device_turns.start(turns, grant.id, [self._sequence(lane) for lane in self.free.lanes])
-        turns.queue(0)
-
-    def queue(self) -> None:
-        """Queues the next turn."""
-        self._turn += 1
-        self._turns.queue(self._turn)
+        device_turns.start(turns, session, grant.id, self.free.lanes, granted)
 
     def next(self) -> RoundResult[Verdict] | None:
         """The verdicts of the turn that is queued; None where the draft has left before it."""
@@ -140,7 +132,7 @@ class _Rounds:
         return self._in_vain()
 
     def _in_vain(self) -> bool:
-        return self._proposals is not None and self._proposals <= self._turn
+        return self._proposals is not None and self._proposals <= self._turns.turn
 
     def _catch_up(self) -> None:
         """Takes in all but the pending token."""
@@ -149,30 +141,7 @@ class _Rounds:
             for one in self.free.lanes
             if len(one.append) > 1
         ]
-        if not behind:
-            return
-        refused = self._session.round(behind).refusals
-        if refused:
-            raise NotOnDevice(refused[0].message)
+        device_turns.take_in(self._session, behind)
         for one in self.free.lanes:
             one.base_len += len(one.append) - 1
             one.append = one.append[-1:]
-
-    def _sequence(self, lane: Any) -> TurnSequence:
-        held = self._session.held(lane.sequence_id)
-        if not lane.k or held.epoch != lane.epoch or held.extent.valid_len < lane.base_len:
-            raise NotOnDevice(f"sequence {lane.sequence_id} is not ready for turns")
-        before = held.log[lane.base_len - 1] if lane.base_len else 0
-        return TurnSequence(
-            held.extent, held.decoding, before, lane.append[0], lane.committed_len, lane.k,
-            lane.limit,
-        )  # fmt: skip
-
-
-def _tell(doorbell: Doorbell | None, grant: int, verdicts: int) -> None:
-    """Tells the draft's host that ``verdicts`` verdicts are all."""
-    if doorbell is None:
-        return
-    with contextlib.suppress(PeerGone):
-        doorbell.mailbox.write_verdicts(VerdictHead(grant, verdicts, ENDS), ())
-        doorbell.ring()

@@ -179,9 +179,7 @@ def run(
     except PeerLate as error:
         whole = True
         assert doorbell is not None
-        doorbell.mailbox.write_verdicts(VerdictHead(grant.id, steps, ENDS), ())
-        with contextlib.suppress(PeerGone):  # it needs no word where it is gone by now
-            doorbell.ring()
+        tell_end(doorbell, grant.id, steps)
         end = End(EndReason.LATE, str(error))
         yield pb.VerifyResponse(round=message.round, grant_end=end_message(grant, end, steps))
     except (PeerGone, ProtocolError) as error:
@@ -191,6 +189,13 @@ def run(
         # Also where the coordinator is gone in mid-grant: the draft is not to wait for us.
         if doorbell is not None and not whole:
             doorbell.close()
+
+
+def tell_end(doorbell: Doorbell, grant: int, step: int) -> None:
+    """The verifier's last word to the draft, in place of the verdicts of ``step``."""
+    doorbell.mailbox.write_verdicts(VerdictHead(grant, step, ENDS), ())
+    with contextlib.suppress(PeerGone):  # it needs no word where it is gone by now
+        doorbell.ring()
 
 
 def end_of(
