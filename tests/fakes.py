@@ -59,6 +59,18 @@ def plain(
     return log[len(prompt) :]
 
 
+class Gate(threading.Event):
+    """For ``Toy.hold``: tells when a round has come to stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.reached.set()
+        return super().wait(timeout)
+
+
 @dataclass
 class Toy:
     """What a toy service is, and which faults it has; fields may be changed while it runs."""
@@ -89,6 +101,11 @@ class Toy:
     """Every item that came, in order."""
     opened: list[OpenSequence] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stand(self) -> Gate:
+        """From now on rounds hang until ``set`` of what this returns."""
+        self.hold = gate = Gate()
+        return gate
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -227,6 +228,21 @@ def _start_model(
 def start_model() -> Callable[..., SimpleNamespace]:
     """``start_model("verify", config, address)``: a service over a real engine."""
     return _start_model
+
+
+@pytest.fixture(scope="session")
+def near_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft that is the base with a little noise, so it is right now and then."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    draft = shutil.copytree(tiny_base, tmp_path_factory.mktemp("near") / "near")
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(str(tiny_base / "model.safetensors"))
+    for name, tensor in tensors.items():
+        tensors[name] = tensor + 0.04 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, str(draft / "model.safetensors"), metadata={"format": "pt"})
+    return draft
 
 
 @pytest.fixture(scope="module")

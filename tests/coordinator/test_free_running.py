@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,18 +27,6 @@ PROMPTS = [[7] * 20, [5, 9, 40], [11], list(range(30, 48))]
 COUNT = 18
 LINKS = {"messages": ("grpc", False), "grants": ("grpc", True), "mailbox": ("shm", True)}
 RULES = {"greedy": 1, "coupled": 2, "rejection": 3}
-
-
-class Gate(threading.Event):
-    """For ``Toy.hold``: tells when a round has come to stand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached = threading.Event()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.reached.set()
-        return super().wait(timeout)
 
 
 class Seen(NoObserver):
@@ -109,19 +95,10 @@ CASES = pairwise(tuple(RULES), (0, 1, 4, 7), (1, 4), tuple(FEATURES), (1, 5, 64)
 
 @pytest.fixture(scope="module")
 def pair(
-    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start_model: Make
+    tiny_base: Path, near_base: Path, tmp_path_factory: pytest.TempPathFactory, start_model: Make
 ) -> Iterator[SimpleNamespace]:
     """Real engines; the draft is the base with a little noise, so it is right now and then."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("near")
-    draft = shutil.copytree(tiny_base, folder / "near")
-    generator = torch.Generator().manual_seed(3)
-    tensors = load_file(str(tiny_base / "model.safetensors"))
-    for name, tensor in tensors.items():
-        tensors[name] = tensor + 0.04 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, str(draft / "model.safetensors"), metadata={"format": "pt"})
+    folder = tmp_path_factory.mktemp("pair")
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1,
     }  # fmt: skip
@@ -129,7 +106,7 @@ def pair(
         made = {}
         for role, config in (
             ("verify", VerifyConfig(path=str(tiny_base), **options)),
-            ("draft", DraftConfig(path=str(draft), **options)),
+            ("draft", DraftConfig(path=str(near_base), **options)),
         ):
             made[role] = start_model(role, config, f"unix:{folder}/{role}")
             stack.callback(made[role].server.drain, grace=0)
@@ -351,7 +328,7 @@ def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
                 ask(PROMPT, 3000, k=3), timeout=0.3 if event == "deadline" else None
             )
             await until(lambda: len(base.free) > 3)
-            gate = toy.hold = Gate()
+            gate = toy.stand()
             await until(gate.reached.is_set)
             before = base.toy.rounds, draft.toy.rounds
             if event == "cancel":
@@ -388,7 +365,7 @@ def test_free_running_takes_in_a_new_request_after_the_round(
         async with client_of(base, draft, link="shm") as client:
             first = asyncio.create_task(client.generate(ask(PROMPT, 400, k=2)))
             await until(lambda: len(base.free) > 3)
-            gate = base.toy.hold = Gate()
+            gate = base.toy.stand()
             await until(gate.reached.is_set)
             found = len(base.toy.items)
             second = asyncio.create_task(client.generate(ask([9, 9], 30, k=4)))

@@ -27,18 +27,6 @@ PROMPT = [5, 6, 7, 8]
 SIZES = pb.OfferMailboxRequest(max_sequences=4, max_k=8, row_entries=8)
 
 
-class Gate(threading.Event):
-    """For ``Toy.hold``: tells when a round has come to stand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached = threading.Event()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.reached.set()
-        return super().wait(timeout)
-
-
 class Inside(NoObserver):
     """Keeps the coordinator at hand."""
 
@@ -117,7 +105,7 @@ def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
             first = inside.mailbox
             call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
             await until(lambda: len(draft.free) > 5)
-            gate = draft.toy.hold = Gate()
+            gate = draft.toy.stand()
             await until(gate.reached.is_set)
             # The base goes on by itself, which takes no mailbox.
             assert (await call).only.ids == fakes.plain(PROMPT, 300)
@@ -148,7 +136,7 @@ def test_free_running_service_that_hangs_in_a_grant_is_given_up(
             first = inside.mailbox
             call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
             await until(lambda: len(draft.free) > 5)
-            gate = toy.hold = Gate()
+            gate = toy.stand()
             await until(gate.reached.is_set)
             await until(lambda: inside.mailbox != first)
             if victim == "verify":
@@ -456,14 +444,14 @@ def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.005)
 
 
-def stand(service: Any) -> Gate:
+def stand(service: Any) -> Any:
     """Has ``service`` stand in its next round."""
-    gate = service.toy.hold = Gate()
+    gate = service.toy.stand()
     assert gate.reached.wait(5)
     return gate
 
 
-def go_on(service: Any, gate: Gate) -> None:
+def go_on(service: Any, gate: Any) -> None:
     """After a moment in which what was sent arrives."""
     time.sleep(0.1)
     service.toy.hold = None

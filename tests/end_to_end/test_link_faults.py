@@ -12,7 +12,6 @@ import random
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,18 +34,6 @@ KINDS = [
     for victim in ("draft", "verify")
     for kind in ("kill", stopped)
 ]
-
-
-class Gate(threading.Event):
-    """For ``Toy.hold``: tells that a round stands."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waited = threading.Event()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waited.set()
-        return super().wait(timeout)
 
 
 @dataclass
@@ -142,10 +129,10 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
                 return both.watch.rounds["shm"] > 3
 
             async def held() -> bool:
-                return hold.waited.is_set()
+                return hold.reached.is_set()
 
             await linked.until(freely)
-            base.toy.hold = hold = Gate()
+            hold = base.toy.stand()
             await linked.until(held)
             # The verifier is amidst a round while the draft comes back and fetches a new mailbox.
             await asyncio.to_thread(draft.kill)
