@@ -38,22 +38,23 @@ async def rounds_more(toy: Any, count: int) -> None:
 def test_failures_draft_killed_in_mid_stream_changes_no_token(
     fakes: ModuleType, services: Make, client_of: Make, ask: Make, seed: int
 ) -> None:
-    base = services("verify", seconds_per_round=0.002)
+    base = services("verify", seconds_per_round=0.02)  # slow, so that there is a mid-stream
     draft = services("draft", agreement=90)
     rng = random.Random(seed)
 
     async def run() -> None:
         async with client_of(base, draft) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=4)))
+            call = asyncio.create_task(client.generate(ask(PROMPT, 600, k=4)))
             for _ in range(2):
                 await rounds_more(draft.toy, rng.randrange(8))
                 await asyncio.to_thread(draft.kill)
                 await rounds_more(base.toy, 5)  # it goes on without
                 draft.start()
+            await rounds_more(draft.toy, 3)  # speculation resumed after each return
+            base.toy.seconds_per_round = 0.0
             one = (await call).only
-            assert one.ids == fakes.plain(PROMPT, 300)
-            # Speculation resumed after each return.
-            assert one.finished.speculation.accepted > 20
+            assert one.ids == fakes.plain(PROMPT, 600)
+            assert one.finished.speculation.accepted > 0
 
     asyncio.run(run())
     assert base.toy.live == draft.toy.live == 0
