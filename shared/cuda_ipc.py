@@ -107,6 +107,11 @@ def open_handle(raw: bytes, size: int, device: torch.device) -> SharedMemory:
         return SharedMemory(_tensor(pointer, size, device), b"", pointer)
 
 
+def complete(device: torch.device) -> None:
+    """Waits until all that was queued is done: then another process can see what it wrote."""
+    torch.cuda.current_stream(device).synchronize()
+
+
 class CudaMark:
     """A point in a stream."""
 

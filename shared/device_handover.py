@@ -36,7 +36,7 @@ class DeviceSide:
 
     device: torch.device
     ipc: Any = cuda_ipc
-    """``why_not``, ``allocate`` and ``open_handle`` as in ``cuda_ipc``."""
+    """``why_not``, ``allocate``, ``open_handle`` and ``complete`` as in ``cuda_ipc``."""
 
 
 def side_of(engine: Any) -> DeviceSide | None:
@@ -69,8 +69,7 @@ def exchange(
     mine = opened = None
     canary = secrets.randbits(64)
     try:
-        mine = _allocated(layout, own, side)
-        DeviceRegion(mine.tensor, layout).format(canary)
+        mine = _allocated(layout, own, side, canary)
         send = (_GO, mine.handle)
     except (OutriderError, RuntimeError) as error:
         send = (_NO, str(error).encode()[:MOST_FRAME])
@@ -79,6 +78,7 @@ def exchange(
     try:
         opened = own.ipc.open_handle(handle, layout.size, own.device)
         DeviceRegion(opened.tensor, layout).prove()
+        own.ipc.complete(own.device)
         send = (_GO, b"")
     except (OutriderError, RuntimeError) as error:
         send = (_NO, str(error).encode()[:MOST_FRAME])
@@ -88,13 +88,19 @@ def exchange(
     return SharedMailbox(mine, opened, layout, side)
 
 
-def _allocated(layout: DeviceLayout, own: DeviceSide | None, side: str) -> Any:
+def _allocated(layout: DeviceLayout, own: DeviceSide | None, side: str, canary: int) -> Any:
     if own is None:
-        raise NoDeviceMemory(f"the model of the {side} service does not run on a CUDA device")
+        raise NoDeviceMemory(
+            f"the model of the {side} service takes no turns on a device: it does not run on CUDA, "
+            "or not by kernels"
+        )
     reason = own.ipc.why_not(own.device)
     if reason is not None:
         raise NoDeviceMemory(reason)
-    return own.ipc.allocate(layout.size, own.device)
+    memory = own.ipc.allocate(layout.size, own.device)
+    DeviceRegion(memory.tensor, layout).format(canary)
+    own.ipc.complete(own.device)  # the other side's stream does not wait for ours
+    return memory
 
 
 def _turn(peer: socket.socket, word: bytes, content: bytes) -> bytes:

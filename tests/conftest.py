@@ -190,6 +190,12 @@ def linked() -> Any:
 
 
 @pytest.fixture(scope="session")
+def faults() -> Any:
+    """The module tests/faults.py: services that share memory, harmed in mid-request."""
+    return _helper("faults")
+
+
+@pytest.fixture(scope="session")
 def device() -> Any:
     """The module tests/device.py: a device played by the host."""
     return _helper("device")

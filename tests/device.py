@@ -117,6 +117,9 @@ class HostMemory:
             raise CudaIpcError("cuIpcOpenMemHandle: invalid handle")
         return Allocation(found, b"")
 
+    def complete(self, device: torch.device) -> None:
+        pass
+
 
 class HostedRunner(CudaRunner):
     """The CUDA runner over the references of its kernels; ``streams``: one for each mailbox."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +41,17 @@ class Pair:
 
     services: dict[str, Any]
     processes: Any
-    fakes: Any
     stub: rpc.GenerationStub
     watch: Watch
+    link: str
+    plain: Callable[[list[int], int], list[int]]
+    """The tokens of an undisturbed run, so many after a prompt."""
+    prompts: Sequence[list[int]] = tuple([9, 9, last] for last in range(300))
+    """What to ask for, """
+    lengths: tuple[int, int] = (150, 220)
+    """how many tokens at least, and fewer than that many,"""
+    most_k: int = 7
+    """and with which K at most, where it is harmed."""
     names: set[str] = field(default_factory=set)
     """Sockets of hand-overs that were seen."""
 
@@ -57,25 +65,25 @@ class Pair:
         """Runs one request; its tokens must be those of an undisturbed run."""
         request = pb.GenerateRequest(
             prompt_token_ids=pb.TokenIds(ids=prompt),
-            stopping=pb.StopConditions(max_new_tokens=count),
+            stopping=pb.StopConditions(max_new_tokens=count, ignore_eos=True),
             speculation=pb.SpeculationParameters(k=k),
         )
         ids: list[int] = []
-        async for message in self.stub.Generate(request, timeout=60):
+        async for message in self.stub.Generate(request, timeout=120):
             ids.extend(message.delta.token_ids)
-        assert ids == self.fakes.plain(prompt, count)
+        assert ids == self.plain(prompt, count)
 
     async def shared(self) -> bool:
         """Whether the services share memory, as the coordinator sees it."""
-        return bool((await self.stub.Info(pb.InfoRequest())).link == "shm")
+        return bool((await self.stub.Info(pb.InfoRequest())).link == self.link)
 
     async def settled(self) -> None:
         """Free rounds run over shared memory again, and nothing of earlier mailboxes is left."""
 
         async def freely() -> bool:
-            before = self.watch.rounds["shm"]
-            await self.generate([9, 9, before % 300], 24, 3)
-            return self.watch.rounds["shm"] > before
+            before = self.watch.rounds[self.link]
+            await self.generate(self.prompts[before % len(self.prompts)], 24, 3)
+            return self.watch.rounds[self.link] > before
 
         async def tidy() -> bool:
             info = await self.stub.Info(pb.InfoRequest())
@@ -89,8 +97,6 @@ class Pair:
         await until(self.shared)
         await until(freely)
         await until(tidy)
-        for role in self.services:
-            assert not any("/dev/shm/" in line for line in self.processes.mapped(self.pid(role)))
         self.names |= self.processes.abstract_names(self.pid("verify"))
 
 
@@ -104,18 +110,19 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0)
 
 @asynccontextmanager
 async def coordinator(
-    services: dict[str, Any], processes: Any, fakes: Any, **settings: Any
+    services: dict[str, Any],
+    processes: Any,
+    plain: Callable[[list[int], int], list[int]],
+    **settings: Any,
 ) -> AsyncIterator[Pair]:
     """A coordinator of its own over ``services``."""
     folder = services["draft"].log.parent
+    given: dict[str, Any] = {"tokenizer": str(folder), "drain_seconds": 1.0, "link": "shm"}
     config = CoordinatorConfig(
         listen=f"unix:{folder}/coordinator",
         base_target=services["verify"].listen,
         draft_target=services["draft"].listen,
-        tokenizer=str(folder),
-        drain_seconds=1.0,
-        link="shm",
-        **settings,
+        **given | settings,
     )
     stop, watch = asyncio.Event(), Watch()
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -128,7 +135,7 @@ async def coordinator(
             await task
         async with grpc.aio.insecure_channel(config.listen) as channel:
             stub = rpc.GenerationStub(channel)
-            yield Pair(services, processes, fakes, stub, watch)
+            yield Pair(services, processes, stub, watch, config.link, plain)
     finally:
         stop.set()
         await task

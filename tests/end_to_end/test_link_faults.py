@@ -9,12 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import signal
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +22,6 @@ from outrider.shared.mailboxes import MOST_MAILBOXES
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 FAULTS = int(os.environ.get("OUTRIDER_FAULTS", "8"))
-NOTICE_SECONDS = 2.0
-# What is done to whom: "pause" goes on later, "hang" is killed later. By default each comes once.
-KINDS = [
-    (victim, kind)
-    for stopped in ("pause", "hang")
-    for victim in ("draft", "verify")
-    for kind in ("kill", stopped)
-]
-
-
-@dataclass
-class Notice:
-    """How the survivor of a fault came to know of it."""
-
-    victim: str
-    kind: str
-    how: str
-    seconds: float
 
 
 @pytest.fixture
@@ -65,52 +43,6 @@ def services(
         one.kill()
 
 
-async def noticed(pair: Any, victim: str, kind: str) -> Notice:
-    """Harms ``victim`` and waits until the other service knows."""
-    survivor = "verify" if victim == "draft" else "draft"
-    bells, alone = pair.bells(survivor), pair.watch.rounds["grpc"]
-    assert len(bells) == 1
-    began = time.monotonic()
-    pair.services[victim].signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    went_on = 0.0
-    while (now := time.monotonic() - began) < NOTICE_SECONDS:
-        if not bells & pair.bells(survivor):
-            return Notice(victim, kind, "closed its doorbell", now)
-        if victim == "draft" and not went_on and pair.watch.rounds["grpc"] > alone + 1:
-            went_on = now
-            if kind != "kill":  # it gave the draft up for this time, not the mailbox
-                return Notice(victim, kind, "went on alone", now)
-        await asyncio.sleep(0.002)
-    # It fell between two grants: nobody was waiting at the doorbell.
-    return Notice(victim, kind, "did not wait", went_on)
-
-
-async def harm(pair: Any, rng: random.Random, victim: str, kind: str) -> Notice:
-    """One fault in the midst of three requests, and all that has to be well afterwards."""
-    before = pair.watch.rounds["shm"]
-    calls = [
-        asyncio.create_task(
-            pair.generate([rng.randrange(300) for _ in range(4)], rng.randrange(150, 220), k)
-        )
-        for k in (rng.randrange(1, 8), rng.randrange(1, 8), rng.randrange(1, 8))
-    ]
-    rounds = before + rng.randrange(1, 25)
-    while pair.watch.rounds["shm"] < rounds and not any(call.done() for call in calls):
-        await asyncio.sleep(0)
-    await asyncio.sleep(rng.random() * 0.01)  # at any point of a round
-    assert not all(call.done() for call in calls)
-    notice = await noticed(pair, victim, kind)
-    one = pair.services[victim]
-    if kind == "pause":
-        one.signal(signal.SIGCONT)
-    else:
-        await asyncio.to_thread(one.kill)
-        await asyncio.to_thread(one.start)
-    await asyncio.gather(*calls)
-    await pair.settled()
-    return notice
-
-
 def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
     services: Any, linked: Any, processes: Any, fakes: Any, short_folder: Path
 ) -> None:
@@ -121,7 +53,8 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
     draft, pid = pair["draft"], os.getpid()
 
     async def run() -> None:
-        async with linked.coordinator({"verify": base, "draft": draft}, processes, fakes) as both:
+        both_services = {"verify": base, "draft": draft}
+        async with linked.coordinator(both_services, processes, fakes.plain) as both:
             before = processes.mailboxes(pid)[0]
             call = asyncio.create_task(both.generate([5, 6, 7], 150, 3))
 
@@ -162,7 +95,7 @@ def test_faults_coordinators_that_come_and_go_leave_no_mailbox(
 
     async def run() -> None:
         for _ in range(MOST_MAILBOXES + 2):
-            async with linked.coordinator(pair, processes, fakes) as both:
+            async with linked.coordinator(pair, processes, fakes.plain) as both:
                 await both.generate([3, 1, 4], 24, 3)
                 assert both.watch.rounds["shm"] > 0
         await linked.until(tidy)
@@ -170,43 +103,30 @@ def test_faults_coordinators_that_come_and_go_leave_no_mailbox(
     asyncio.run(run())
 
 
-def report(notices: list[Notice]) -> None:
-    """A line for each victim, kind and way of noticing."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for one in notices:
-        groups.setdefault((one.victim, one.kind, one.how), []).append(one.seconds)
-    for (victim, kind, how), seconds in sorted(groups.items()):
-        print(
-            f"{victim:6} {kind:5} {how:19} {len(seconds):3} times, after "
-            f"{statistics.median(seconds):.3f} s (median), {max(seconds):.3f} s (most)"
-        )
-
-
 @pytest.mark.timeout(1800)
 # A draft that stands still is given up by patience or by its heartbeat, whichever comes first.
 @pytest.mark.parametrize(("patience", "first"), [(1.0, 0), (5.0, 4)])
 def test_faults_change_no_token_and_leave_nothing_behind(
-    services: Any, linked: Any, processes: Any, fakes: Any, patience: float, first: int
+    services: Any, linked: Any, processes: Any, fakes: Any, faults: Any, patience: float, first: int
 ) -> None:
     pair = services(verify={"seconds_per_round": 0.003}, draft={"seconds_per_round": 0.001})
     rng = random.Random(first)
-    notices: list[Notice] = []
+    notices: list[Any] = []
     names: set[str] = set()
 
     async def run() -> None:
         async with linked.coordinator(
-            pair, processes, fakes, draft_patience_seconds=patience
+            pair, processes, fakes.plain, draft_patience_seconds=patience
         ) as both:
             await both.settled()
             for number in range(first, first + FAULTS // 2):
-                notices.append(await harm(both, rng, *KINDS[number % len(KINDS)]))
+                notices.append(await faults.harm(both, rng, number))
             names.update(both.names)
+            for one in pair.values():  # memory without a name
+                assert not any("/dev/shm/" in line for line in processes.mapped(one.pid))
 
     asyncio.run(run())
-    report(notices)
-    between = [one for one in notices if one.how == "did not wait"]
-    assert len(between) <= max(1, len(notices) // 10)
-    assert all(one.seconds < NOTICE_SECONDS for one in notices)
+    faults.check(notices)
     for one in pair.values():
         one.kill()
         assert "Traceback" not in one.log.read_text()
