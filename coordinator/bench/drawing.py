@@ -163,7 +163,8 @@ def hardware_note(figures: dict[str, Any], *more: str) -> str:
     """The small print: what ran where."""
     hardware = figures.get("hardware", {})
     versions = hardware.get("versions", {})
-    parts = [*more, hardware.get("processor", ""), f"{hardware.get('cores', '?')} cores"]
+    parts = [*more, *hardware.get("accelerators", [])]
+    parts += [hardware.get("processor", ""), f"{hardware.get('cores', '?')} cores"]
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     return ", ".join(part for part in parts if part)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,10 +16,11 @@ _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton"
 
 
 def describe() -> dict[str, object]:
-    """Processor, cores, operating system and versions of what matters."""
+    """Processor, cores, accelerators, operating system and versions of what matters."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
+        "accelerators": accelerators(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -25,6 +28,19 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: v for name in _PACKAGES if (v := _version(name))},
     }
+
+
+def accelerators() -> list[str]:
+    """Names and drivers of NVIDIA's GPUs here; none where their driver says nothing."""
+    # Asked of the driver's own program: torch may not be loaded here, and takes seconds to.
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    asked = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [", driver ".join(line.split(", ")) for line in found.splitlines()]
 
 
 def read_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:

@@ -25,7 +25,7 @@ def _rounds(figures: dict[str, Any]) -> Any:
         "A round over each link, ms",
         _note(
             figures,
-            f"{figures['prompts']} prompts, {figures['max_new_tokens']} new tokens, "
+            f"prompts: {figures['prompts']}, new tokens: {figures['max_new_tokens']}, "
             f"median of {figures['repeats']} repeats",
         ),
         1,
