@@ -41,7 +41,7 @@ Variant = tuple[str, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--links", type=_links, default=["grpc", "shm"], help="default: grpc,shm")
+    parser.add_argument("--links", type=names, default=["grpc", "shm"], help="default: grpc,shm")
     parser.add_argument(
         "--in-process",
         action=argparse.BooleanOptionalAction,
@@ -174,7 +174,8 @@ def _figures(variant: Variant, runs: Mapping[Variant, list[Run]]) -> dict[str, o
     return made
 
 
-def _links(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Links as a flag has them, by commas."""
     links = text.split(",")
     for link in links:
         if link not in LINKS:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench import arena_plots, drawing, link_plots, speed_plots
+from outrider.coordinator.bench import arena_plots, drawing, link_plots, speed_plots, timeline_plots
 from outrider.shared.config import Config
 from outrider.shared.errors import ConfigError
 
@@ -17,6 +17,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rollback": arena_plots.draw,
     "copy_bandwidth": speed_plots.draw_step,
     "bare": link_plots.draw,
+    "timelines": timeline_plots.draw,
     "variants": speed_plots.draw_bench,
 }
 
@@ -57,7 +58,7 @@ def render(file: Path) -> dict[str, str]:
                     for part, figure in draw(figures).items()
                 }
     raise ConfigError(
-        f"{file} holds no figures of `outrider bench`, its arena, step or links study"
+        f"{file} holds no figures of `outrider bench`, its arena, step, links or timeline study"
     )
 
 

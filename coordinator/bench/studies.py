@@ -13,6 +13,7 @@ STUDIES = {
     "plant": ("plant", "make a checkpoint of any true size with known acceptance"),
     "step": ("step", "step times of one model process, with the share of the ceiling"),
     "links": ("links", "rounds over grpc and shared memory, against one process"),
+    "timeline": ("timeline", "who works when, draft and base, over each link"),
     "arena": ("arena", "rollback, admission and append against transformers' caches"),
     "plot": ("plot", "SVG plots of the figures that were written with --json"),
     "tracing": ("tracing", "what it costs to trace every round"),

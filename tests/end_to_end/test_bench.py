@@ -38,6 +38,21 @@ def test_bench_links_has_the_same_tokens_over_every_link(
     assert "against in-process" in shown and "link alone" in shown
 
 
+def test_bench_timeline_shows_turns_that_follow_each_other(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "timeline.json"
+    arguments = ["bench", "timeline", "--base", str(tiny_base), "--draft", str(tiny_base)]
+    arguments += ["--links", "shm", "--prompt-tokens", "9", "--rounds", "5"]
+    assert cli.main([*arguments, "--max-new-tokens", "60", "--json", str(written)]) == 0
+    (shm,) = json.loads(written.read_text())["timelines"]
+    assert [one["service"] for one in shm["turns"]] == ["draft", "verify"] * 5
+    # Draft and base wait for each other; a span ends a little after its word is sent.
+    for before, after in zip(shm["turns"], shm["turns"][1:], strict=False):
+        assert before["begin"] < after["begin"] and before["end"] < after["end"]
+    assert "neither" in capsys.readouterr().out
+
+
 def test_bench_in_process_measures_both_models_and_has_the_same_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

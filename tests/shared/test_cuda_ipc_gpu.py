@@ -16,7 +16,7 @@ from outrider.shared.device_mailbox import DeviceLayout, DeviceRegion
 
 pytestmark = pytest.mark.gpu
 LAYOUT = DeviceLayout(4, 4)
-ROUNDS = 200
+ROUNDS = 100
 
 CHILD = """
 import sys, torch
@@ -29,12 +29,20 @@ own = cuda_ipc.allocate(layout.size, device)
 mine, theirs = DeviceRegion(own.tensor, layout), DeviceRegion(other.tensor, layout)
 mine.format(1)
 theirs.prove()
+cuda_ipc.complete(device)
 print(own.handle.hex(), flush=True)
 stream = cuda_ipc.CudaStream(device, Graphs(enabled=True))
-for turn in range(1, 1 + int(sys.stdin.readline())):
+def add():
+    theirs.proposals.copy_(mine.proposals + 1)
+for _ in range(2):  # the second time it is captured, which waits for the device
+    stream.run("turn", add)
+cuda_ipc.complete(device)
+print("ready", flush=True)
+for turn in range(2, 2 + int(sys.stdin.readline())):
     stream.wait(mine.bell, turn)
-    stream.run("turn", lambda: theirs.proposals.copy_(mine.proposals + 1))
+    stream.run("turn", add)
     stream.write(theirs.bell, turn)
+print("queued", flush=True)
 torch.cuda.synchronize()
 print("done", flush=True)
 sys.stdin.readline()
@@ -63,19 +71,33 @@ def test_streams_of_two_processes_take_turns_in_device_memory(
     own = cuda_ipc.allocate(LAYOUT.size, device)
     mine = DeviceRegion(own.tensor, LAYOUT)
     mine.format(0xABCDEF)
+    cuda_ipc.complete(device)
     print(own.handle.hex(), file=child.stdin, flush=True)
     other = cuda_ipc.open_handle(bytes.fromhex(child.stdout.readline()), LAYOUT.size, device)
     theirs = DeviceRegion(other.tensor, LAYOUT)
     assert mine.proven(0xABCDEF)
-    print(ROUNDS, file=child.stdin, flush=True)
     stream = cuda_ipc.CudaStream(device, Graphs(enabled=True))
-    # Queued ahead, all of them: no processor stands between the turns.
+
+    def add() -> None:
+        theirs.proposals.copy_(mine.proposals + 1)
+
+    for _ in range(2):  # the second time it is captured, which waits for the device
+        stream.run("turn", add)
+    cuda_ipc.complete(device)
+    assert child.stdout.readline() == "ready\n"
+    for region in (mine, theirs):
+        region.proposals.zero_()
+    # Queued ahead by both sides, all of them: no processor stands between the turns.
+    stream.wait(mine.bell, 1)
     began = stream.mark()
-    for turn in range(1, 1 + ROUNDS):
-        stream.run("turn", lambda: theirs.proposals.copy_(mine.proposals + 1))
+    for turn in range(2, 2 + ROUNDS):
+        stream.run("turn", add)
         stream.write(theirs.bell, turn)
         stream.wait(mine.bell, turn)
     done = stream.mark()
+    print(ROUNDS, file=child.stdin, flush=True)
+    assert child.stdout.readline() == "queued\n"
+    stream.release(mine.bell, 1)
     torch.cuda.synchronize()
     assert child.stdout.readline() == "done\n"
     assert mine.proposals.unique().tolist() == [2 * ROUNDS]

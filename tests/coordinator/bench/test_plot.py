@@ -93,6 +93,22 @@ LINKS = {
         )
     ],
 }
+TIMELINE = {
+    "hardware": MACHINE,
+    "device": "Some GPU",
+    "cuda_mps": True,
+    "k": 3,
+    "timelines": [
+        {
+            "link": link,
+            "turns": [
+                {"service": "draft", "begin": 0.0, "end": 3.0},
+                {"service": "verify", "begin": 3.0 + wait, "end": 10.0},
+            ],
+        }
+        for link, wait in (("grpc", 2.0), ("shm", 1.0))
+    ],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -162,10 +178,19 @@ def test_link_plots_hold_series_and_numbers(tmp_path: Path) -> None:
     assert {"grpc, two exchanges", "shm", "589, p99 1,200", "84, p99 153"} <= bare
 
 
+def test_timeline_plot_holds_lanes_and_shares(tmp_path: Path) -> None:
+    plots = drawn(TIMELINE, tmp_path)
+    assert list(plots) == ["some.svg"]
+    found = words(plots["some.svg"])
+    assert {"grpc: draft", "grpc: base", "shm: draft", "shm: base", "30%"} <= found
+    assert {"50%, neither 20%", "60%, neither 10%"} <= found
+    assert any("with CUDA MPS" in word for word in found)
+
+
 def test_every_colour_of_text_and_ground_has_one_for_dark_screens(tmp_path: Path) -> None:
     from outrider.coordinator.bench.drawing import SERIES
 
-    for figures in (ARENA, STEP, BENCH, LINKS):
+    for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE):
         for text in drawn(figures, tmp_path).values():
             rules = text[text.index("@media (prefers-color-scheme: dark)") :].split("</style>")[0]
             used = set(re.findall(r'style="[^"]*?(?:fill|stroke): (#\w{6})', text))
