@@ -179,6 +179,8 @@ class RoundsServicer:
 
     def Info(self, request: Any, context: Any) -> Any:
         """Describes the model and its limits."""
+        # First: a stream that is no longer counted has given back what it held.
+        streams = self._streams
         info = self._ready().info()
         return pb.ServiceInfoResponse(
             version=metadata.version("outrider"),
@@ -198,7 +200,7 @@ class RoundsServicer:
             sequences=info.sequences,
             max_k=info.max_k,
             eos_token_ids=info.eos_token_ids,
-            streams=self._streams,
+            streams=streams,
             resident_bytes=resident_bytes(),
             memory_bandwidth=self.memory_bandwidth,
             grants=True,

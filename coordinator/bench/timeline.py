@@ -60,9 +60,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 dataclasses.replace(config, telemetry=traced), own, environment=environment
             ) as deployed,
         ):
-            traces = {
-                link: _request(deployed.coordinators[link], args, link) for link in args.links
-            }
+            traces = {link: _request(deployed.coordinators[link], args) for link in args.links}
         spans = list(turns(file.read_text("utf-8")))
     figures = {
         "timelines": [
@@ -141,7 +139,7 @@ def table(figures: Mapping[str, Any]) -> str:
     return tables.markdown(["link", "round ms", "draft works", "base works", "neither"], rows)
 
 
-def _request(target: str, args: argparse.Namespace, link: str) -> tuple[str, str]:
+def _request(target: str, args: argparse.Namespace) -> tuple[str, str]:
     """Runs a request twice, the second time traced; its trace, and the base's device."""
     (prompt,) = command.prompts(1, args.prompt_tokens)
     request = pb.GenerateRequest(

@@ -469,7 +469,9 @@ def test_service_origins_and_statistics_agree(services: Make, client_of: Make, a
             assert figures.proposed_by_position[3] <= figures.proposed_by_position[0]
             seconds = figures.seconds
             parts = seconds.queue + seconds.prefill + seconds.draft + seconds.verify
-            assert parts + seconds.overhead == pytest.approx(seconds.total, rel=0.05)
+            # What is missing is the time between the rounds, more of it on a busy machine.
+            rest = seconds.total - (parts + seconds.overhead)
+            assert -0.01 * seconds.total <= rest <= 0.05 * seconds.total + 0.1
             assert seconds.verify >= 0.002 * (figures.rounds - 1)
             assert seconds.draft >= 0.001 * (figures.rounds - 2)
 
