@@ -157,7 +157,7 @@ class CudaRunner(LlamaRunner):
         return logits
 
     def _logits_of(self, spans: Sequence[Span], wanted: int) -> None:
-        rows, queries = self._place(spans)
+        rows, queries = self._bring(spans)
         picks: list[int] = []
         begin = 0
         for span in spans:
@@ -211,7 +211,7 @@ class CudaRunner(LlamaRunner):
         proposals: Sequence[Sequence[int]],
         sparse: Sequence[Sequence[SparseRow]],
     ) -> list[tuple[int, int]]:
-        _, queries = self._place(spans)
+        _, queries = self._bring(spans)
         host, rows = self._inputs.host, 0
         self._draws.begin()
         drawn = 0
@@ -311,7 +311,7 @@ class CudaRunner(LlamaRunner):
     def _propose(
         self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
     ) -> list[list[int]]:
-        rows, queries = self._place(spans)
+        rows, queries = self._bring(spans)
         host, begin, steps = self._inputs.host, 0, max(ks)
         host["active"][:] = 0
         for s, (span, d, k) in enumerate(zip(spans, decodings, ks, strict=True)):
@@ -364,7 +364,7 @@ class CudaRunner(LlamaRunner):
         ends = [span.start + len(span.tokens) + self._max_k for span in spans]
         return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
 
-    def _place(self, spans: Sequence[Span]) -> tuple[int, int]:
+    def _bring(self, spans: Sequence[Span]) -> tuple[int, int]:
         """Writes where the rows stand; returns (rows, most rows of one sequence)."""
         if self._pending:
             # The copy of the step before may still read the buffer.

@@ -41,7 +41,7 @@ class DeviceSide:
 
 def side_of(engine: Any) -> DeviceSide | None:
     """What ``engine`` brings along; None where its device takes no turns by itself."""
-    runner = getattr(engine, "runner", None)
+    runner: Any = getattr(engine, "runner", None)
     return DeviceSide(runner.storage.device) if hasattr(runner, "turns") else None
 
 

@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from outrider.coordinator.bench.planted import SHAPES, Plan, save
+from outrider.coordinator.bench.planted import Plan, save
+from outrider.coordinator.bench.shapes import SHAPES
 from outrider.shared.config import Config
 
 

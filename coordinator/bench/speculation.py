@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -181,8 +181,8 @@ def summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str,
     return made
 
 
-def _per_round(seconds: object) -> float:
-    return 1e3 * statistics.median(seconds)  # type: ignore[call-overload, no-any-return]
+def _per_round(seconds: Iterable[float]) -> float:
+    return 1e3 * statistics.median(seconds)
 
 
 def _model(model: pb.ModelDescription) -> dict[str, object]:

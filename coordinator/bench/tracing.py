@@ -35,7 +35,8 @@ from outrider.coordinator.records import RequestRecord, RoundRecord, SequenceRou
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider.shared import pair
-from outrider.shared.config import Config, TelemetryConfig
+from outrider.shared.config import Config
+from outrider.shared.telemetry_config import TelemetryConfig
 from outrider.shared.types import Decoding
 
 MODES = ("off", "sampled out", "traced")

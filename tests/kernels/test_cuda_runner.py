@@ -52,13 +52,12 @@ def runners(emulated):
         path="tiny", device="cpu", dtype="bfloat16", arena_bytes=1 << 18, max_sequences=4
     )
 
-    def make(seed: int = 0):
+    def make(seed: int = 0, **changes):
         plain = make_runner(model(seed), config)
         other = make_runner(model(seed), config)
-        kernels = CudaRunner(
-            other._model, replace(other.facts, runner="cuda"), other.storage, max_k=4, calls=calls
-        )
-        return plain, kernels
+        facts = replace(other.facts, runner="cuda")
+        changes = {"max_k": 4, "calls": calls} | changes
+        return plain, CudaRunner(other._model, facts, other.storage, **changes)
 
     return make
 
@@ -82,6 +81,17 @@ def test_logits_agree_with_the_plain_runner_and_do_not_depend_on_the_cut(runners
     pieces = logits_of(kernels, tokens, [66, 1, 3])
     assert torch.equal(whole, pieces)
     assert float((whole - expected).norm() / expected.norm()) < 0.02
+
+
+@torch.inference_mode()
+def test_long_spans_may_take_the_librarys_products(runners):
+    plain, kernels = runners(exact=False)
+    tokens = torch.randint(0, VOCAB, (90,)).tolist()
+    expected = logits_of(plain, tokens, [70, 20])
+    found = logits_of(kernels, tokens, [70, 20])
+    assert torch.equal(found[:70], expected[:70])  # the very same way
+    rest = found[70:] - expected[70:].float()
+    assert float(rest.norm() / expected[70:].float().norm()) < 0.02
 
 
 def generate(verify, draft, prompt, count, k, decoding):
