@@ -66,9 +66,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
     workload = Workload(prompts=prompts, max_new_tokens=args.max_new_tokens)
     yardstick = InProcess(config) if args.in_process else None
     own = {link: LINKS[link] for link in args.links}
+    log = sys.stderr if args.verbose else None
     with (
         cuda_mps.daemon(args.cuda_mps) as environment,
-        deployments(config, own, environment=environment) as deployed,
+        deployments(config, own, log=log, environment=environment) as deployed,
     ):
         runs, info = asyncio.run(_measure(args, deployed.coordinators, workload, yardstick))
         bare = bare_links.measure(deployed, args.links)
