@@ -172,7 +172,7 @@ def test_service_deadline_gives_finished_and_then_the_status(
 def test_service_waits_its_turn_when_the_arena_is_full(
     fakes: ModuleType, services: Make, client_of: Make, ask: Make
 ) -> None:
-    base = services("verify", arena_tokens=160, seconds_per_round=0.001)  # room for two
+    base = services("verify", arena_tokens=160, seconds_per_round=0.02)  # room for two
 
     async def run() -> None:
         async with client_of(base) as client:
@@ -187,7 +187,10 @@ def test_service_waits_its_turn_when_the_arena_is_full(
             for i in range(6):
                 tasks.append(asyncio.create_task(one(i)))
                 await asyncio.sleep(0.02)
-            assert (await client.info()).waiting > 0
+            while not (await client.info()).waiting:
+                assert not order, "nobody had to wait"
+                await asyncio.sleep(0.01)
+            base.toy.seconds_per_round = 0.0
             await asyncio.gather(*tasks)
             assert order == sorted(order)  # first come, first served
 

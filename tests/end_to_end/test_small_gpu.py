@@ -68,7 +68,8 @@ def test_pair_of_3b_and_1b_with_four_long_sequences_fits_in_15_gib(
         assert one.written[:WRITTEN] == plain.written[:WRITTEN]
         pairs = zip(one.log[one.prompt_len - 1 :], one.written, strict=False)
         assert all(successor[before] == token for before, token in pairs)
-        assert one.accepted / one.proposed == pytest.approx(0.75, abs=0.1)
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     print(f"peak: {peak[0] / GIB:.2f} GiB allocated, {peak[1] / GIB:.2f} reserved")
     assert peak[1] <= CAP
+    rate = sum(one.accepted for one in courses) / sum(one.proposed for one in courses)
+    assert rate == pytest.approx((0.8 + 0.8**2) / 2, abs=0.1)
