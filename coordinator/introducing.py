@@ -36,7 +36,6 @@ class Introduction:
             max_sequences=config.max_running,
             max_k=max(1, config.max_k),
             row_entries=config.draft_top,
-            on_device=config.link == "cuda-ipc",
         )
         """What one round in the mailbox may hold."""
         self._targets = (config.base_target, config.draft_target)
@@ -92,6 +91,16 @@ class Introduction:
         draft = self._draft_link
         return self._verify_link.up and draft is not None and draft.up
 
+    @property
+    def _on_one_device(self) -> bool:
+        """Whether device memory is asked for: by name, or since both run on one device, which
+        takes turns by itself. Two devices are left to who asks by name."""
+        if self._wanted != "auto":
+            return self._wanted == "cuda-ipc"
+        links = (self._verify_link, self._draft_link)
+        found = {one.info.device_uuid if one and one.info else "" for one in links}
+        return len(found) == 1 and "" not in found
+
     def _possible(self) -> bool:
         """Whether it is worth asking at all; sets the reason where not."""
         if self._wanted == "grpc":
@@ -110,8 +119,10 @@ class Introduction:
         draft = self._draft_link
         if self.mailbox or draft is None or not self._both_up or not self._possible():
             return
+        request = pb.OfferMailboxRequest(on_device=self._on_one_device)
+        request.MergeFrom(self.limits)
         try:
-            offer = await self._verify_link.ask("OfferMailbox", self.limits)
+            offer = await self._verify_link.ask("OfferMailbox", request)
             mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
         except ServiceUnavailable as error:
             if str(error) != self.reason:
@@ -124,4 +135,5 @@ class Introduction:
             self._since = time.monotonic()
             log.info("draft and verifier share a mailbox of %d bytes", offer.size)
             if offer.on_device and not mapped.on_device:
-                log.error("no device memory between draft and verifier: %s", mapped.reason)
+                level = logging.WARNING if self._wanted == "auto" else logging.ERROR
+                log.log(level, "no device memory between draft and verifier: %s", mapped.reason)

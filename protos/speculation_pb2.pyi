@@ -408,7 +408,7 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServiceInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "model", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_largest_free", "sequences", "max_k", "eos_token_ids", "streams", "resident_bytes", "memory_bandwidth", "grants")
+    __slots__ = ("version", "protocol", "model", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_largest_free", "sequences", "max_k", "eos_token_ids", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -430,6 +430,7 @@ class ServiceInfoResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     GRANTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     model: str
@@ -451,4 +452,5 @@ class ServiceInfoResponse(_message.Message):
     resident_bytes: int
     memory_bandwidth: float
     grants: bool
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ...) -> None: ...
+    device_uuid: str
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ...) -> None: ...

@@ -74,7 +74,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def device_uuid(device: torch.device) -> str:
-    """The device's own identity, the same in every process whatever it numbers its devices."""
+    """The device's own identity, the same in every process, whatever number it has there."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

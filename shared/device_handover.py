@@ -36,7 +36,13 @@ class DeviceSide:
 
     device: torch.device
     ipc: Any = cuda_ipc
-    """``why_not``, ``allocate``, ``open_handle`` and ``complete`` as in ``cuda_ipc``."""
+    """``device_uuid``, ``why_not``, ``allocate``, ``open_handle`` and ``complete`` as in
+    ``cuda_ipc``."""
+
+    @property
+    def uuid(self) -> str:
+        """Identity of the device, the same for every process."""
+        return str(self.ipc.device_uuid(self.device))
 
 
 def side_of(engine: Any) -> DeviceSide | None:

@@ -181,6 +181,7 @@ class RoundsServicer:
         """Describes the model and its limits."""
         # First: a stream that is no longer counted has given back what it held.
         streams = self._streams
+        device = self._mailboxes.device
         info = self._ready().info()
         return pb.ServiceInfoResponse(
             version=metadata.version("outrider"),
@@ -204,6 +205,7 @@ class RoundsServicer:
             resident_bytes=resident_bytes(),
             memory_bandwidth=self.memory_bandwidth,
             grants=True,
+            device_uuid=device.uuid if device is not None else "",
         )
 
     def _ready(self) -> Engine:

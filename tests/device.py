@@ -103,6 +103,9 @@ class HostMemory:
     def __init__(self) -> None:
         self.allocated: dict[bytes, torch.Tensor] = {}
 
+    def device_uuid(self, device: torch.device) -> str:
+        return "the host"
+
     def why_not(self, device: torch.device) -> str | None:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -131,6 +132,27 @@ def test_device_link_gives_what_messages_give(
         free = pair.verify.free[before[0] :]
         assert max(len(item.proposal) for _, items in free for item in items) == k
         assert len(pair.draft.free) > before[1]
+
+
+@pytest.mark.parametrize(("one", "link"), [(True, "cuda-ipc"), (False, "shm")])
+def test_device_link_is_taken_by_itself_on_one_device_alone(
+    pair: SimpleNamespace,
+    client_of: Make,
+    device: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    one: bool,
+    link: str,
+) -> None:
+    if not one:
+        names = itertools.count()
+        monkeypatch.setattr(device.HostMemory, "device_uuid", lambda *_: str(next(names)))
+
+    async def run() -> None:
+        async with client_of(pair.verify, pair.draft, **settings(pair, "auto")) as client:
+            info = await client.info()
+            assert (info.link, info.link_reason) == (link, "")
+
+    asyncio.run(run())
 
 
 def test_device_link_streams_a_stop_string(
