@@ -38,10 +38,9 @@ def tuning_for(hidden: int) -> Tuning:
     many = Tuning(Tile(3, 3), Tile(3, 3), Tile(4, 3), Tile(3, 3), Tile(3, 3))
     some = Tuning(Tile(5, 3), Tile(6, 3), Tile(6, 3), Tile(6, 3), Tile(8, 2), wider=many)
     if hidden <= 2048:
-        head = Tile(8, 2, refill=True)
-        return Tuning(Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(3, 3, 2), head, 1, wider=some)
+        return Tuning(
+            Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(2, 4, 2), Tile(4, 3, 2), 1, wider=some
+        )
     if hidden <= 3072:
-        qkv, gate_up = Tile(5, 3, refill=True), Tile(4, 2, 2, refill=True)
-        head = Tile(8, 2, 2, refill=True)
-        return Tuning(qkv, Tile(3, 4), gate_up, Tile(3, 4, 2), head, wider=some)
+        return Tuning(Tile(5, 3), Tile(3, 4), Tile(4, 2, 2), Tile(3, 4), Tile(8, 2), wider=some)
     return Tuning(Tile(4, 3), Tile(4, 3), Tile(4, 2, 2), Tile(4, 3), Tile(8, 2), wider=some)
