@@ -12,8 +12,7 @@
 //
 // N >= 8, and for GATED N a multiple of 16; K a multiple of 64.
 // -D: GROUPS (row groups of 8: 1, 2, 4, 6, 8), UNITS (summed at a time), STAGES (>= 2),
-//     NORM (1: RMS norm of x first; GROUPS <= 2), EPILOGUE, MIN_BLOCKS (a multiprocessor),
-//     REFILL_AT_ONCE (0 or 1).
+//     NORM (1: RMS norm of x first; GROUPS <= 2), EPILOGUE, MIN_BLOCKS (a multiprocessor).
 #include "prelude.cuh"
 
 #define STORE 0       // out = elem(y)
@@ -28,8 +27,9 @@
 #define ITEM 1024
 #define X_IN_RING (GROUPS >= 4 && ARCH >= 80)     // else x goes straight to registers
 #define STAGE ((UNITS + (X_IN_RING ? GROUPS : 0)) * ITEM)
-// With REFILL_AT_ONCE a stage is filled anew when it has been read, which waits for those reads;
-// without it the stage before it is filled instead, and one of them stands empty meanwhile.
+// Filling a stage anew waits for its own reads where many rows leave room for few stages; with
+// few rows the stage before it is filled instead, and no read stands in the way (measured).
+#define REFILL_AT_ONCE (GROUPS >= 4)
 #define AHEAD (REFILL_AT_ONCE ? STAGES : STAGES - 1)
 #define PARTS (GROUPS >= 4 ? WARPS / 2 : WARPS)   // slices' sums held in shared memory at once
 

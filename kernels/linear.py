@@ -46,15 +46,13 @@ class Epilogue(IntEnum):
 class Tile:
     """How the CUDA kernel cuts its work; none of it changes a result.
 
-    ``units``: groups of eight columns summed at a time, an even number for ``GATED``; ``stages``:
-    of the ring, each 64 k of all units; ``blocks``: thread blocks per multiprocessor; ``refill``:
-    whether a stage is filled anew as soon as it was read, as always for more than 16 rows.
+    ``units``: groups of eight columns summed at a time; ``stages``: of the ring, each 64 k of
+    all units; ``blocks``: thread blocks per multiprocessor.
     """
 
     units: int = 4
     stages: int = 3
     blocks: int = 1
-    refill: bool = False
 
 
 PLAIN = Tile()
@@ -177,7 +175,6 @@ def _cuda(tools: Tools) -> Call:
             "MIN_BLOCKS": 2 if groups == 1 and units <= 5 else 1,
             "NORM": int(norm is not None),
             "EPILOGUE": int(epilogue),
-            "REFILL_AT_ONCE": int(groups >= 4 or tile.refill),
         }
         shared = shared_bytes(groups, units, stages, arch)
         kernel = tools.compiler.kernel("linear", "linear", defines, threads=256, shared=shared)
@@ -198,14 +195,12 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device).to(dtype)
 
-    refilled = Tile(2, 3, refill=True)
-    for rows, n, k, epilogue, norm, bias, tile in (
-        (1, 72, 512, Epilogue.STORE, True, True, PLAIN),
-        (4, 72, 512, Epilogue.STORE, True, False, refilled),
-        (5, 64, 576, Epilogue.RESIDUAL, False, False, PLAIN),
-        (9, 96, 512, Epilogue.GATED, True, False, refilled),
-        (33, 70, 256, Epilogue.STORE_FLOAT, True, False, PLAIN),
-        (64, 48, 1024, Epilogue.RESIDUAL, False, True, PLAIN),
+    for rows, n, k, epilogue, norm, bias in (
+        (1, 72, 512, Epilogue.STORE, True, True),
+        (5, 64, 576, Epilogue.RESIDUAL, False, False),
+        (9, 96, 512, Epilogue.GATED, True, False),
+        (33, 70, 256, Epilogue.STORE_FLOAT, True, False),
+        (64, 48, 1024, Epilogue.RESIDUAL, False, True),
     ):
         columns = n // 2 if epilogue == Epilogue.GATED else n
         kind = torch.float32 if epilogue == Epilogue.STORE_FLOAT else dtype
@@ -218,7 +213,6 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
             "norm": 1 + 0.1 * random(k) if norm else None,
             "bias": random(n) if bias else None,
             "residual": random(MAX_ROWS, columns) if epilogue == Epilogue.RESIDUAL else None,
-            "tile": tile,
         }
 
 

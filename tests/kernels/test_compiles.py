@@ -40,7 +40,6 @@ def variants(arch: int):
                         "NORM": int(groups <= 2),
                         "EPILOGUE": epilogue,
                         "MIN_BLOCKS": 1,
-                        "REFILL_AT_ONCE": int(groups >= 4 or epilogue == 2),
                         "BF16": bf16,
                     },
                     linear.shared_bytes(groups, units, stages, arch),
@@ -89,7 +88,6 @@ def test_linear_uses_the_tensor_cores(arch, tmp_path):
     disassembler = _disassembler()
     defines = {
         "GROUPS": 1, "UNITS": 4, "STAGES": 3, "NORM": 1, "EPILOGUE": 0, "MIN_BLOCKS": 1,
-        "REFILL_AT_ONCE": 0,
     }  # fmt: skip
     code = compile_for("linear", defines, arch, tmp_path)
     (tmp_path / "linear.cubin").write_bytes(code)
