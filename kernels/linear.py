@@ -46,8 +46,8 @@ class Epilogue(IntEnum):
 class Tile:
     """How the CUDA kernel cuts its work; none of it changes a result.
 
-    ``units``: groups of eight columns summed at a time; ``stages``: of the ring, each 64 k of
-    all units; ``blocks``: thread blocks per multiprocessor.
+    ``units``: groups of eight columns summed at a time, an even number for ``GATED``; ``stages``:
+    of the ring, each 64 k of all units; ``blocks``: thread blocks per multiprocessor.
     """
 
     units: int = 4
