@@ -86,8 +86,10 @@ def test_trace_has_one_verify_a_round_within_it(traced: Any) -> None:
         drafts = [each for each in named(spans, "draft") if each.parent == one.id]
         assert len(drafts) == (1 if one.attributes["outrider.proposed"] else 0)
         for service in (verify, *drafts):
-            # Two processes' clocks are set side by side by way of the system's.
-            assert one.start - 10**6 < service.start < service.end < one.end + 10**6
+            # Two processes' clocks are set side by side by way of the system's, and a service
+            # may have to wait for a core between its last word and its look at the clock.
+            slack = 10 * 10**6
+            assert one.start - slack < service.start < service.end < one.end + slack
     for before, after in itertools.pairwise(rounds):
         assert before.end <= after.start
 
