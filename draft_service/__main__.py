@@ -6,17 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outrider.shared import model_service, tuning
-from outrider.shared.config import ModelConfig
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.process import library_env as tuning
+from outrider.shared.rounds import program as model_service
 
 
 def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
     """Loads the model and makes the engine; torch is imported here and no earlier."""
-    from outrider.shared.locate import model_path
+    from outrider.shared.model.locate import model_path
 
     model_path(config.path)  # before seconds of imports
     from outrider.draft_service.engine import DraftEngine
-    from outrider.shared.loading import load_runner
+    from outrider.shared.model.loading import load_runner
 
     return DraftEngine(load_runner(config, progress), config.max_k)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from outrider.shared.errors import RefusalCode
-from outrider.shared.runner import Span
-from outrider.shared.sampling import RowContext, choice_noise, propose
-from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
-from outrider.shared.types import Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.core.errors import RefusalCode
+from outrider.shared.core.types import Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.model.runner import Span
+from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
+from outrider.shared.sampling.choose import RowContext, choice_noise, propose
 
 # Numbers drawn ahead at most, per round: beyond this the memory costs more than the calls.
 _NOISE_AHEAD = 1 << 22

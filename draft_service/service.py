@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from outrider.draft_service import free_running
+from outrider.draft_service import host_rounds as free_running
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared import wire
-from outrider.shared.rounds import RoundsServicer
+from outrider.shared.core import wire
+from outrider.shared.rounds.servicer import RoundsServicer
 
 
 def make_servicer() -> RoundsServicer:
@@ -19,7 +19,7 @@ def make_servicer() -> RoundsServicer:
 def _run_grant(session: Any, message: pb.DraftRequest, *rest: Any) -> Iterator[pb.DraftResponse]:
     if message.grant.on_device:
         # Imported late: torch comes with the model.
-        from outrider.draft_service import device_running
+        from outrider.draft_service import device_rounds as device_running
 
         return device_running.run(session, message, *rest)
     return free_running.run(session, message, *rest)

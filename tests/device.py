@@ -17,8 +17,8 @@ import torch
 
 from outrider.kernels import registry
 from outrider.kernels.registry import Tools
-from outrider.shared.cuda_ipc import HANDLE_BYTES, CudaIpcError
-from outrider.shared.cuda_runner import CudaRunner
+from outrider.shared.link.device.cuda_ipc import HANDLE_BYTES, CudaIpcError
+from outrider.shared.model.cuda.runner import CudaRunner
 
 
 class HostMark:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.config import ModelConfig
-from outrider.shared.loading import make_runner
-from outrider.shared.runner import Runner
-from outrider.shared.types import (
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.types import (
     Decoding,
     OpenSequence,
     PositionLogprobs,
@@ -20,6 +18,8 @@ from outrider.shared.types import (
     ProposeItem,
     VerifyItem,
 )
+from outrider.shared.model.loading import make_runner
+from outrider.shared.model.runner import Runner
 from outrider.verify_service.engine import VerifyEngine
 
 VOCAB = 97

@@ -17,12 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from outrider.draft_service import service as draft_service
-from outrider.shared import wire
-from outrider.shared.config import ServeConfig
-from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.rounds import FreeRoundMessage, add_to_server
-from outrider.shared.rpc import Server
-from outrider.shared.types import (
+from outrider.shared.config.schema import ServeConfig
+from outrider.shared.core import wire
+from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.types import (
     Decoding,
     OpenSequence,
     PositionLogprobs,
@@ -33,6 +31,8 @@ from outrider.shared.types import (
     Verdict,
     VerifyItem,
 )
+from outrider.shared.process.grpc_server import Server
+from outrider.shared.rounds.servicer import FreeRoundMessage, add_to_server
 from outrider.verify_service import service as verify_service
 
 VOCAB = 300

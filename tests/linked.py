@@ -16,11 +16,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from outrider.coordinator import service
-from outrider.coordinator.records import NoObserver, RoundRecord
+from outrider.coordinator.server import service
+from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
-from outrider.shared.config import CoordinatorConfig
+from outrider.shared.config.schema import CoordinatorConfig
 
 
 class Watch(NoObserver):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outrider.shared.mailbox import Mailbox, layout_of
+from outrider.shared.link.mailbox import Mailbox, layout_of
 
 TOY = Path(__file__).parent / "toy_service.py"
 MEMORY = "memfd:outrider-mailbox"

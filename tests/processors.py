@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from outrider.shared.types import Decoding
+from outrider.shared.core.types import Decoding
 
 
 def openai_penalties(decoding: Decoding) -> Callable[[Tensor, Tensor], Tensor]:

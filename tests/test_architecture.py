@@ -21,10 +21,10 @@ MAY_IMPORT = {
     "coordinator": {"shared", "protos"},
 }
 PURE = (
-    "outrider.shared.slots",
-    "outrider.shared.arena",
-    "outrider.coordinator.scheduler",
-    "outrider.coordinator.speculation",
+    "outrider.shared.kv.slots",
+    "outrider.shared.kv.arena",
+    "outrider.coordinator.rounds.scheduler",
+    "outrider.coordinator.rounds.choose_k",
 )
 
 

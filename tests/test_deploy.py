@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outrider.coordinator.cli import make_parser
-from outrider.shared.config import SECRETS, SECTIONS, load
-from outrider.shared.settings import allowed
+from outrider.coordinator.cli.main import make_parser
+from outrider.shared.config.schema import SECRETS, SECTIONS, load
+from outrider.shared.config.setting import allowed
 
 ROOT = Path(__file__).resolve().parents[1]
 TOML = sorted((ROOT / "deploy").rglob("*.toml"))

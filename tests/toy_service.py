@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outrider.shared import lifecycle, model_service, tuning
-from outrider.shared.config import DraftConfig, VerifyConfig, load
+from outrider.shared.config.schema import DraftConfig, VerifyConfig, load
+from outrider.shared.process import library_env as tuning
+from outrider.shared.process import lifecycle
+from outrider.shared.rounds import program as model_service
 
 SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "draft": ("draft", DraftConfig),

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.shared.noise import Stream, seed_tensor, uniform
-from outrider.shared.sampling import RowContext, choose, process, sample
-from outrider.shared.types import Decoding, PositionLogprobs, Rule, SparseRow
+from outrider.shared.core.types import Decoding, PositionLogprobs, Rule, SparseRow
+from outrider.shared.sampling.choose import RowContext, choose, process, sample
+from outrider.shared.sampling.noise import Stream, seed_tensor, uniform
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outrider.shared.errors import RefusalCode
-from outrider.shared.runner import Span
-from outrider.shared.sequences import Engine, Held, finite_rows, refusal, spans_of
-from outrider.shared.types import Refusal, Verdict, VerifyItem
+from outrider.shared.core.errors import RefusalCode
+from outrider.shared.core.types import Refusal, Verdict, VerifyItem
+from outrider.shared.model.runner import Span
+from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.verify_service.acceptance import Judged, JudgeItem, judge, malformed
 
 

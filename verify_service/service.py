@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared import wire
-from outrider.shared.ahead import ahead
-from outrider.shared.rounds import RoundsServicer
-from outrider.verify_service import free_running
+from outrider.shared.core import wire
+from outrider.shared.rounds.servicer import RoundsServicer
+from outrider.verify_service import host_rounds as free_running
+from outrider.verify_service.prefetch import ahead
 
 REPORTS_AHEAD = 16
 """Rounds that a grant may be ahead of what the coordinator has been told."""
@@ -23,7 +23,7 @@ def make_servicer() -> RoundsServicer:
 def _run_grant(session: Any, message: pb.VerifyRequest, *rest: Any) -> Iterator[pb.VerifyResponse]:
     if message.grant.on_device:
         # Imported late: torch comes with the model.
-        from outrider.verify_service import device_running
+        from outrider.verify_service import device_rounds as device_running
 
         return ahead(device_running.run(session, message, *rest), REPORTS_AHEAD)
     return ahead(free_running.run(session, message, *rest), REPORTS_AHEAD)

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from outrider.coordinator.bench import ceiling, hardware, speculation, tables
+from outrider.coordinator.bench import hardware, tables
+from outrider.coordinator.bench import workload as speculation
+from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
-from outrider.shared.config import Config
-from outrider.shared.errors import ConfigError
+from outrider.shared.config.schema import Config
+from outrider.shared.core.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +68,8 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
         raise ConfigError(
             f"--concurrency: got {arguments.concurrency}; with --in-process it must be 1"
         )
-    from outrider.coordinator import tokenizer
-    from outrider.coordinator.bench.in_process import InProcess
+    from outrider.coordinator.bench.studies.in_process import InProcess
+    from outrider.coordinator.requests.text import tokenizer
 
     workload = _workload(arguments)
     encode = tokenizer.load(config.coordinator.tokenizer).encode

@@ -14,10 +14,10 @@ import grpc
 import grpc.aio
 import pytest
 
-from outrider.coordinator import service
+from outrider.coordinator.server import service
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
-from outrider.shared.config import CoordinatorConfig, DraftConfig, ServeConfig, VerifyConfig
+from outrider.shared.config.schema import CoordinatorConfig, DraftConfig, ServeConfig, VerifyConfig
 
 
 class Result:
@@ -184,8 +184,8 @@ def _start_model(
     ``rows``: of each round. ``free``: of each round that it ran by itself, the number of the
     grant's message and the items.
     """
-    from outrider.shared.rounds import FreeRoundMessage, add_to_server
-    from outrider.shared.rpc import Server
+    from outrider.shared.process.grpc_server import Server
+    from outrider.shared.rounds.servicer import FreeRoundMessage, add_to_server
 
     if role == "draft":
         from outrider.draft_service.__main__ import build

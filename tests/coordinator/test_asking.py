@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.asking import request_of
-from outrider.coordinator.cli import make_parser
-from outrider.coordinator.display import Sample
+from outrider.coordinator.cli.display import Sample
+from outrider.coordinator.cli.generate_request import request_of
+from outrider.coordinator.cli.main import make_parser
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.errors import InvalidRequest
+from outrider.shared.core.errors import InvalidRequest
 
 
 def asked(*words: str, prompt: str = "hi") -> pb.GenerateRequest:

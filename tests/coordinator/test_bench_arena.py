@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.bench import arena
+from outrider.coordinator.bench.studies import arena
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.chat import ChatTemplate
-from outrider.shared.errors import InvalidRequest
+from outrider.coordinator.requests.text.chat import ChatTemplate
+from outrider.shared.core.errors import InvalidRequest
 
 TALK = [
     {"role": "system", "content": "Be brief."},

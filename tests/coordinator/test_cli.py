@@ -14,11 +14,11 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator import cli
+from outrider.coordinator.cli import main as cli
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 
-CLI = "outrider.coordinator.cli"
+CLI = "outrider.coordinator.cli.main"
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
 

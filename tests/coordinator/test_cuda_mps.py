@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator import cuda_mps
-from outrider.shared.errors import ConfigError
+from outrider.coordinator.local import cuda_mps
+from outrider.shared.core.errors import ConfigError
 
 STAND_IN = """#!/bin/sh
 if [ "$1" = "-d" ]; then

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from outrider.coordinator.detokenize import KEEP, WINDOW, Detokenizer
-from outrider.coordinator.tokenizer import Tokenizer
+from outrider.coordinator.requests.text.detokenize import KEEP, WINDOW, Detokenizer
+from outrider.coordinator.requests.text.tokenizer import Tokenizer
 
 
 class _NoChat:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.records import NoObserver, RoundRecord
+from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import DraftConfig, VerifyConfig
-from outrider.shared.errors import ConfigError
+from outrider.shared.config.schema import DraftConfig, VerifyConfig
+from outrider.shared.core.errors import ConfigError
 
 Make = Callable[..., Any]
 PROMPTS = [[7] * 20, [5, 9, 40], list(range(30, 48))]
@@ -47,7 +47,7 @@ def pair(
     """The base, and a draft that is the base with a little noise, on devices of the host's."""
     import torch
 
-    from outrider.shared.device_handover import DeviceSide
+    from outrider.shared.link.device.handshake import DeviceSide
 
     folder = tmp_path_factory.mktemp("device")
     options: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.coordinator import display
+from outrider.coordinator.cli import display
 from outrider.protos import generation_pb2 as pb
 
 ACCEPTED, CORRECTED = pb.TOKEN_ORIGIN_ACCEPTED, pb.TOKEN_ORIGIN_CORRECTED

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.drafting import Drafting, Granted
+from outrider.coordinator.rounds.drafting import Drafting, Granted
 from outrider.protos import speculation_pb2 as pb
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator.records import NoObserver, RoundRecord
-from outrider.coordinator.runtime import Runtime
+from outrider.coordinator.server.runtime import Runtime
+from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import DraftConfig, VerifyConfig
+from outrider.shared.config.schema import DraftConfig, VerifyConfig
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]

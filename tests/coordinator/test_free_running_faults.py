@@ -14,13 +14,14 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator.records import NoObserver
-from outrider.coordinator.runtime import Runtime
+from outrider.coordinator.server.runtime import Runtime
+from outrider.coordinator.telemetry.records import NoObserver
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
-from outrider.shared import mailboxes, wire
-from outrider.shared.errors import ConfigError, RefusalCode
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Refusal, VerifyItem
+from outrider.shared.core import wire
+from outrider.shared.core.errors import ConfigError, RefusalCode
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Refusal, VerifyItem
+from outrider.shared.link import registry as mailboxes
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from outrider.coordinator import plan as planning
-from outrider.coordinator.plan import GIB, GPUS, read_model
-from outrider.shared.errors import ConfigError
+from outrider.coordinator.cli import plan as planning
+from outrider.coordinator.cli.plan import GIB, GPUS, read_model
+from outrider.shared.core.errors import ConfigError
 
 
 def _plan(gpu: str, base: str, draft: str | None, **changes):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.records import (
+from outrider.coordinator.telemetry.records import (
     LinkRecord,
     NoObserver,
     RequestRecord,

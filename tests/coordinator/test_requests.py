@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.requests import Limits, derived_seed, validate
+from outrider.coordinator.requests.validation import Limits, derived_seed, validate
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.errors import CapacityError, InvalidRequest
-from outrider.shared.types import Decoding, Rule
+from outrider.shared.core.errors import CapacityError, InvalidRequest
+from outrider.shared.core.types import Decoding, Rule
 
 
 class Text:

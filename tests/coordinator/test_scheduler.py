@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.coordinator.scheduler import Scheduler
-from outrider.shared.errors import CapacityError
+from outrider.coordinator.rounds.scheduler import Scheduler
+from outrider.shared.core.errors import CapacityError
 
 
 @dataclass(eq=False)

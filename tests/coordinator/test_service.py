@@ -15,10 +15,10 @@ import grpc
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from outrider.coordinator.requests import derived_seed
+from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
-from outrider.shared.types import Decoding, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.types import Decoding, ProposeItem, Rule, VerifyItem
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]

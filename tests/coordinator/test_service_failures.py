@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.shared.errors import RefusalCode, SequenceRefused, VocabularyMismatch
-from outrider.shared.types import Decoding, Refusal
+from outrider.shared.core.errors import RefusalCode, SequenceRefused, VocabularyMismatch
+from outrider.shared.core.types import Decoding, Refusal
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -311,7 +311,7 @@ def test_failures_protocol_of_another_version_is_refused(services: Make, client_
 
     original = base.toy.protocol
     try:
-        from outrider.shared import wire
+        from outrider.shared.core import wire
 
         monkey = pytest.MonkeyPatch()
         monkey.setattr(wire, "PROTOCOL", original + 1)

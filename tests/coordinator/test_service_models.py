@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import VerifyConfig
+from outrider.shared.config.schema import VerifyConfig
 
 Make = Callable[..., Any]
 

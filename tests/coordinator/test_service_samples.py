@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.requests import derived_seed
+from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import VerifyConfig
+from outrider.shared.config.schema import VerifyConfig
 
 Make = Callable[..., Any]
 PROMPT = [(7 * i + 3) % 300 + 1 for i in range(120)]

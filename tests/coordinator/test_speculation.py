@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from outrider.coordinator.costs import Curve
-from outrider.coordinator.speculation import PRIOR, Acceptance, Lane, Speculation
+from outrider.coordinator.rounds.choose_k import PRIOR, Acceptance, Lane, Speculation
+from outrider.coordinator.rounds.costs import Curve
 
 
 @dataclass

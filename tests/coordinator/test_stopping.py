@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from outrider.coordinator.output import Output
-from outrider.coordinator.stopping import Finish, FinishReason, StopStrings, TokenStops
+from outrider.coordinator.requests.text.output import Output
+from outrider.coordinator.requests.text.stopping import (
+    Finish,
+    FinishReason,
+    StopStrings,
+    TokenStops,
+)
 
 TEXT = st.text("abc", max_size=6)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)

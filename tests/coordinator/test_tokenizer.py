@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.tokenizer import load
-from outrider.shared.errors import ConfigError
+from outrider.coordinator.requests.text.tokenizer import load
+from outrider.shared.core.errors import ConfigError
 
 
 def test_tokenizer_from_folder_and_from_file_are_one(tiny_base: Path) -> None:

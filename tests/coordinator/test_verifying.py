@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from outrider.coordinator.sequence import Held
-from outrider.coordinator.stopping import Finish, FinishReason
-from outrider.coordinator.verifying import Verifying
+from outrider.coordinator.requests.sequence import Held
+from outrider.coordinator.requests.text.stopping import Finish, FinishReason
+from outrider.coordinator.rounds.verifying import Verifying
 from outrider.protos import speculation_pb2 as pb
 
 

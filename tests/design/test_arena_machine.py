@@ -25,9 +25,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from outrider.shared.arena import Arena, Extent, PoolPlan
-from outrider.shared.errors import CapacityError
-from outrider.shared.slots import SlotAllocator
+from outrider.shared.core.errors import CapacityError
+from outrider.shared.kv.arena import Arena, Extent, PoolPlan
+from outrider.shared.kv.slots import SlotAllocator
 
 WINDOW, SLACK = 5, 4  # slack = K_max + 1 = rows of one forward
 FULL_TOKENS, RING_TOKENS = 64, 50

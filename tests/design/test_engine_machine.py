@@ -28,9 +28,9 @@ from hypothesis.stateful import (
 )
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.sampling import RowContext, choose, process
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.sampling.choose import RowContext, choose, process
 from outrider.verify_service.engine import VerifyEngine
 
 MAX_K, CHUNK, WINDOW = 4, 5, 6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outrider.shared.arena import Arena, PoolPlan
-from outrider.shared.attention import visibility
+from outrider.shared.kv.arena import Arena, PoolPlan
+from outrider.shared.model.attention import visibility
 
 
 def ring_survives(size: int, window: int, slack: int, steps: int = 14) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.private import deployment
-from outrider.shared.config import load
+from outrider.coordinator.local.private_stack import deployment
+from outrider.shared.config.schema import load
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator import cli
-from outrider.coordinator.bench import bare_links
+from outrider.coordinator.bench.studies import bare_links
+from outrider.coordinator.cli import main as cli
 
 
 def test_bench_links_has_the_same_tokens_over_every_link(

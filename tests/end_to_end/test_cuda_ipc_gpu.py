@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator import children, cli, cuda_mps, introducing
-from outrider.coordinator.bench import bare_links
+from outrider.coordinator.bench.studies import bare_links
+from outrider.coordinator.cli import main as cli
+from outrider.coordinator.local import child as children
+from outrider.coordinator.local import cuda_mps
+from outrider.coordinator.services import mailbox_setup as introducing
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config import load
+from outrider.shared.config.schema import load
 
 pytestmark = pytest.mark.gpu
 FAULTS = int(os.environ.get("OUTRIDER_FAULTS", "4"))

@@ -12,12 +12,12 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator.private import deployment
-from outrider.coordinator.requests import derived_seed
+from outrider.coordinator.local.private_stack import deployment
+from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
-from outrider.shared.config import load
-from outrider.shared.types import Decoding, Rule
+from outrider.shared.config.schema import load
+from outrider.shared.core.types import Decoding, Rule
 
 PROMPTS = ["def add(left", "class Point", "for index in", "naïve café"]
 KS = (0, 1, 4, 7)

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator import introducing
-from outrider.shared.mailboxes import MOST_MAILBOXES
+from outrider.coordinator.services import mailbox_setup as introducing
+from outrider.shared.link.registry import MOST_MAILBOXES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

@@ -23,12 +23,12 @@ import grpc
 import grpc.aio
 import pytest
 
-from outrider.coordinator import children
-from outrider.coordinator.private import over_sockets
+from outrider.coordinator.local import child as children
+from outrider.coordinator.local.private_stack import over_sockets
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
-from outrider.shared.config import load
-from outrider.shared.mailbox import BELLS
+from outrider.shared.config.schema import load
+from outrider.shared.link.mailbox import BELLS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

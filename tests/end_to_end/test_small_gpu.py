@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.coordinator.bench import planted
+from outrider.coordinator.bench.models import planted
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.config import ModelConfig
-from outrider.shared.loading import make_runner
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.model.loading import make_runner
 from outrider.verify_service.engine import VerifyEngine
 
 pytestmark = pytest.mark.gpu

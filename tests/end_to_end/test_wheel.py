@@ -59,7 +59,14 @@ def test_wheel_generates_outside_the_checkout(tmp_path: Path) -> None:
     assert where.stdout.startswith(str(site))
     done = subprocess.run(
         [
-            *(sys.executable, "-P", "-m", "outrider.coordinator.cli", "generate", "def add(a, b):"),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "outrider.coordinator.cli.main",
+                "generate",
+                "def add(a, b):",
+            ),
             *("--max-new-tokens", "8", "--json"),
         ],
         cwd=outside,

@@ -10,11 +10,11 @@ import torch
 from outrider.draft_service.engine import DraftEngine
 from outrider.kernels import registry
 from outrider.kernels.registry import Tools
-from outrider.shared.config import ModelConfig
-from outrider.shared.cuda_runner import CudaRunner
-from outrider.shared.loading import make_runner
-from outrider.shared.runner import Span
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.model.cuda.runner import CudaRunner
+from outrider.shared.model.loading import make_runner
+from outrider.shared.model.runner import Span
 from outrider.verify_service.engine import VerifyEngine
 
 VOCAB = 128

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.draft_service import device_running as draft_running
+from outrider.draft_service import device_rounds as draft_running
 from outrider.draft_service.engine import DraftEngine
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared.config import ModelConfig
-from outrider.shared.device_mailbox import DeviceLayout, DeviceMailbox, DeviceRegion
-from outrider.shared.doorbell import Doorbell
-from outrider.shared.grants import Control
-from outrider.shared.loading import make_runner
-from outrider.shared.mailbox import Layout, Mailbox
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
-from outrider.verify_service import device_running as verify_running
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion
+from outrider.shared.link.doorbell import Doorbell
+from outrider.shared.link.mailbox import Layout, Mailbox
+from outrider.shared.model.loading import make_runner
+from outrider.shared.rounds.grants import Control
+from outrider.verify_service import device_rounds as verify_running
 from outrider.verify_service.engine import VerifyEngine
 
 VOCAB = 64

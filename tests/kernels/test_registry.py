@@ -44,7 +44,7 @@ def test_asked_for_implementation_is_taken():
 
 def test_noise_of_the_reference_is_the_shared_noise():
     from outrider.kernels.choose import reference
-    from outrider.shared.noise import gumbel
+    from outrider.shared.sampling.noise import gumbel
 
     logits = torch.randn(3, 1001)
     seeds = torch.tensor([5, -7, 1 << 40])

@@ -16,8 +16,8 @@ from outrider.kernels import reject
 from outrider.kernels.choose import gumbel, uniforms
 from outrider.kernels.registry import Tools
 from outrider.kernels.reject import ENTRIES, judged, reference
-from outrider.shared.runner import Span
-from outrider.shared.types import Decoding, OpenSequence, Rule, SparseRow, VerifyItem
+from outrider.shared.core.types import Decoding, OpenSequence, Rule, SparseRow, VerifyItem
+from outrider.shared.model.runner import Span
 from outrider.verify_service.acceptance import JudgeItem, judge
 from outrider.verify_service.engine import VerifyEngine
 

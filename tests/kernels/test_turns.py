@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from outrider.kernels import accept, follow, registry, settle, take
 from outrider.kernels.registry import Call, Tools
-from outrider.shared import device_mailbox
+from outrider.shared.link.device import mailbox as device_mailbox
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.shared.address import MAX_SOCKET_PATH, Address, claim, parse, release
-from outrider.shared.errors import ConfigError
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.process.address import MAX_SOCKET_PATH, Address, claim, parse, release
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.shared.ahead import ahead
+from outrider.verify_service.prefetch import ahead
 
 
 def numbers(count: int, made: list[int], closed: threading.Event) -> Generator[int, None, None]:

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.errors import ConfigError
-from outrider.shared.loading import load_runner
-from outrider.shared.runner import Runner, Span
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.model.loading import load_runner
+from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -306,7 +306,7 @@ def test_architecture_keeps_its_tokens(name: str, engines: Any, draft: DraftEngi
 def test_models_that_can_not_work_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from outrider.shared.config import ModelConfig
+    from outrider.shared.config.schema import ModelConfig
 
     fields, reason = REFUSED[name]
     config = CONFIG_MAPPING[fields["model_type"]](

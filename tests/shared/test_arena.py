@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from outrider.shared.arena import Arena, Extent, PoolPlan
-from outrider.shared.errors import CapacityError
-from outrider.shared.slots import SlotAllocator
+from outrider.shared.core.errors import CapacityError
+from outrider.shared.kv.arena import Arena, Extent, PoolPlan
+from outrider.shared.kv.slots import SlotAllocator
 
 TOKENS, WINDOW, SLACK = 96, 8, 5
 RING = WINDOW + SLACK

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from outrider.shared.attention import attend, fold_mask, visibility
+from outrider.shared.model.attention import attend, fold_mask, visibility
 
 ROWS, KEYS, DIM = 3, 11, 8
 

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanContext, TraceFlags
 
-from outrider.shared.batching import BatchingProcessor, SpanCounts
+from outrider.shared.telemetry.batch_processor import BatchingProcessor, SpanCounts
 
 
 class Gathering(SpanExporter):

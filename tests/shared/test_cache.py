@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.shared.cache import ArenaCache
-from outrider.shared.config import ModelConfig
-from outrider.shared.errors import ConfigError
-from outrider.shared.loading import load_runner
-from outrider.shared.probing import layer_kinds
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.model.hf.cache import ArenaCache
+from outrider.shared.model.hf.layer_kinds import layer_kinds
+from outrider.shared.model.loading import load_runner
 
 WINDOW = 8
 MIXED = ["sliding_attention", "full_attention"]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.shared.checkpoint import load_plain
-from outrider.shared.config import ModelConfig
-from outrider.shared.loading import load_runner
-from outrider.shared.models import choose_dtype, load_model
-from outrider.shared.runner import Span
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.model.hf.loading import choose_dtype, load_model
+from outrider.shared.model.llama.checkpoint import load_plain
+from outrider.shared.model.loading import load_runner
+from outrider.shared.model.runner import Span
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.shared.config import Config, DraftConfig, colors_wanted, environment_of, load
-from outrider.shared.errors import ConfigError
-from outrider.shared.settings import Setting
+from outrider.shared.config.schema import Config, DraftConfig, colors_wanted, environment_of, load
+from outrider.shared.config.setting import Setting
+from outrider.shared.core.errors import ConfigError
 
 
 def write(folder: Path, text: str) -> Path:

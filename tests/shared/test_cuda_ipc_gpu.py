@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from outrider.shared import cuda_ipc
-from outrider.shared.cuda_graphs import Graphs
-from outrider.shared.device_mailbox import DeviceLayout, DeviceRegion
+from outrider.shared.link.device import cuda_ipc
+from outrider.shared.link.device.mailbox import DeviceLayout, DeviceRegion
+from outrider.shared.model.cuda.graphs import Graphs
 
 pytestmark = pytest.mark.gpu
 LAYOUT = DeviceLayout(4, 4)
@@ -21,8 +21,8 @@ ROUNDS = 100
 CHILD = """
 import sys, torch
 from outrider.shared import cuda_ipc
-from outrider.shared.cuda_graphs import Graphs
-from outrider.shared.device_mailbox import DeviceLayout, DeviceRegion
+from outrider.shared.model.cuda.graphs import Graphs
+from outrider.shared.link.device.mailbox import DeviceLayout, DeviceRegion
 layout, device = DeviceLayout(4, 4), torch.device("cuda", 0)
 other = cuda_ipc.open_handle(bytes.fromhex(sys.stdin.readline()), layout.size, device)
 own = cuda_ipc.allocate(layout.size, device)

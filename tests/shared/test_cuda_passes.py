@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from outrider.kernels.attention import Heads, need
 from outrider.kernels.linear import MAX_ROWS
-from outrider.shared.arena import Extent
-from outrider.shared.cuda_passes import POWERS, ROW_SIZES, bucket, cut, rows_in_order
-from outrider.shared.runner import Span
+from outrider.shared.kv.arena import Extent
+from outrider.shared.model.cuda.passes import POWERS, ROW_SIZES, bucket, cut, rows_in_order
+from outrider.shared.model.runner import Span
 
 HEADS = Heads(8, 2, 64)
 ROOMY = 1 << 30

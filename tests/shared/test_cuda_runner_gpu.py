@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.config import ModelConfig
-from outrider.shared.loading import make_runner
-from outrider.shared.runner import Runner, Span
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.model.loading import make_runner
+from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
 
 pytestmark = pytest.mark.gpu

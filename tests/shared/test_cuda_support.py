@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from outrider.kernels.registry import Choice, operations
-from outrider.shared import cuda_support
-from outrider.shared.cuda_inputs import Field, Inputs
-from outrider.shared.cuda_support import judged, simple, why_not
-from outrider.shared.types import Decoding, Rule
+from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.model.cuda import support as cuda_support
+from outrider.shared.model.cuda.inputs import Field, Inputs
+from outrider.shared.model.cuda.support import judged, simple, why_not
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.shared.device_handover import DeviceSide, NoDeviceMemory, exchange
-from outrider.shared.device_mailbox import DeviceLayout
-from outrider.shared.errors import ProtocolError
+from outrider.shared.core.errors import ProtocolError
+from outrider.shared.link.device.handshake import DeviceSide, NoDeviceMemory, exchange
+from outrider.shared.link.device.mailbox import DeviceLayout
 
 LAYOUT = DeviceLayout(2, 3)
 CPU = torch.device("cpu")

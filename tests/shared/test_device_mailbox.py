@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.shared.device_mailbox import (
+from outrider.shared.link.device.mailbox import (
     ENDED,
     MOST_GRANTS,
     DeviceLayout,

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from outrider.shared.doorbell import (
+from outrider.shared.core.errors import ProtocolError
+from outrider.shared.link.doorbell import (
     STALE_SECONDS,
     Doorbell,
     PeerGone,
@@ -24,15 +25,14 @@ from outrider.shared.doorbell import (
     address_of,
     connected,
 )
-from outrider.shared.errors import ProtocolError
-from outrider.shared.mailbox import BEATS, BELLS, ENDS, Judgement, Layout, Mailbox, VerdictHead
+from outrider.shared.link.mailbox import BEATS, BELLS, ENDS, Judgement, Layout, Mailbox, VerdictHead
 
 LAYOUT = Layout(4, 4, 4)
 Pair = tuple[Doorbell, Doorbell]
 CHILD = """
 import mmap, os, socket, sys
-from outrider.shared.doorbell import Doorbell
-from outrider.shared.mailbox import Layout, Mailbox, ProposalHead
+from outrider.shared.link.doorbell import Doorbell
+from outrider.shared.link.mailbox import Layout, Mailbox, ProposalHead
 memory, peer = (int(one) for one in sys.argv[1:])
 layout = Layout(4, 4, 4)
 mailbox = Mailbox(mmap.mmap(memory, layout.size), layout)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared.grants import Control, End, EndReason, Inbox, end_message
+from outrider.shared.rounds.grants import Control, End, EndReason, Inbox, end_message
 
 WAIT = 5.0
 

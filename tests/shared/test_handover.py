@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from outrider.shared import handover
-from outrider.shared.doorbell import Doorbell, PeerGone, connected
-from outrider.shared.errors import InvalidRequest
-from outrider.shared.handover import HandoverFailed, Offer, Offered, boot_id, fetch
-from outrider.shared.mailbox import (
+from outrider.shared.core.errors import InvalidRequest
+from outrider.shared.core.types import Proposal
+from outrider.shared.link import handshake as handover
+from outrider.shared.link.doorbell import Doorbell, PeerGone, connected
+from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
+from outrider.shared.link.mailbox import (
     LAYOUT,
     MAGIC,
     Judgement,
@@ -31,7 +32,6 @@ from outrider.shared.mailbox import (
     ProposalHead,
     VerdictHead,
 )
-from outrider.shared.types import Proposal
 
 Start = Callable[[str, Offered], subprocess.Popen[str]]
 SMALL = Layout(2, 3, 4)
@@ -42,10 +42,10 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become som
 
 CHILD = """
 import os, socket, sys
-from outrider.shared.doorbell import connected
-from outrider.shared.handover import HandoverFailed, Offered, fetch
-from outrider.shared.mailbox import ProposalHead
-from outrider.shared.types import Proposal
+from outrider.shared.link.doorbell import connected
+from outrider.shared.link.handshake import HandoverFailed, Offered, fetch
+from outrider.shared.link.mailbox import ProposalHead
+from outrider.shared.core.types import Proposal
 offered = eval(sys.stdin.readline())
 """
 DRAFT = """

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.shared.config import ModelConfig
-from outrider.shared.errors import ConfigError
-from outrider.shared.loading import choose_device, load_runner
-from outrider.shared.models import choose_dtype
-from outrider.shared.runner import Span
-from outrider.shared.vocabulary import fingerprint
+from outrider.shared.config.schema import ModelConfig
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.model.hf.loading import choose_dtype
+from outrider.shared.model.loading import choose_device, load_runner
+from outrider.shared.model.runner import Span
+from outrider.shared.model.vocabulary import fingerprint
 
 
 def config(path: Path | str, **changes: Any) -> ModelConfig:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from outrider.shared import logs
-from outrider.shared.spans import TraceContext
+from outrider.shared.process import logs
+from outrider.shared.telemetry.spans import TraceContext
 
 CONTEXT = TraceContext(0xABC, 0xDEF, True)
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.shared import mailbox as mailboxes
-from outrider.shared.errors import ProtocolError
-from outrider.shared.mailbox import (
+from outrider.shared.core.errors import ProtocolError
+from outrider.shared.core.types import Proposal, SparseRow
+from outrider.shared.link import mailbox as mailboxes
+from outrider.shared.link.mailbox import (
     BEATS,
     BELLS,
     ENDS,
@@ -26,7 +27,6 @@ from outrider.shared.mailbox import (
     VerdictHead,
     layout_of,
 )
-from outrider.shared.types import Proposal, SparseRow
 
 SMALL = Layout(4, 5, 6)
 U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared import mailboxes
-from outrider.shared.doorbell import Doorbell, PeerGone
-from outrider.shared.errors import CapacityError, InvalidRequest
-from outrider.shared.handover import HandoverFailed
-from outrider.shared.mailbox import Judgement, Layout, ProposalHead, VerdictHead
-from outrider.shared.mailboxes import Mailboxes
-from outrider.shared.types import Proposal
+from outrider.shared.core.errors import CapacityError, InvalidRequest
+from outrider.shared.core.types import Proposal
+from outrider.shared.link import registry as mailboxes
+from outrider.shared.link.doorbell import Doorbell, PeerGone
+from outrider.shared.link.handshake import HandoverFailed
+from outrider.shared.link.mailbox import Judgement, Layout, ProposalHead, VerdictHead
+from outrider.shared.link.registry import Mailboxes
 
 SIZES = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4)
 UNIX = "unix:"  # what gRPC calls a caller over a unix socket

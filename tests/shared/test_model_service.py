@@ -18,8 +18,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outrider.protos import speculation_pb2_grpc as stubs
-from outrider.shared import wire
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem
+from outrider.shared.core import wire
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem
 
 DRAFT = "outrider.draft_service"
 Spawn = Callable[..., "subprocess.Popen[str]"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from outrider.shared import noise
-from outrider.shared.philox import philox_numpy, philox_torch
+from outrider.shared.sampling import noise
+from outrider.shared.sampling.philox import philox_numpy, philox_torch
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, output.
 KNOWN_ANSWERS = [

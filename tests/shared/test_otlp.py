@@ -14,7 +14,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
-from outrider.shared.otlp import SpanEncoder, varint
+from outrider.shared.telemetry.otlp_encoder import SpanEncoder, varint
 
 RESOURCES = (
     Resource({"service.name": "a", "process.pid": 5}),

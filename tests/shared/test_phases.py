@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.shared import phases
+from outrider.coordinator.telemetry import phases
 
 
 @dataclass

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from outrider.shared import handover
-from outrider.shared.doorbell import Doorbell, address_of
-from outrider.shared.handover import HandoverFailed, Offer, Offered, boot_id, fetch
-from outrider.shared.mailbox import LAYOUT, Layout, Mailbox
+from outrider.shared.link import handshake as handover
+from outrider.shared.link.doorbell import Doorbell, address_of
+from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
+from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox
 
 SMALL = Layout(2, 3, 4)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -16,13 +16,13 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.draft_service.service import make_servicer as make_draft
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
-from outrider.shared import wire
-from outrider.shared.config import ModelConfig, ServeConfig
-from outrider.shared.errors import RefusalCode
-from outrider.shared.loading import load_runner
-from outrider.shared.rounds import add_to_server
-from outrider.shared.rpc import Server
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.shared.config.schema import ModelConfig, ServeConfig
+from outrider.shared.core import wire
+from outrider.shared.core.errors import RefusalCode
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.shared.model.loading import load_runner
+from outrider.shared.process.grpc_server import Server
+from outrider.shared.rounds.servicer import add_to_server
 from outrider.verify_service.engine import VerifyEngine
 from outrider.verify_service.service import make_servicer as make_verify
 

@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
-from outrider.shared.config import ServeConfig
-from outrider.shared.errors import (
+from outrider.shared.config.schema import ServeConfig
+from outrider.shared.core.errors import (
     CapacityError,
     ConfigError,
     InvalidRequest,
@@ -28,8 +28,13 @@ from outrider.shared.errors import (
     ProtocolError,
     ServiceUnavailable,
 )
-from outrider.shared.rpc import AioServer, Server, authorization, channel_credentials
-from outrider.shared.status import DETAILS_KEY, MAX_MESSAGE
+from outrider.shared.process.grpc_server import (
+    AioServer,
+    Server,
+    authorization,
+    channel_credentials,
+)
+from outrider.shared.process.grpc_status import DETAILS_KEY, MAX_MESSAGE
 
 NAME = "outrider.v1.Draft"
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.errors import ConfigError
-from outrider.shared.runner import Runner, Span
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
+from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
 
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]

@@ -11,11 +11,18 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from outrider.shared.noise import Stream, gumbel, gumbel_at, seed_tensor
-from outrider.shared.penalties import is_penalised
-from outrider.shared.sampling import RowContext, choice_noise, choose, process, propose, sample
-from outrider.shared.types import Decoding, Rule
-from outrider.shared.warpers import truncates
+from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.sampling.choose import (
+    RowContext,
+    choice_noise,
+    choose,
+    process,
+    propose,
+    sample,
+)
+from outrider.shared.sampling.noise import Stream, gumbel, gumbel_at, seed_tensor
+from outrider.shared.sampling.penalties import is_penalised
+from outrider.shared.sampling.warpers import truncates
 
 VOCAB = 211
 EOS = (3, 17)

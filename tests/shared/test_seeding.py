@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.shared.errors import ConfigError
-from outrider.shared.seeding import seed_everything, seed_from, seed_if_asked
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.process.seeding import seed_everything, seed_from, seed_if_asked
 
 
 def draws() -> tuple[float, float, float]:

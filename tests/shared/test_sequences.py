@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
 
 GREEDY = Decoding()

@@ -20,10 +20,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
 
-from outrider.shared.config import TelemetryConfig, load
-from outrider.shared.errors import ConfigError
-from outrider.shared.instruments import METRICS
-from outrider.shared.telemetry import Telemetry
+from outrider.shared.config.schema import TelemetryConfig, load
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.telemetry.metrics import METRICS
+from outrider.shared.telemetry.setup import Telemetry
 
 
 def one_span(telemetry: Telemetry) -> str:
@@ -54,8 +54,8 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 def test_off_imports_no_exporter_and_starts_no_thread() -> None:
     code = (
         "import sys, threading\n"
-        "from outrider.shared.config import TelemetryConfig\n"
-        "from outrider.shared.telemetry import Telemetry\n"
+        "from outrider.shared.config.schema import TelemetryConfig\n"
+        "from outrider.shared.telemetry.setup import Telemetry\n"
         "t = Telemetry(TelemetryConfig(), 'coordinator')\n"
         "assert not (t.tracing or t.metering)\n"
         "assert threading.active_count() == 1, threading.enumerate()\n"

@@ -14,8 +14,8 @@ import opentelemetry.semconv._incubating.metrics as incubating_metrics
 import opentelemetry.semconv.attributes as stable_attributes
 import pytest
 
-from outrider.shared.attributes import ATTRIBUTES
-from outrider.shared.instruments import METRICS, Metric
+from outrider.coordinator.telemetry.attributes import ATTRIBUTES
+from outrider.shared.telemetry.metrics import METRICS, Metric
 
 NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared import wire
-from outrider.shared.errors import RefusalCode, SequenceRefused
-from outrider.shared.types import (
+from outrider.shared.core import wire
+from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.types import (
     Decoding,
     OpenSequence,
     PositionLogprobs,

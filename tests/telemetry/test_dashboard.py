@@ -13,9 +13,9 @@ import pytest
 import yaml
 from opentelemetry.exporter.prometheus._mapping import sanitize_attribute
 
-from outrider.shared.config import TelemetryConfig
-from outrider.shared.instruments import METRICS
-from outrider.shared.telemetry import Telemetry
+from outrider.shared.config.schema import TelemetryConfig
+from outrider.shared.telemetry.metrics import METRICS
+from outrider.shared.telemetry.setup import Telemetry
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 FUNCTIONS = {"sum", "rate", "increase", "histogram_quantile", "by"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from outrider.shared.attributes import ATTRIBUTES
-from outrider.shared.instruments import METRICS
+from outrider.coordinator.telemetry.attributes import ATTRIBUTES
+from outrider.shared.telemetry.metrics import METRICS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "observability.md").read_text("utf-8")
 

@@ -11,8 +11,10 @@ import grpc
 import numpy as np
 import pytest
 
-from outrider.coordinator import chrome, profile, profile_record
-from outrider.coordinator.report import rounds_of_tokens
+from outrider.coordinator.profile import chrome_trace as chrome
+from outrider.coordinator.profile import file as profile
+from outrider.coordinator.profile import record as profile_record
+from outrider.coordinator.profile.html import rounds_of_tokens
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 

@@ -12,16 +12,21 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 
-from outrider.coordinator import observing
-from outrider.coordinator.bench import tracing as bench
-from outrider.coordinator.observing import TelemetryObserver
-from outrider.coordinator.records import LinkRecord, RequestRecord, RoundRecord, SequenceRound
-from outrider.coordinator.rounds_kept import MOST_REQUESTS, RoundsKept
-from outrider.coordinator.span_attributes import mode_of
-from outrider.shared.config import TelemetryConfig
-from outrider.shared.spans import SpanMaker
-from outrider.shared.telemetry import Telemetry
-from outrider.shared.types import Decoding
+from outrider.coordinator.bench.studies import telemetry_cost as bench
+from outrider.coordinator.telemetry import observer as observing
+from outrider.coordinator.telemetry.observer import TelemetryObserver
+from outrider.coordinator.telemetry.recent_rounds import MOST_REQUESTS, RoundsKept
+from outrider.coordinator.telemetry.records import (
+    LinkRecord,
+    RequestRecord,
+    RoundRecord,
+    SequenceRound,
+)
+from outrider.coordinator.telemetry.span_attributes import mode_of
+from outrider.shared.config.schema import TelemetryConfig
+from outrider.shared.core.types import Decoding
+from outrider.shared.telemetry.setup import Telemetry
+from outrider.shared.telemetry.spans import SpanMaker
 
 
 def sequence(request_id: str = "r", **changes: Any) -> SequenceRound:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from outrider.shared.instruments import ALL, COORDINATOR, METRICS, SERVICES
+from outrider.shared.telemetry.metrics import ALL, COORDINATOR, METRICS, SERVICES
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="Prometheus is not installed"

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator import profile_record
-from outrider.coordinator.report import page, rounds_of_tokens
+from outrider.coordinator.profile import record as profile_record
+from outrider.coordinator.profile.html import page, rounds_of_tokens
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 FLAGS = (

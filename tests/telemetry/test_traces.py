@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from outrider.shared.attributes import ATTRIBUTES
+from outrider.coordinator.telemetry.attributes import ATTRIBUTES
 
 ROOT = "text_completion"
 

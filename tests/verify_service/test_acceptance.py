@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 
-from outrider.shared.noise import Stream, gumbel, seed_tensor, uniform
-from outrider.shared.sampling import RowContext, process, propose
-from outrider.shared.types import Decoding, Rule, SparseRow
+from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.sampling.choose import RowContext, process, propose
+from outrider.shared.sampling.noise import Stream, gumbel, seed_tensor, uniform
 from outrider.verify_service.acceptance import (
     Judged,
     JudgeItem,

@@ -23,8 +23,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from outrider.shared.noise import Stream, gumbel, uniform
-from outrider.shared.sampling import draw_truncated, sample
+from outrider.shared.sampling.choose import draw_truncated, sample
+from outrider.shared.sampling.noise import Stream, gumbel, uniform
 from outrider.verify_service import acceptance
 
 DRAWS = 200_000

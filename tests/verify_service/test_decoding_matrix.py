@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from outrider.draft_service.engine import DraftEngine
-from outrider.shared.types import Decoding, Rule
+from outrider.shared.core.types import Decoding, Rule
 from outrider.verify_service.engine import VerifyEngine
 
 COUNT = 12

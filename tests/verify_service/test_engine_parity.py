@@ -57,7 +57,7 @@ def test_draft_that_equals_the_base_is_accepted_wholly(pair: Any, engines: Any, 
 def test_rollback_to_every_position_gives_the_logits_of_a_full_recompute(
     pair: Any, engines: Any
 ) -> None:
-    from outrider.shared.runner import Span
+    from outrider.shared.model.runner import Span
 
     model, verify, _ = pair
     runner = verify.runner

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared.doorbell import PeerGone, PeerLate
-from outrider.shared.grants import Control
-from outrider.shared.mailbox import ENDS, Layout, Mailbox, VerdictHead
-from outrider.verify_service.free_running import run
+from outrider.shared.link.doorbell import PeerGone, PeerLate
+from outrider.shared.link.mailbox import ENDS, Layout, Mailbox, VerdictHead
+from outrider.shared.rounds.grants import Control
+from outrider.verify_service.host_rounds import run
 
 LAYOUT = Layout(1, 4, 1)
 

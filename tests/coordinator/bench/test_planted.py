@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from outrider.coordinator.bench import planted
-from outrider.coordinator.bench.planted import Plan
+from outrider.coordinator.bench.models import planted
+from outrider.coordinator.bench.models.planted import Plan
 
 
 def _greedy(model, token: int, count: int) -> list[int]:
@@ -90,7 +90,7 @@ def test_gpt2_shape_is_planted_too(monkeypatch):
 def test_saved_folder_loads_as_any_other(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from outrider.shared.vocabulary import fingerprint
+    from outrider.shared.model.vocabulary import fingerprint
 
     for name, plan in (("base", Plan("tiny")), ("draft", Plan("tiny", agreement=0.5))):
         planted.save(plan, tmp_path / name)

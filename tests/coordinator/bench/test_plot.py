@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from outrider.coordinator.bench import plot
-from outrider.shared.errors import ConfigError
+from outrider.coordinator.bench.plots import command as plot
+from outrider.shared.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DATA, PLOTS = ROOT / "docs/results/data", ROOT / "docs/results/plots"
@@ -188,7 +188,7 @@ def test_timeline_plot_holds_lanes_and_shares(tmp_path: Path) -> None:
 
 
 def test_every_colour_of_text_and_ground_has_one_for_dark_screens(tmp_path: Path) -> None:
-    from outrider.coordinator.bench.drawing import SERIES
+    from outrider.coordinator.bench.plots.drawing import SERIES
 
     for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE):
         for text in drawn(figures, tmp_path).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from outrider.coordinator.bench.rules import page
+from outrider.coordinator.bench.studies.rules import page
 
 
 def run(rule: str, temperature: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.bench import timeline
+from outrider.coordinator.bench.studies import timeline
 
 MS = 1_000_000
 

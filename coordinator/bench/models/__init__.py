@@ -1,0 +1,1 @@
+"""Planted checkpoints and the sizes of known models."""

@@ -1,0 +1,305 @@
+"""``outrider bench step``: how long the steps of one model take, against its memory's speed.
+
+Decode, verify and draft-loop rounds run through the runner that a model process would use, host
+work and the wait for the tokens included; then each operation by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.coordinator.bench import hardware
+from outrider.shared.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One kind of round. ``tokens``: new tokens a round is good for, ``seconds`` its median."""
+
+    kind: str
+    sequences: int
+    rows: int
+    tokens: int
+    seconds: float
+    ceiling_seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, all sequences together."""
+        return self.tokens / self.seconds
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling: weight bytes over copy bandwidth, over the time taken."""
+        return self.ceiling_seconds / self.seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument(
+        "--model", default="planted:llama-3.2-3b",
+        help="folder, hub id, or planted:SHAPE for one built in memory",
+    )  # fmt: skip
+    parser.add_argument("--step-device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--step-dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--runner", choices=("auto", "llama", "generic"), default="auto")
+    parser.add_argument("--context", type=int, default=64, help="prompt tokens (default: 64)")
+    parser.add_argument("--new", type=int, default=256, help="new tokens decoded (default: 256)")
+    parser.add_argument("--rows", type=_numbers, default=[2, 3, 5, 9], help="of a verify")
+    parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], help="sequences at once")
+    parser.add_argument("--draft-ks", type=_numbers, default=[1, 2, 4], help="of a draft loop")
+    parser.add_argument("--arena", type=int, default=8 << 30, help="bytes of KV (default: 8 GiB)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Measures and prints; returns the exit status."""
+    import torch
+
+    runner = _runner(args)
+    device = runner.storage.device
+    bandwidth = _bandwidth(device)
+    largest = max([max(args.rows) - 1, *args.draft_ks])
+    with torch.inference_mode():
+        figures = measure(runner, args, _step_bytes(runner) / bandwidth if bandwidth else 0.0)
+        parts = _parts(runner, args) if type(runner).__name__ == "CudaRunner" else []
+    facts = runner.facts
+    print(
+        f"{facts.model} ({facts.architecture}) on {device}, {facts.dtype}, runner {facts.runner}; "
+        f"{_step_bytes(runner) / 1e9:.3f} GB read per step, copy bandwidth "
+        f"{bandwidth / 1e12:.3f} TB/s; K up to {largest}\n"
+    )
+    print(_table(figures))
+    if parts:
+        print(_parts_table(parts, bandwidth))
+    if args.json:
+        record = {
+            "hardware": hardware.describe(),
+            "device": _device_name(device),
+            "command": " ".join(["outrider", *sys.argv[1:]]),
+            "model": asdict(facts),
+            "step_bytes": _step_bytes(runner),
+            "copy_bandwidth": bandwidth,
+            "figures": [asdict(f) | {"rate": f.rate, "share": f.share} for f in figures],
+            "parts": [asdict(part) for part in parts],
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def measure(runner: Any, args: argparse.Namespace, ceiling: float) -> list[Figure]:
+    """Every kind of round that was asked for; ``ceiling`` is seconds of one step."""
+    figures = []
+    for count in args.batches:
+        rounds = _Rounds(runner, count, args.context, args.new + 64)
+        seconds = rounds.decode(args.new)
+        figures.append(Figure("decode", count, 1, count, seconds, ceiling))
+        rounds.close()
+    rounds = _Rounds(runner, 1, args.context + args.new // 2, 64)
+    for rows in args.rows:
+        seconds = rounds.repeat(lambda r=rows: rounds.verify(r))  # type: ignore[misc]
+        figures.append(Figure("verify", 1, rows, 1, seconds, ceiling))
+    for k in args.draft_ks:
+        seconds = rounds.repeat(lambda k=k: rounds.draft(k))  # type: ignore[misc]
+        figures.append(Figure("draft loop", 1, k, k, seconds, k * ceiling))
+    rounds.close()
+    return figures
+
+
+class _Rounds:
+    """Sequences of one runner, and rounds over them."""
+
+    def __init__(self, runner: Any, count: int, context: int, room: int) -> None:
+        from outrider.shared.core.types import Decoding
+        from outrider.shared.model.runner import Span
+
+        self._runner, self._span, self._greedy = runner, Span, Decoding()
+        vocabulary = runner.facts.vocab_size
+        self._extents = [runner.arena.admit(context + room) for _ in range(count)]
+        prompt = [(7919 * i + 13) % vocabulary for i in range(context)]
+        self._last = [1] * count
+        for extent in self._extents:
+            runner.forward([Span(extent, 0, prompt, 0)])
+
+    def decode(self, steps: int) -> float:
+        """Median seconds of a step of one row a sequence, positions moving on."""
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            self._last = [token for _, token in self._judge([[t] for t in self._last], 0)]
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def verify(self, rows: int) -> None:
+        """One verify of ``rows`` rows a sequence, taken back."""
+        self._judge([[t] + [0] * (rows - 1) for t in self._last], rows - 1)
+        self._back(rows)
+
+    def draft(self, k: int) -> None:
+        """One proposal of ``k`` tokens a sequence, taken back."""
+        spans = self._spans([[t] for t in self._last])
+        found = self._runner.propose(spans, [self._greedy] * len(spans), [k] * len(spans))
+        if found is not None:
+            self._back(k)
+            return
+        token = self._last
+        for _ in range(k):
+            token = self._forward(self._spans([[t] for t in token]), 1)
+        self._back(k)
+
+    def repeat(self, call: Callable[[], None], times: int = 50) -> float:
+        """Median seconds of a call, after warming up."""
+        for _ in range(3):
+            call()
+        taken = []
+        for _ in range(times):
+            began = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def close(self) -> None:
+        """Frees the sequences."""
+        for extent in self._extents:
+            self._runner.arena.free(extent)
+
+    def _spans(self, rows: Sequence[Sequence[int]]) -> list[Any]:
+        return [
+            self._span(extent, extent.valid_len, own, 1)
+            for extent, own in zip(self._extents, rows, strict=True)
+        ]
+
+    def _judge(self, rows: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
+        spans = self._spans(rows)
+        found = self._runner.judge(
+            spans, [self._greedy] * len(spans), [own[len(own) - k :] for own in rows]
+        )
+        if found is not None:
+            return list(found)
+        for span, own in zip(spans, rows, strict=True):
+            span.wanted = len(own)
+        tokens = self._forward(spans, len(rows[0]))
+        return [(0, token) for token in tokens]
+
+    def _forward(self, spans: Sequence[Any], rows: int) -> list[int]:
+        logits = self._runner.forward(spans)
+        chosen: list[int] = logits.argmax(-1)[::rows].tolist()
+        return chosen
+
+    def _back(self, rows: int) -> None:
+        for extent in self._extents:
+            self._runner.arena.rollback(extent, extent.valid_len - rows)
+
+
+def _runner(args: argparse.Namespace) -> Any:
+    from outrider.shared.config.schema import ModelConfig
+    from outrider.shared.model.loading import choose_device, load_runner, make_runner
+
+    config = ModelConfig(
+        path=args.model, device=args.step_device, dtype=args.step_dtype, runner=args.runner,
+        arena_bytes=args.arena, max_k=max([16, *args.draft_ks]), max_sequences=64,
+    )  # fmt: skip
+
+    def progress(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    if not args.model.startswith("planted:"):
+        return load_runner(config, progress)
+    from outrider.coordinator.bench.models.planted import Plan, plant
+
+    device = choose_device(args.step_device)
+    dtype = args.step_dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model = plant(Plan(args.model.removeprefix("planted:"), dtype=dtype), device, progress)
+    return make_runner(model, config, "", progress)
+
+
+def _step_bytes(runner: Any) -> int:
+    """Weight bytes of a step: all but the embedding table, of which it reads a few rows."""
+    model = runner._model
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = (embedding or model.model.embed_tokens).weight
+    tied = table.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    return int(runner.facts.weight_bytes - (0 if tied else table.nbytes))
+
+
+def _parts(runner: Any, args: argparse.Namespace) -> list[Any]:
+    import torch
+
+    from outrider.coordinator.bench.studies.step_profile import parts
+    from outrider.shared.model.cuda.forward import Batch
+
+    def one(value: int) -> Any:
+        return torch.tensor([value], dtype=torch.int32, device=runner.storage.device)
+
+    pools = len(runner.arena.pools)
+    extent = runner.arena.admit(args.context + args.new + 8)
+    starts = torch.tensor([[start] for start, _ in extent.places], device=runner.storage.device)
+    assert starts.shape[0] == pools
+    batch = Batch(one(1), starts.int(), one(0), one(1), one(args.context + args.new // 2))
+    found = parts(runner._step, batch, 1, 1, 1)
+    runner.arena.free(extent)
+    return found
+
+
+def _bandwidth(device: Any) -> float:
+    if device.type == "cuda":
+        from outrider.coordinator.bench.studies.step_profile import copy_bandwidth
+
+        return copy_bandwidth(device)
+    from outrider.shared.model.bandwidth import read_bandwidth
+
+    return read_bandwidth(str(device))
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _table(figures: Sequence[Figure]) -> str:
+    lines = [
+        "| round | sequences | rows | ms | tokens/s | share of ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for f in figures:
+        rate = f"{f.rate:,.0f}" if f.kind != "verify" else ""
+        lines.append(
+            f"| {f.kind} | {f.sequences} | {f.rows} | {f.seconds * 1e3:.3f} | {rate} "
+            f"| {100 * f.share:.0f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _parts_table(parts: Sequence[Any], bandwidth: float) -> str:
+    lines = [
+        "| operation, all layers | launches | MB | µs | of copy bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    for p in parts:
+        share = f"{100 * p.weight_bytes / p.seconds / bandwidth:.0f} %" if p.weight_bytes else ""
+        lines.append(
+            f"| {p.name} | {p.launches} | {p.weight_bytes / 1e6:.1f} | {p.seconds * 1e6:.1f} "
+            f"| {share} |"
+        )
+    alone = sum(p.seconds for p in parts[:-1])
+    saved = alone - parts[-1].seconds
+    lines.append(
+        f"\nAlone the operations sum to {alone * 1e6:.0f} µs; in one chain the seams "
+        f"{'save' if saved >= 0 else 'cost'} {abs(saved) * 1e6:.0f} µs."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

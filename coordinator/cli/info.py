@@ -1,0 +1,75 @@
+"""``outrider info``: describes a running coordinator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import grpc
+
+from outrider.coordinator.cli.generate import open_channel
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as stubs
+from outrider.shared.config.schema import Config
+from outrider.shared.process.grpc_server import authorization
+from outrider.shared.process.grpc_status import message_of
+
+TIMEOUT_SECONDS = 10.0
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Runs the command; returns the exit status."""
+    target = args.target or config.coordinator.listen
+    with open_channel(target, args.ca) as channel:
+        try:
+            stub: Any = stubs.GenerationStub(channel)  # type: ignore[no-untyped-call]
+            info = stub.Info(
+                pb.InfoRequest(),
+                timeout=TIMEOUT_SECONDS,
+                metadata=authorization(config.coordinator.token),
+            )
+        except grpc.RpcError as error:
+            print(f"outrider: error: {target}: {message_of(error)}", file=sys.stderr)
+            return 1
+    if args.json:
+        print(json.dumps(_fields(info)))
+    else:
+        print(_text(info))
+    return 0
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """Every field of a message, set or not; an unset message is None."""
+    made: dict[str, Any] = {}
+    for spec in message.DESCRIPTOR.fields:
+        value = getattr(message, spec.name)
+        if spec.message_type is not None:
+            value = _fields(value) if message.HasField(spec.name) else None
+        made[spec.name] = value
+    return made
+
+
+def _text(info: pb.InfoResponse) -> str:
+    lines = [f"outrider {info.version}, link {info.link or 'grpc'}"]
+    if info.link_reason:
+        lines.append(f"  no better link: {info.link_reason}")
+    for role, model in (("base", info.base), ("draft", info.draft)):
+        if not info.HasField(role):
+            lines.append(f"{role}: none")
+            continue
+        lines += [
+            f"{role}: {model.name}",
+            f"  {model.architecture}, {model.parameters / 1e6:.1f} M parameters, {model.dtype} "
+            f"on {model.device}",
+            f"  vocabulary {model.vocab_size} ({model.vocab_fingerprint[:12]}), "
+            f"up to {model.max_positions} positions",
+            f"  arena: {model.arena_tokens_used} of {model.arena_tokens} tokens in use",
+        ]
+    lines.append(
+        f"K: {info.default_k} by default, at most {info.max_k}; "
+        f"{info.default_max_new_tokens} new tokens by default"
+    )
+    lines.append(f"requests: {info.running} running, {info.waiting} waiting")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The three processes on this host: started, watched, stopped."""

@@ -1,0 +1,152 @@
+"""The profile of one request: gathered by a client, written, read and summed up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from outrider.coordinator.profile import record as profile_record
+from outrider.protos import generation_pb2 as pb
+from outrider.protos import generation_pb2_grpc as stubs
+from outrider.shared.core.errors import ConfigError
+from outrider.shared.process.grpc_status import message_of
+
+ORIGINS = {
+    pb.TOKEN_ORIGIN_ACCEPTED: "accepted",
+    pb.TOKEN_ORIGIN_CORRECTED: "corrected",
+    pb.TOKEN_ORIGIN_BONUS: "bonus",
+    pb.TOKEN_ORIGIN_BASE: "base",
+}
+TIMEOUT_SECONDS = 30.0
+
+
+class Collector:
+    """Gathers one streamed answer, and then asks the coordinator what its rounds took."""
+
+    def __init__(self, path: Path, prompt: str) -> None:
+        """``path``: the file to write. Raises ``ConfigError`` before anything was generated."""
+        if not path.parent.is_dir():
+            raise ConfigError(f"--profile {path}: its folder does not exist")
+        self._path = path
+        self._text: dict[str, Any] = {"prompt": prompt, "text": ""}
+        self._deltas: list[dict[str, Any]] = []
+        self._finished: pb.Finished | None = None
+
+    def see(self, response: pb.GenerateResponse) -> None:
+        """Takes one message of the stream; the profile is of the first sample."""
+        if response.sample_index:
+            return
+        kind = response.WhichOneof("event")
+        if kind == "started":
+            self._text["request_id"] = response.started.request_id
+        elif kind == "delta":
+            delta = response.delta
+            self._text["text"] += delta.text
+            self._deltas.append(
+                {
+                    "text": delta.text,
+                    "token_ids": list(delta.token_ids),
+                    "origins": [ORIGINS.get(one, "base") for one in delta.origins],
+                }
+            )
+        elif kind == "finished":
+            self._finished = response.finished
+
+    def watch(self, call: Iterable[pb.GenerateResponse]) -> Iterator[pb.GenerateResponse]:
+        """``call``'s messages, seen on their way."""
+        for response in call:
+            self.see(response)
+            yield response
+
+    def write(
+        self, channel: grpc.Channel, metadata: Any = (), pieces: Any = None
+    ) -> dict[str, Any]:
+        """Asks for the rounds and writes the record.
+
+        ``pieces`` turns token ids into one text each, where a tokenizer is at hand. Raises
+        ``ConfigError`` when the coordinator keeps no profiles.
+        """
+        assert self._finished is not None
+        finished = self._finished
+        ids = [token for delta in self._deltas for token in delta["token_ids"]]
+        self._text |= {
+            "token_ids": ids,
+            "origins": [origin for delta in self._deltas for origin in delta["origins"]],
+            "pieces": None if pieces is None else pieces(ids),
+            "deltas": self._deltas,
+            "finish_reason": pb.FinishReason.Name(finished.reason)
+            .removeprefix("FINISH_REASON_")
+            .lower(),
+            "prompt_tokens": finished.usage.prompt_tokens,
+            "seed": finished.seed,
+        }
+        try:
+            profile = stubs.GenerationStub(channel).Profile(
+                pb.ProfileRequest(request_id=self._text["request_id"]),
+                timeout=TIMEOUT_SECONDS,
+                metadata=metadata,
+            )
+        except grpc.RpcError as error:
+            raise ConfigError(f"--profile: {message_of(error)}") from None
+        record = profile_record.build(profile, self._text)
+        self._path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        return record
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in ``path``; raises ``ConfigError`` where it is none, or of another version."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != "outrider-profile":
+        raise ConfigError(f"{path}: not a profile; `outrider generate --profile FILE` makes one")
+    if record.get("version") != profile_record.VERSION:
+        raise ConfigError(
+            f"{path}: profile version {record.get('version')}, "
+            f"this program reads {profile_record.VERSION}"
+        )
+    return record
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The figures for a person."""
+    seconds, speculation = record["seconds"], record["speculation"]
+    lines = [
+        f"{len(record['request']['token_ids'])} tokens in {seconds['total']:.3f} s "
+        f"({seconds['tokens_per_second']:.1f} tokens/s after the first, "
+        f"first after {1e3 * seconds['first_token']:.1f} ms), {len(record['rounds'])} rounds, "
+        f"link {record['link']}",
+        f"{speculation['accepted']} of {speculation['proposed']} proposed tokens accepted "
+        f"({speculation['acceptance_rate']:.0%}), "
+        f"{speculation['mean_accepted_length']:.2f} tokens a round, mean K "
+        f"{speculation['mean_k']:.2f}",
+        "",
+        f"{'ms a round':<12}{'median':>9}{'p90':>9}{'p99':>9}{'max':>9}{'total s':>10}{'share':>8}",
+    ]
+    whole = sum(one["total"] for one in record["phases"].values()) or 1.0
+    rows = [*record["phases"].items(), ("round", record["round_seconds"])]
+    for name, one in rows:
+        figures = "".join(f"{1e3 * one[key]:9.3f}" for key in ("median", "p90", "p99", "max"))
+        share = f"{one['total'] / whole:8.1%}" if name != "round" else ""
+        lines.append(f"{name:<12}{figures}{one['total']:10.3f}{share}")
+    lines.append("")
+    ceiling = record["ceiling"]
+    if ceiling is not None:
+        lines.append(
+            f"ceiling: {ceiling['measured_tokens_per_second']:.1f} of "
+            f"{ceiling['tokens_per_second']:.1f} tokens/s that reading the weights at "
+            f"{ceiling['memory_bandwidth'] / 1e9:.1f} GB/s allows ({ceiling['share']:.0%})"
+        )
+    for name, one in record["memory"].items():
+        line = f"memory of {name}: {one['resident_bytes'] / 2**20:.0f} MiB resident"
+        if "arena_tokens" in one:
+            line += f", arena {one['arena_tokens_used']} of {one['arena_tokens']} tokens"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,361 @@
+"""The draft's half of a round: proposals on the critical path, catching up beside it.
+
+What the draft holds is tracked ahead of its answers: messages of one stream are handled in
+order, so a proposal may be asked for right behind the chunk that it builds on. A refusal sets
+the record straight. The draft is never necessary: when it is away, late or refuses, the round
+goes on without its proposals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from outrider.coordinator.requests.sequence import Held
+from outrider.coordinator.requests.sequence import Sequence as Seq
+from outrider.coordinator.services.connection import DraftLink
+from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core.errors import RefusalCode, ServiceUnavailable
+from outrider.shared.core.wire import write_open
+
+MOST_STRIKES = 5
+LAG = 24
+"""Rows that a proposal takes along; more is caught up in the background first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One sequence's proposal."""
+
+    tokens: list[int]
+    rows: Sequence[pb.SparseRow]
+    """For `rejection`: the distribution each token was drawn from; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One sequence of a draft message."""
+
+    sequence: Seq
+    n: int
+    """Length of the log when asked."""
+    k: int
+
+
+@dataclass(slots=True)
+class Proposals:
+    """What the draft offered in one round, by sequence id."""
+
+    by_id: dict[int, Offer] = field(default_factory=dict)
+    timing: ServiceTiming = NOT_ASKED
+    clean: bool = True
+    """Whether its time says what proposing costs: no prompt rows were taken along."""
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A grant that the draft has been given."""
+
+    answer: asyncio.Future[pb.DraftResponse]
+    asked: dict[int, Asked]
+
+
+class Drafting:
+    """Talks to the draft service."""
+
+    def __init__(
+        self, link: DraftLink | None, *, chunk: int, patience: float, vocab_size: int
+    ) -> None:
+        """``chunk``: rows taken in per message; ``patience``: seconds to wait for proposals."""
+        self._link = link
+        self._chunk = chunk
+        self._patience = patience
+        self._vocab_size = vocab_size
+        self._close: list[int] = []
+        self._late = False  # an answer that nobody waited for is still to come
+        self._clock = WallClock()
+        self._blocked: set[Seq] = set()
+
+    @property
+    def available(self) -> bool:
+        """Whether proposals can be asked for now."""
+        return self._link is not None and self._link.up and not self._late
+
+    def usable(self, sequence: Seq) -> bool:
+        """Whether the draft can serve this sequence."""
+        held = sequence.draft
+        return not (held.given_up or held.blocked) and sequence.may_open(held)
+
+    def select(self, sequences: Iterable[Seq]) -> set[Seq]:
+        """Those near enough to the log to have a proposal without a long wait."""
+        budget = self._chunk
+        near = set()
+        for sequence in sequences:
+            rows = len(sequence.log) - sequence.base_len(sequence.draft)
+            if rows > LAG:
+                if rows > budget:
+                    continue
+                budget -= rows
+            near.add(sequence)
+        return near
+
+    async def propose(
+        self,
+        wanted: Sequence[tuple[Seq, int]],
+        traceparent: str = "",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Proposals:
+        """Asks for ``k`` tokens each; comes back empty-handed rather than late.
+
+        ``meanwhile`` is called once, while the draft works if it does.
+        """
+        made = Proposals()
+        link = self._link
+        if not wanted or link is None or not self.available:
+            meanwhile()
+            return made
+        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+        asked, most = self._fill(request, wanted)
+        made.clean = most <= LAG
+        sent = self._clock()
+        try:
+            future = await link.send(request, lambda answer: self._came_late(answer, asked))
+        except ServiceUnavailable:
+            meanwhile()
+            return made
+        meanwhile()
+        response = await self._patiently(future)
+        if response is None:
+            return made
+        made.timing = ServiceTiming(
+            sent,
+            self._clock(),
+            response.timing.model_seconds,
+            response.timing.service_seconds,
+            response.timing.rows,
+        )
+        for proposal in response.proposals:
+            found = asked.get(proposal.sequence_id)
+            if found is not None:
+                tokens = list(proposal.tokens)
+                if self._sound(proposal, tokens, found):
+                    found.sequence.draft.strikes = 0
+                    made.by_id[proposal.sequence_id] = Offer(tokens, proposal.rows)
+        self._absorb(response, asked)
+        return made
+
+    def lacking(self, sequence: Seq) -> bool:
+        """Whether the draft has to be brought nearer to the log before it proposes."""
+        held = sequence.draft
+        return not held.open or len(sequence.log) - held.length > LAG
+
+    async def grant(
+        self, wanted: Sequence[tuple[Seq, int]], grant: pb.Grant, traceparent: str
+    ) -> Granted:
+        """Has the draft run rounds by itself; raises ``ServiceUnavailable``."""
+        link = self._link
+        assert link is not None
+        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent, grant=grant)
+        asked, _ = self._fill(request, wanted)
+        return Granted(
+            await link.send(request, lambda answer: self._came_late(answer, asked)), asked
+        )
+
+    async def granted(self, granted: Granted, *, wait: bool = True) -> int:
+        """The verifier ended the grant: the draft says so too, at once or late.
+
+        Without ``wait`` it is late where it has not said so yet. Returns the rounds that it
+        proposed for; 0 where it is late or lost.
+        """
+        if not wait:
+            self._give_up(granted.answer)
+        response = await self._patiently(granted.answer)
+        if response is None:
+            return 0
+        self._absorb(response, granted.asked)
+        return response.grant_end.rounds
+
+    async def change(self, change: pb.GrantChange) -> None:
+        """Changes or ends the draft's grant from here; the verifier's word is the usual way."""
+        if self._link is not None:
+            await self._link.tell(pb.DraftRequest(round=self._link.next_number(), change=change))
+
+    def touch(self) -> None:
+        """The verifier had proposals: the draft is alive."""
+        if self._link is not None:
+            self._link.touch()
+
+    async def catch_up(self, sequences: Iterable[Seq], traceparent: str = "") -> None:
+        """Sends one chunk of what the draft lacks, without waiting for the answer."""
+        link = self._link
+        if link is None or not link.up or link.waiting:
+            return
+        request: pb.DraftRequest | None = None
+        asked: dict[int, Asked] = {}
+        budget = self._chunk
+        # Asked of all first: a prompt that this very message brings can't be shared in it.
+        for sequence in [one for one in sequences if self.usable(one)]:
+            held = sequence.draft
+            n = len(sequence.log)
+            if budget <= 0:
+                break
+            if held.open and n - held.length <= LAG:
+                continue
+            if request is None:
+                request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+                self._fill_close(request)
+            upto = min(n, sequence.base_len(held) + budget)
+            budget -= self._append(request, sequence, upto, 0)
+            asked[sequence.sequence_id] = Asked(sequence, n, 0)
+        if request is not None:
+            await self._send_and_absorb(request, asked)
+
+    async def flush(self) -> None:
+        """Sends what is to be closed, when no other message will carry it."""
+        link = self._link
+        if link is None or not link.up or not self._close:
+            return
+        request = pb.DraftRequest(round=link.next_number())
+        self._fill_close(request)
+        await self._send_and_absorb(request, {})
+
+    def settle(self, sequence: Seq, n: int, proposed: int, accepted: int) -> None:
+        """The verdict on a proposal: what of the draft's KV is of the log."""
+        sequence.draft.length = min(n + accepted, n + proposed - 1)
+
+    def forget(self, sequence: Seq) -> None:
+        """The sequence is over: its extent is freed with the next message."""
+        self._blocked.discard(sequence)
+        if sequence.draft.open:
+            sequence.draft.lose()
+            self._close.append(sequence.sequence_id)
+            for other in self._blocked:
+                other.draft.blocked = False
+            self._blocked.clear()
+
+    def lost(self, sequences: Iterable[Seq]) -> None:
+        """The stream is gone, and all that the draft held with it."""
+        self._close.clear()
+        self._blocked.clear()
+        self._late = False
+        for sequence in sequences:
+            held = sequence.draft
+            held.lose()
+            held.blocked = held.given_up = False
+            held.strikes = 0
+
+    # --- parts of a message ------------------------------------------------------------------
+
+    def _fill(
+        self, request: pb.DraftRequest, wanted: Iterable[tuple[Seq, int]]
+    ) -> tuple[dict[int, Asked], int]:
+        """Adds all that are ``wanted``; returns them by id, and the most rows of one."""
+        self._fill_close(request)
+        asked: dict[int, Asked] = {}
+        most = 0
+        for sequence, k in wanted:
+            n = len(sequence.log)
+            most = max(most, self._append(request, sequence, n, k))
+            asked[sequence.sequence_id] = Asked(sequence, n, k)
+        return asked, most
+
+    def _append(self, request: pb.DraftRequest, sequence: Seq, upto: int, k: int) -> int:
+        """Adds the item that brings the draft to ``log[:upto]``; returns its rows."""
+        held = sequence.draft
+        if not held.open:
+            request.open.append(write_open(sequence.opening(held)))
+        base = min(held.length, upto - 1)
+        request.items.add(
+            sequence_id=sequence.sequence_id,
+            epoch=held.epoch,
+            base_len=base,
+            append=sequence.log[base:upto],
+            k=k,
+        )
+        held.length = upto
+        return upto - base
+
+    def _fill_close(self, request: pb.DraftRequest) -> None:
+        if self._close:
+            request.close.extend(self._close)
+            self._close.clear()
+
+    # --- answers -----------------------------------------------------------------------------
+
+    async def _send_and_absorb(self, request: pb.DraftRequest, asked: dict[int, Asked]) -> None:
+        """Sends a message whose answer nobody waits for."""
+        assert self._link is not None
+        try:
+            future = await self._link.send(request, lambda answer: self._absorb(answer, asked))
+        except ServiceUnavailable:
+            return
+        _expire(future)
+
+    async def _patiently(self, future: asyncio.Future[pb.DraftResponse]) -> pb.DraftResponse | None:
+        """The answer; None where it is late, or the draft is lost."""
+        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
+        try:
+            return await future
+        except ServiceUnavailable:
+            return None
+        finally:
+            timer.cancel()
+
+    def _give_up(self, future: asyncio.Future[Any]) -> None:
+        """Waits no longer; nothing is asked until the answer comes, or the stream is lost.
+
+        Noted here and not by whoever awaits the future: by the time that one runs, either may
+        have happened.
+        """
+        if not future.done():
+            future.set_result(None)
+            self._late = True
+
+    def _came_late(self, answer: pb.DraftResponse, asked: dict[int, Asked]) -> None:
+        self._late = False
+        self._absorb(answer, asked)
+
+    def _sound(self, proposal: pb.Proposal, tokens: list[int], asked: Asked) -> bool:
+        """A draft may be wrong about tokens, but not about what it was asked."""
+        return (
+            proposal.epoch == asked.sequence.draft.epoch
+            and proposal.committed_len == asked.n
+            and 0 < len(tokens) <= asked.k
+            and max(tokens) < self._vocab_size
+            and len(proposal.rows) == (len(tokens) if asked.sequence.needs_rows else 0)
+        )
+
+    def _absorb(self, response: pb.DraftResponse, asked: dict[int, Asked]) -> None:
+        for error in response.errors:
+            found = asked.get(error.sequence_id)
+            if found is not None and found.sequence.draft.epoch == error.epoch:
+                self._refused(found.sequence, found.sequence.draft, error)
+
+    def _refused(self, sequence: Seq, held: Held, error: pb.SequenceError) -> None:
+        if not held.open:
+            return  # an item behind an open that was refused, or a sequence that is over
+        code = int(error.code)
+        if code == RefusalCode.KV_MISSING:
+            held.length = min(held.length, error.held_len)
+        elif code == RefusalCode.NO_CAPACITY:
+            held.lose()
+            held.blocked = True
+            self._blocked.add(sequence)
+            return
+        else:
+            held.lose()
+            if code in (RefusalCode.INVALID, RefusalCode.MODEL):
+                self._close.append(sequence.sequence_id)
+            held.given_up = code == RefusalCode.INVALID
+        held.strikes += 1
+        if held.strikes >= MOST_STRIKES:
+            held.given_up = True
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    """Nobody waits for the answer any more."""
+    if not future.done():
+        future.set_result(None)

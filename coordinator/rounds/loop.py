@@ -1,0 +1,348 @@
+"""The round loop: admission, rounds, ends and failures of all requests, in one task.
+
+Everything that changes a sequence happens in this task, so there are no locks. Clients' calls
+only set flags and drain queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+
+from outrider.coordinator.requests.running import Job
+from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.requests.text.stopping import Finish, FinishReason
+from outrider.coordinator.requests.text.tokenizer import Tokenizer
+from outrider.coordinator.requests.validation import GenerationRequest
+from outrider.coordinator.rounds import recording
+from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.drafting import Drafting
+from outrider.coordinator.rounds.granted import FreeRun
+from outrider.coordinator.rounds.round import Outcome, Pipeline
+from outrider.coordinator.rounds.scheduler import Plan, Scheduler
+from outrider.coordinator.rounds.verifying import Verifying, never_fits
+from outrider.coordinator.services.connection import DraftLink, VerifyLink
+from outrider.coordinator.telemetry.records import (
+    LinkRecord,
+    Observer,
+    RequestRecord,
+    RoundRecord,
+    WallClock,
+)
+from outrider.shared.core.errors import CapacityError, OutriderError, ServiceUnavailable
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.05
+"""Pause before room is asked for again that nobody here can free."""
+
+
+class Driver:
+    """Runs all requests over the links."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler[Sequence],
+        pipeline: Pipeline,
+        drafting: Drafting,
+        verifying: Verifying,
+        speculation: Speculation,
+        verify_link: VerifyLink,
+        draft_link: DraftLink | None,
+        tokenizer: Tokenizer | None,
+        observer: Observer,
+        clock: WallClock,
+        patience: float,
+        records: deque[RoundRecord],
+    ) -> None:
+        """``patience``: seconds that requests wait for a verifier that is away.
+
+        ``records`` is where the pipeline leaves the records of rounds.
+        """
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._drafting = drafting
+        self._verifying = verifying
+        self._speculation = speculation
+        self._verify_link = verify_link
+        self._draft_link = draft_link
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._clock = clock
+        self._patience = patience
+        self._records = records
+        self._wake = asyncio.Event()
+        self._ids = itertools.count(1)
+        self._jobs: dict[Sequence, Job] = {}
+        self._ended: list[Sequence] = []
+        self._ends: deque[RequestRecord] = deque()
+        self._away_since: float | None = None
+        self._last_ns = 0
+        self._regrant = False  # something changed that rounds running by themselves can't know
+
+    @property
+    def running(self) -> int:
+        """Sequences running now."""
+        return self._scheduler.admitted
+
+    @property
+    def waiting(self) -> int:
+        """Sequences waiting for admission."""
+        return self._scheduler.waiting
+
+    # --- called from clients' calls ------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, arrived_ns: int) -> Job:
+        """Queues a request; raises ``CapacityError`` and ``ServiceUnavailable``."""
+        if self._away_since is not None and self._overdue():
+            raise self._away()
+        job = Job(request, self._tokenizer, self._ids, arrived_ns, self._speculation.acceptance)
+        self._scheduler.submit(job.samples)
+        for sample in job.samples:
+            self._jobs[sample] = job
+            if sample.output.finish is not None:  # the resumed tokens already hold the end
+                self._ended.append(sample)
+        self._wake.set()
+        return job
+
+    def end(self, job: Job, reason: FinishReason) -> None:
+        """Ends a request from outside; its extents are freed with the next messages."""
+        job.end(Finish(reason))
+        self._ended.extend(sample for sample in job.samples if sample in self._jobs)
+        self._wake.set()
+
+    # --- called from the links -------------------------------------------------------------------
+
+    def verify_changed(self, up: bool, reason: str) -> None:
+        """The link to the verifier came up or went away."""
+        if not up:
+            running = self._scheduler.running
+            self._verifying.lost(running)
+            self._note_link("verify", up, reason, len(running))
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+        else:
+            self._away_since = None
+            self._note_link("verify", up, reason, 0)
+            self.limit_k()
+        self._regrant = True
+        self._scheduler.retry()
+        self._wake.set()
+
+    def draft_changed(self, up: bool, reason: str) -> None:
+        """The link to the draft came up or went away."""
+        running = self._scheduler.running
+        if not up:
+            self._drafting.lost(running)
+        else:
+            self.limit_k()
+        self._note_link("draft", up, reason, 0 if up else len(running))
+        self._regrant = True
+        self._wake.set()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Runs rounds until cancelled; on the way out every request is failed."""
+        try:
+            while True:
+                self._reap()
+                if not self._verify_link.up:
+                    await self._wait_for_verifier()
+                    continue
+                plan = self._scheduler.plan()
+                if plan:
+                    await self._round(plan)
+                else:
+                    await self._idle()
+        finally:
+            self._fail_all(ServiceUnavailable("the coordinator is shutting down"))
+
+    async def _round(self, plan: Plan[Sequence]) -> None:
+        started_ns = self._last_ns or self._clock()
+        run: FreeRun | None = None
+        try:
+            ks = self._pipeline.choose(plan)
+            if len(plan.decode) == self._scheduler.admitted:
+                self._regrant = False
+                run = await self._pipeline.grant(plan, ks, self._wake.set)
+            if run is not None:
+                await self._follow(run)
+                return
+            outcome = await self._pipeline.round(
+                plan, ks, started_ns, self._hand_over, self._scheduler.waiting
+            )
+        except Exception as error:
+            # A bug must not take down the other requests, nor the loop.
+            log.exception("a round failed")
+            self._last_ns = 0
+            for sequence in self._sequences_of(plan):
+                self._finish(sequence, OutriderError(f"internal error: {type(error).__name__}"))
+            if run is not None:
+                await self._end(run)
+            return
+        self._last_ns = self._clock()
+        self._settle(outcome)
+        if not outcome.progressed and not outcome.lost:
+            # Nothing moved: somebody else has the room, or refusals are being worked off.
+            self._last_ns = 0
+            await asyncio.sleep(RETRY_SECONDS if outcome.full else 0)
+
+    async def _follow(self, run: FreeRun) -> None:
+        """Takes in the rounds that the services run by themselves, until they end."""
+        while not run.over:
+            await self._wake.wait()
+            self._wake.clear()
+            ended = False
+            while run.reports:
+                outcome = self._pipeline.free_round(run, self._scheduler.waiting)
+                self._settle(outcome)
+                ended = ended or bool(outcome.finished or outcome.failed or outcome.full)
+            if ended or self._ended or self._regrant or self._scheduler.admits:
+                await self._pipeline.revoke(run)
+            else:
+                await self._pipeline.steer(run)
+            self._hand_over()
+        await self._pipeline.finish(run)
+        self._last_ns = self._clock()
+
+    async def _end(self, run: FreeRun) -> None:
+        """Ends rounds of which nothing is wanted any more."""
+        await self._pipeline.revoke(run)
+        while not run.over:
+            await self._wake.wait()
+            self._wake.clear()
+            run.drop()
+        await self._pipeline.finish(run)
+
+    def _settle(self, outcome: Outcome) -> None:
+        for sequence in outcome.admitted:
+            self._jobs[sequence].changed.set()
+        for sequence in outcome.finished:
+            self._finish(sequence)
+        for sequence, error in outcome.failed:
+            self._finish(sequence, error)
+        # The last refused goes back first, so that the queue keeps its order.
+        for sequence in reversed(outcome.full):
+            info = self._verify_link.info
+            if info is not None and sequence.capacity > info.arena_tokens:
+                self._finish(sequence, never_fits(sequence, info.arena_tokens))
+            elif not sequence.statistics.admitted_ns:
+                self._drafting.forget(sequence)
+                self._scheduler.refuse(sequence)
+            elif self._homeless_for(sequence) > self._patience:
+                self._finish(
+                    sequence,
+                    CapacityError(
+                        "the base came back without room for the sequence, which needs "
+                        f"{sequence.capacity} token slots"
+                    ),
+                )
+
+    @staticmethod
+    def _homeless_for(sequence: Sequence) -> float:
+        """Seconds since a sequence that ran was first refused room after a failure."""
+        now = time.monotonic()
+        held = sequence.verify
+        held.full_since = now if held.full_since is None else held.full_since
+        return now - held.full_since
+
+    async def _idle(self) -> None:
+        """Nothing can run: tell the services what to free and wait."""
+        self._last_ns = 0
+        await self._verifying.flush()
+        await self._drafting.flush()
+        self._hand_over()
+        # With nothing to run here, the room that the head of the queue waits for is held by
+        # somebody else, who will not tell.
+        alone = self._scheduler.full
+        await self._sleep(RETRY_SECONDS if alone else None)
+        if alone:
+            self._scheduler.retry()
+
+    async def _wait_for_verifier(self) -> None:
+        self._last_ns = 0
+        self._hand_over()
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+        if self._overdue():
+            self._fail_all(self._away())
+            await self._sleep(None)
+        else:
+            await self._sleep(self._away_since + self._patience - time.monotonic())
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until woken, or until the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        self._wake.clear()
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """Takes out sequences that were ended from outside."""
+        if self._ended:
+            ended, self._ended = self._ended, []
+            for sequence in ended:
+                self._finish(sequence)
+
+    def _finish(self, sequence: Sequence, error: OutriderError | None = None) -> None:
+        job = self._jobs.pop(sequence, None)
+        if job is None:
+            return
+        self._scheduler.remove(sequence)
+        self._drafting.forget(sequence)
+        self._verifying.forget(sequence)
+        sequence.statistics.finished_ns = self._clock()
+        if error is not None:
+            job.fail(error)
+            for other in job.samples:
+                if other is not sequence and other in self._jobs:
+                    self._ended.append(other)
+        job.close(sequence)
+        if self._observer.follows:
+            self._ends.append(recording.request_record(sequence, error))
+
+    def _fail_all(self, error: OutriderError) -> None:
+        for sequence in self._scheduler.drop_all():
+            self._finish(sequence, error)
+        self._reap()
+
+    def _overdue(self) -> bool:
+        since = self._away_since
+        return since is not None and time.monotonic() - since >= self._patience
+
+    def _away(self) -> ServiceUnavailable:
+        failure = self._verify_link.failure
+        reason = f": {failure}" if failure is not None else ""
+        return ServiceUnavailable(f"the base model's service is away{reason}")
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def limit_k(self) -> None:
+        limits = [
+            link.info.max_k for link in (self._verify_link, self._draft_link) if link and link.info
+        ]
+        self._speculation.max_k = min([self._speculation.limit, *limits])
+
+    def _hand_over(self) -> None:
+        """Gives records to the observer; called while the verifier works, or nobody does."""
+        self._pipeline.reflect()
+        while self._records:
+            self._observer.round(self._records.popleft())
+        while self._ends:
+            self._observer.request(self._ends.popleft())
+
+    def _note_link(self, service: str, up: bool, reason: str, sequences: int) -> None:
+        if self._observer.follows:
+            self._observer.link(LinkRecord(service, up, self._clock(), reason, sequences))
+
+    @staticmethod
+    def _sequences_of(plan: Plan[Sequence]) -> list[Sequence]:
+        return [*plan.decode, *(sequence for sequence, _ in plan.prefill)]

@@ -1,0 +1,100 @@
+"""Makes the records of rounds and requests from what the round loop has at hand."""
+
+from __future__ import annotations
+
+from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.rounds.drafting import Proposals
+from outrider.coordinator.rounds.scheduler import Plan
+from outrider.coordinator.rounds.verifying import Judged
+from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, SequenceRound
+from outrider.shared.core.errors import OutriderError
+
+
+def round_record(
+    number: int,
+    plan: Plan[Sequence],
+    ks: list[int],
+    proposals: Proposals,
+    judged: Judged,
+    *,
+    traceparent: str,
+    started_ns: int,
+    finished_ns: int,
+    waiting: int,
+    link: str = "grpc",
+) -> RoundRecord:
+    """The record of a round; to be made before the next one is committed."""
+    asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, ks, strict=True)}
+    answered = {one.sequence.sequence_id: (one, verdict) for one, verdict in judged.verdicts}
+    made = []
+    for seq in (*plan.decode, *(seq for seq, _ in plan.prefill)):
+        key = seq.sequence_id
+        found = answered.get(key)
+        proposal = proposals.by_id.get(key)
+        proposed = 0 if proposal is None else len(proposal.tokens)
+        accepted = emitted = rows = 0
+        n = len(seq.log)
+        if found is not None:
+            one, verdict = found
+            n, rows, accepted = one.n, one.rows, verdict.num_accepted
+            emitted = len(seq.log) - n
+        made.append(
+            SequenceRound(
+                request_id=seq.request.request_id,
+                sample_index=seq.sample_index,
+                sequence_id=key,
+                committed_len=n,
+                k=asked_k.get(key, 0),
+                proposed=proposed,
+                accepted=accepted,
+                emitted=emitted,
+                rows=rows,
+                rollback=proposed - accepted if found is not None else 0,
+                verify_epoch=seq.verify.epoch,
+                draft_epoch=seq.draft.epoch,
+                refused=judged.refusals.get(key, 0),
+            )
+        )
+    return RoundRecord(
+        round=number,
+        traceparent=traceparent,
+        started_ns=started_ns,
+        finished_ns=finished_ns,
+        draft=proposals.timing,
+        verify=judged.timing,
+        sequences=tuple(made),
+        waiting=waiting,
+        link=link,
+        lost="verify" if judged.lost else "",
+    )
+
+
+def request_record(sequence: Sequence, error: OutriderError | None) -> RequestRecord:
+    """The record of a sample that is over, with ``error`` if that is why."""
+    statistics, request = sequence.statistics, sequence.request
+    finish = sequence.output.finish
+    reason = error.status if error is not None else finish.reason.name if finish else ""
+    return RequestRecord(
+        request_id=request.request_id,
+        sample_index=sequence.sample_index,
+        sequence_id=sequence.sequence_id,
+        traceparent=request.traceparent,
+        arrived_ns=statistics.arrived_ns,
+        admitted_ns=statistics.admitted_ns,
+        first_token_ns=statistics.first_token_ns,
+        finished_ns=statistics.finished_ns,
+        prompt_tokens=len(request.prompt_ids),
+        resumed_tokens=len(request.resume_ids),
+        completion_tokens=sequence.output.emitted,
+        reason=reason,
+        error="" if error is None else str(error),
+        k=request.k,
+        rule=sequence.decoding.rule.name,
+        temperature=sequence.decoding.temperature,
+        rounds=statistics.rounds,
+        proposed_by_position=tuple(statistics.proposed),
+        accepted_by_position=tuple(statistics.accepted),
+        decoding=sequence.decoding,
+        max_new_tokens=request.max_new_tokens,
+        num_samples=request.num_samples,
+    )

@@ -1,0 +1,120 @@
+"""``Generation.Profile``: what each round of a recent request took."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from outrider.coordinator.telemetry.recent_rounds import Kept, RoundsKept
+from outrider.coordinator.telemetry.records import RoundRecord, SequenceRound, ServiceTiming
+from outrider.protos import generation_pb2 as pb
+from outrider.shared.core.errors import OutriderError, ServiceUnavailable
+from outrider.shared.rounds.servicer import resident_bytes
+
+LATE_SECONDS = 1.0
+"""How long the last records of a request may be on their way after its last message."""
+
+
+class NotKept(OutriderError):
+    """The coordinator does not keep profiles."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class UnknownRequest(OutriderError):
+    """The request is not among the recent ones."""
+
+    status = "NOT_FOUND"
+
+
+async def answer(runtime: Any, request_id: str) -> pb.ProfileResponse:
+    """The answer for ``request_id``; ``runtime`` is a ``Runtime``."""
+    keeper: RoundsKept | None = getattr(runtime.observer, "kept", None)
+    if keeper is None:
+        raise NotKept("this coordinator keeps no profiles; start it with telemetry.profile = true")
+    until = asyncio.get_running_loop().time() + LATE_SECONDS
+    while (kept := keeper.get(request_id)) is not None and kept.request is None:
+        if asyncio.get_running_loop().time() > until:
+            break
+        await asyncio.sleep(0.01)
+    if kept is None:
+        raise UnknownRequest(f"request_id: got {request_id!r}, which is not a recent request")
+    response = _response(kept)
+    response.coordinator_resident_bytes = resident_bytes()
+    response.link = runtime.introduction.link
+    response.base.CopyFrom(await _service(runtime.verify_link))
+    if runtime.draft_link is not None and runtime.draft_link.info is not None:
+        response.draft.CopyFrom(await _service(runtime.draft_link))
+    return response
+
+
+def _response(kept: Kept) -> pb.ProfileResponse:
+    made = pb.ProfileResponse(rounds=[_round(*one) for one in kept.rounds])
+    request = kept.request
+    if request is not None:
+        made.arrived_ns = request.arrived_ns
+        made.admitted_ns = request.admitted_ns
+        made.first_token_ns = request.first_token_ns
+        made.finished_ns = request.finished_ns
+    made.trace_id = kept.trace_id
+    return made
+
+
+def _round(record: RoundRecord, one: SequenceRound) -> pb.RoundProfile:
+    return pb.RoundProfile(
+        round=record.round,
+        started_ns=record.started_ns,
+        finished_ns=record.finished_ns,
+        draft=_exchange(record.draft),
+        verify=_exchange(record.verify),
+        committed_len=one.committed_len,
+        k=one.k,
+        proposed=one.proposed,
+        accepted=one.accepted,
+        emitted=one.emitted,
+        rows=one.rows,
+        rollback=one.rollback,
+        batch_size=len(record.sequences),
+        verify_epoch=one.verify_epoch,
+        draft_epoch=one.draft_epoch,
+        lost=record.lost,
+    )
+
+
+def _exchange(timing: ServiceTiming) -> pb.ExchangeProfile | None:
+    if not timing.sent_ns:
+        return None
+    return pb.ExchangeProfile(
+        sent_ns=timing.sent_ns,
+        answered_ns=timing.answered_ns,
+        model_seconds=timing.model_seconds,
+        service_seconds=timing.service_seconds,
+        rows=timing.rows,
+    )
+
+
+async def _service(link: Any) -> pb.ServiceProfile:
+    try:
+        info = await link.describe()
+    except (ServiceUnavailable, grpc.aio.AioRpcError):
+        info = link.info
+    return pb.ServiceProfile(
+        model=pb.ModelDescription(
+            name=info.model,
+            architecture=info.architecture,
+            parameters=info.parameters,
+            weight_bytes=info.weight_bytes,
+            vocab_size=info.vocab_size,
+            vocab_fingerprint=info.vocab_fingerprint,
+            max_positions=info.max_positions,
+            device=info.device,
+            dtype=info.dtype,
+            arena_tokens=info.arena_tokens,
+            arena_tokens_used=info.arena_tokens_used,
+        ),
+        arena_tokens_largest_free=info.arena_tokens_largest_free,
+        resident_bytes=info.resident_bytes,
+        memory_bandwidth=info.memory_bandwidth,
+    )

@@ -1,0 +1,304 @@
+"""The coordinator put together: links, tokenizer, limits and the round loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.requests.text import tokenizer as tokenizers
+from outrider.coordinator.requests.text.tokenizer import Tokenizer
+from outrider.coordinator.requests.validation import Limits
+from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.drafting import Drafting
+from outrider.coordinator.rounds.granted import FreeRunning
+from outrider.coordinator.rounds.loop import Driver
+from outrider.coordinator.rounds.round import Pipeline
+from outrider.coordinator.rounds.scheduler import Scheduler
+from outrider.coordinator.rounds.verifying import Verifying
+from outrider.coordinator.services.connection import DraftLink, Endpoint, Link, VerifyLink
+from outrider.coordinator.services.mailbox_setup import Introduction
+from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRecord, WallClock
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.config.schema import CoordinatorConfig
+from outrider.shared.core.errors import ConfigError, ServiceUnavailable, VocabularyMismatch
+from outrider.shared.process import grpc_server as rpc
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+
+
+class Runtime:
+    """A running coordinator, without its public server."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        driver: Driver,
+        introduction: Introduction,
+        verify_link: VerifyLink,
+        draft_link: DraftLink | None,
+        tokenizer: Tokenizer | None,
+        speculation: Speculation,
+        clock: WallClock,
+        observer: Observer,
+    ) -> None:
+        self.config = config
+        self.driver = driver
+        self.introduction = introduction
+        self.verify_link = verify_link
+        self.draft_link = draft_link
+        self.tokenizer = tokenizer
+        self.speculation = speculation
+        self.clock = clock
+        self.observer = observer
+
+    @property
+    def base(self) -> pb.ServiceInfoResponse:
+        """The base's service as it was when last reached."""
+        info = self.verify_link.info
+        assert info is not None  # the runtime starts with it
+        return info
+
+    @property
+    def limits(self) -> Limits:
+        """What requests are checked against."""
+        base, config = self.base, self.config
+        max_k = min(config.max_k, base.max_k)
+        return Limits(
+            vocab_size=base.vocab_size,
+            max_positions=base.max_positions,
+            max_k=max_k,
+            slack=max_k + 1,
+            arena_tokens=base.arena_tokens,
+            eos_token_ids=tuple(base.eos_token_ids),
+            default_k=None if config.default_k is None else min(config.default_k, max_k),
+            default_max_new_tokens=config.default_max_new_tokens,
+            max_new_tokens=config.max_new_tokens_limit,
+            max_logprobs=config.max_logprobs,
+            draft_top=config.draft_top,
+        )
+
+
+@asynccontextmanager
+async def running(
+    config: CoordinatorConfig,
+    *,
+    observer: Observer | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> AsyncIterator[Runtime]:
+    """Connects, checks, and runs the round loop for the length of the block.
+
+    Raises ``ServiceUnavailable`` when the base can't be reached in time, ``VocabularyMismatch``
+    and other ``ConfigError`` for parts that do not fit together.
+    """
+    observer = NoObserver() if observer is None else observer
+    clock = WallClock()
+    driver: Driver | None = None
+
+    def verify_changed(up: bool, reason: str) -> None:
+        if driver is not None:
+            introduction.changed()
+            driver.verify_changed(up, reason)
+
+    def draft_changed(up: bool, reason: str) -> None:
+        if driver is not None:
+            introduction.changed()
+            driver.draft_changed(up, reason)
+
+    def check_verify(info: pb.ServiceInfoResponse) -> None:
+        check_same_base(verify_link.info, info)
+
+    def check_draft(info: pb.ServiceInfoResponse) -> None:
+        check_vocabulary(verify_link.info, info)
+
+    verify_link: VerifyLink = Link(
+        _endpoint(config, "verify", config.base_target, config.verify_timeout_seconds),
+        check=check_verify,
+        changed=verify_changed,
+    )
+    draft_link: DraftLink | None = None
+    if config.draft_target is not None:
+        draft_link = Link(
+            _endpoint(config, "draft", config.draft_target, config.draft_timeout_seconds),
+            check=check_draft,
+            changed=draft_changed,
+        )
+    introduction = Introduction(config, verify_link, draft_link)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            # Cancelled one by one at the end, so that leaving the block is not an error.
+            background = [tasks.create_task(verify_link.run(), name="verify link")]
+            try:
+                progress("connecting to the base model")
+                await _reached(verify_link, config.start_timeout_seconds)
+                if draft_link is not None:
+                    background.append(tasks.create_task(draft_link.run(), name="draft link"))
+                    progress("connecting to the draft model")
+                    await _draft_reached(draft_link, config.draft_start_seconds)
+                    await introduction.first()
+                assert verify_link.info is not None
+                progress("loading the tokenizer")
+                tokenizer = await asyncio.to_thread(
+                    load_tokenizer, config.tokenizer, verify_link.info
+                )
+                speculation = Speculation(config.max_k)
+                records: deque[RoundRecord] = deque()
+                drafting = Drafting(
+                    draft_link,
+                    chunk=config.prefill_chunk,
+                    patience=config.draft_patience_seconds,
+                    vocab_size=verify_link.info.vocab_size,
+                )
+                verifying = Verifying(verify_link)
+                free = FreeRunning(
+                    drafting,
+                    verifying,
+                    introduction,
+                    clock=clock,
+                    rounds=config.free_rounds,
+                    draft_patience=config.draft_patience_seconds,
+                )
+                driver = Driver(
+                    scheduler=Scheduler[Sequence](
+                        max_running=config.max_running,
+                        max_waiting=config.max_waiting,
+                        prefill_chunk=config.prefill_chunk,
+                    ),
+                    pipeline=Pipeline(
+                        drafting,
+                        verifying,
+                        speculation,
+                        free,
+                        observer=observer,
+                        clock=clock,
+                        records=records.append,
+                    ),
+                    drafting=drafting,
+                    verifying=verifying,
+                    speculation=speculation,
+                    verify_link=verify_link,
+                    draft_link=draft_link,
+                    tokenizer=tokenizer,
+                    observer=observer,
+                    clock=clock,
+                    patience=config.verify_patience_seconds,
+                    records=records,
+                )
+                driver.limit_k()
+                background.append(tasks.create_task(introduction.run(), name="introduction"))
+                background.append(tasks.create_task(driver.run(), name="rounds"))
+                yield Runtime(
+                    config,
+                    driver=driver,
+                    introduction=introduction,
+                    verify_link=verify_link,
+                    draft_link=draft_link,
+                    tokenizer=tokenizer,
+                    speculation=speculation,
+                    clock=clock,
+                    observer=observer,
+                )
+            finally:
+                for task in background[2:] if draft_link is not None else background[1:]:
+                    task.cancel()
+                await verify_link.close()
+                if draft_link is not None:
+                    await draft_link.close()
+                for task in background:
+                    task.cancel()
+    except BaseExceptionGroup as group:
+        # One thing went wrong: say that, not that a group did.
+        raise group.exceptions[0] from None
+
+
+def check_vocabulary(base: pb.ServiceInfoResponse | None, draft: pb.ServiceInfoResponse) -> None:
+    """Raises ``VocabularyMismatch`` unless draft and base have one vocabulary."""
+    if base is None or base.vocab_fingerprint == draft.vocab_fingerprint:
+        return
+    raise VocabularyMismatch(
+        f"draft and base do not share a vocabulary: base {base.model!r} has "
+        f"{base.vocab_size} tokens, fingerprint {base.vocab_fingerprint}; draft "
+        f"{draft.model!r} has {draft.vocab_size} tokens, fingerprint "
+        f"{draft.vocab_fingerprint}. Choose a draft that was trained with the base's "
+        "tokenizer, or run the base alone (--no-draft)"
+    )
+
+
+def check_same_base(before: pb.ServiceInfoResponse | None, now: pb.ServiceInfoResponse) -> None:
+    """Raises ``ConfigError`` when another model came back in the base's place.
+
+    Sequences go on over a restart of the verifier; with another model their text would change
+    half-way.
+    """
+    if before is None:
+        return
+    for name in ("vocab_fingerprint", "architecture", "parameters", "max_positions", "dtype"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            raise ConfigError(
+                f"the verify service came back with another model: {name} was {old!r}, is "
+                f"{new!r}; restart the coordinator to use it"
+            )
+
+
+def load_tokenizer(name: str, base: pb.ServiceInfoResponse) -> Tokenizer | None:
+    """The tokenizer ``name``, or the base's own; None (ids only) where the base has none."""
+    own = Path(base.model)
+    if name == "base" and own.is_dir():
+        name = str(own)
+    try:
+        return tokenizers.load(name)
+    except ConfigError as error:
+        if Path(name) != own:
+            raise
+        log.warning("%s; requests must carry token ids", error)
+        return None
+
+
+def _endpoint(config: CoordinatorConfig, role: str, target: str, timeout: float) -> Endpoint:
+    return Endpoint(
+        role,
+        target,
+        timeout,
+        options=tuple(
+            rpc.client_options(
+                max_message_bytes=config.max_message_bytes,
+                keepalive_seconds=config.keepalive_seconds,
+            )
+        ),
+        credentials=rpc.channel_credentials(
+            config.services_ca, config.services_certificate, config.services_key
+        ),
+        metadata=rpc.authorization(config.services_token),
+    )
+
+
+async def _reached(link: VerifyLink | DraftLink, seconds: float) -> None:
+    """Waits for the link to come up; raises what keeps it down."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not link.up:
+                if isinstance(link.failure, ConfigError):
+                    raise link.failure
+                await asyncio.sleep(POLL_SECONDS)
+    except TimeoutError:
+        raise link.failure or ServiceUnavailable(
+            f"the {link.role} service at {link.endpoint.target} did not answer in {seconds:g} s"
+        ) from None
+
+
+async def _draft_reached(link: DraftLink, seconds: float) -> None:
+    """Gives the draft a moment; without it rounds run all the same. A mismatch is an error."""
+    try:
+        await _reached(link, seconds)
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.warning("starting without the draft: %s", error)

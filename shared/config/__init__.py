@@ -1,0 +1,1 @@
+"""Configuration: declared once, read from TOML, environment and flags."""

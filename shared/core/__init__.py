@@ -1,0 +1,1 @@
+"""Errors, the values that travel and their messages; imports protos alone."""

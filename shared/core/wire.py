@@ -1,0 +1,338 @@
+"""Messages of speculation.proto to and from the plain types of ``types.py``.
+
+On the critical path of every round: one comprehension per list, no reflection, and the
+fields that most rounds leave empty (rows, log-probabilities) are not touched.
+Functions named ``read_*`` go from message to types, ``write_*`` the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.types import (
+    Decoding,
+    OpenSequence,
+    PositionLogprobs,
+    Proposal,
+    ProposeItem,
+    Refusal,
+    RoundResult,
+    Rule,
+    SparseRow,
+    Verdict,
+    VerifyItem,
+)
+
+PROTOCOL = 2
+"""Version of the round protocol; coordinator and services must agree."""
+
+
+# --- admission ---------------------------------------------------------------------------------
+
+
+def write_open(item: OpenSequence) -> pb.OpenSequence:
+    """The message that reserves an extent."""
+    d = item.decoding
+    return pb.OpenSequence(
+        sequence_id=item.sequence_id,
+        epoch=item.epoch,
+        capacity=item.capacity,
+        decoding=pb.Decoding(
+            temperature=d.temperature,
+            top_k=d.top_k,
+            top_p=d.top_p,
+            min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty,
+            presence_penalty=d.presence_penalty,
+            frequency_penalty=d.frequency_penalty,
+            logit_bias=dict(d.logit_bias),
+            bad_words=[pb.TokenSequence(ids=ids) for ids in d.bad_words],
+            eos_token_ids=d.eos_token_ids,
+            min_new_tokens=d.min_new_tokens,
+            prompt_len=d.prompt_len,
+            seed=d.seed,
+            rule=int(d.rule),  # type: ignore[arg-type]
+            logprobs=d.logprobs,
+            draft_top=d.draft_top,
+        ),
+        parent_id=item.parent_id,
+        prefix_len=item.prefix_len,
+    )
+
+
+def read_open(message: pb.OpenSequence) -> OpenSequence:
+    """The admission asked for; raises ``SequenceRefused`` (INVALID) for an unknown rule."""
+    d = message.decoding
+    try:
+        rule = Rule(d.rule)
+    except ValueError:
+        raise SequenceRefused(
+            RefusalCode.INVALID,
+            f"decoding.rule: got {d.rule}; must be one of "
+            + ", ".join(f"{r.value} ({r.name})" for r in Rule),
+        ) from None
+    return OpenSequence(
+        message.sequence_id,
+        message.epoch,
+        message.capacity,
+        Decoding(
+            temperature=d.temperature,
+            top_k=d.top_k,
+            top_p=d.top_p,
+            min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty,
+            presence_penalty=d.presence_penalty,
+            frequency_penalty=d.frequency_penalty,
+            logit_bias=tuple(sorted(d.logit_bias.items())),
+            bad_words=tuple(tuple(word.ids) for word in d.bad_words),
+            eos_token_ids=tuple(d.eos_token_ids),
+            min_new_tokens=d.min_new_tokens,
+            prompt_len=d.prompt_len,
+            seed=d.seed,
+            rule=rule,
+            logprobs=d.logprobs if d.HasField("logprobs") else None,
+            draft_top=d.draft_top,
+        ),
+        message.parent_id if message.HasField("parent_id") else None,
+        message.prefix_len,
+    )
+
+
+# --- draft -------------------------------------------------------------------------------------
+
+
+def write_draft_request(
+    number: int,
+    items: Iterable[ProposeItem] = (),
+    *,
+    close: Sequence[int] = (),
+    open: Iterable[OpenSequence] = (),
+    goodbye: bool = False,
+    traceparent: str = "",
+) -> pb.DraftRequest:
+    """One message to the draft."""
+    return pb.DraftRequest(
+        round=number,
+        close=close,
+        open=[write_open(one) for one in open],
+        items=[
+            pb.ProposeItem(
+                sequence_id=item.sequence_id,
+                epoch=item.epoch,
+                base_len=item.base_len,
+                append=item.append,
+                k=item.k,
+            )
+            for item in items
+        ],
+        goodbye=goodbye,
+        traceparent=traceparent,
+    )
+
+
+def read_propose_items(message: pb.DraftRequest) -> list[ProposeItem]:
+    """What the draft is asked for, in order."""
+    return [
+        ProposeItem(item.sequence_id, item.epoch, item.base_len, tuple(item.append), item.k)
+        for item in message.items
+    ]
+
+
+def write_draft_response(
+    number: int, result: RoundResult[Proposal], service_seconds: float
+) -> pb.DraftResponse:
+    """The draft's answer."""
+    return pb.DraftResponse(
+        round=number,
+        proposals=[
+            pb.Proposal(
+                sequence_id=answer.sequence_id,
+                epoch=answer.epoch,
+                committed_len=answer.committed_len,
+                tokens=answer.tokens,
+                rows=_write_rows(answer.rows),
+            )
+            for answer in result.answers
+        ],
+        errors=_write_refusals(result.refusals),
+        timing=_write_timing(result, service_seconds),
+    )
+
+
+def read_draft_response(message: pb.DraftResponse) -> RoundResult[Proposal]:
+    """What the draft answered; ``message.timing`` has the service's own time besides."""
+    return RoundResult(
+        [
+            Proposal(
+                answer.sequence_id,
+                answer.epoch,
+                answer.committed_len,
+                tuple(answer.tokens),
+                _read_rows(answer.rows),
+            )
+            for answer in message.proposals
+        ],
+        _read_refusals(message.errors),
+        message.timing.model_seconds,
+        message.timing.rows,
+    )
+
+
+# --- verify ------------------------------------------------------------------------------------
+
+
+def write_verify_request(
+    number: int,
+    items: Iterable[VerifyItem] = (),
+    *,
+    close: Sequence[int] = (),
+    open: Iterable[OpenSequence] = (),
+    goodbye: bool = False,
+    traceparent: str = "",
+) -> pb.VerifyRequest:
+    """One message to the verifier."""
+    return pb.VerifyRequest(
+        round=number,
+        close=close,
+        open=[write_open(one) for one in open],
+        items=[
+            pb.VerifyItem(
+                sequence_id=item.sequence_id,
+                epoch=item.epoch,
+                base_len=item.base_len,
+                append=item.append,
+                proposal=item.proposal,
+                rows=_write_rows(item.rows),
+                extend_only=item.extend_only,
+            )
+            for item in items
+        ],
+        goodbye=goodbye,
+        traceparent=traceparent,
+    )
+
+
+def read_verify_items(message: pb.VerifyRequest) -> list[VerifyItem]:
+    """What the verifier is asked for, in order."""
+    return [
+        VerifyItem(
+            item.sequence_id,
+            item.epoch,
+            item.base_len,
+            tuple(item.append),
+            tuple(item.proposal),
+            _read_rows(item.rows),
+            item.extend_only,
+        )
+        for item in message.items
+    ]
+
+
+def write_verify_response(
+    number: int, result: RoundResult[Verdict], service_seconds: float
+) -> pb.VerifyResponse:
+    """The verifier's answer."""
+    return pb.VerifyResponse(
+        round=number,
+        verdicts=[
+            pb.Verdict(
+                sequence_id=answer.sequence_id,
+                epoch=answer.epoch,
+                num_accepted=answer.num_accepted,
+                next_token=answer.next_token,
+                committed_len=answer.committed_len,
+                logprobs=_write_logprobs(answer.logprobs),
+            )
+            for answer in result.answers
+        ],
+        errors=_write_refusals(result.refusals),
+        timing=_write_timing(result, service_seconds),
+    )
+
+
+def read_verify_response(message: pb.VerifyResponse) -> RoundResult[Verdict]:
+    """What the verifier answered; ``message.timing`` has the service's own time besides."""
+    return RoundResult(
+        [
+            Verdict(
+                answer.sequence_id,
+                answer.epoch,
+                answer.num_accepted,
+                answer.next_token if answer.HasField("next_token") else None,
+                answer.committed_len,
+                _read_logprobs(answer.logprobs),
+            )
+            for answer in message.verdicts
+        ],
+        _read_refusals(message.errors),
+        message.timing.model_seconds,
+        message.timing.rows,
+    )
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def _write_rows(rows: Sequence[SparseRow]) -> list[pb.SparseRow] | None:
+    if not rows:
+        return None
+    return [pb.SparseRow(ids=row.ids, probabilities=row.probabilities) for row in rows]
+
+
+def _read_rows(rows: Sequence[pb.SparseRow]) -> tuple[SparseRow, ...]:
+    if not rows:
+        return ()
+    return tuple(SparseRow(tuple(row.ids), tuple(row.probabilities)) for row in rows)
+
+
+def _write_timing(
+    result: RoundResult[Proposal] | RoundResult[Verdict], service_seconds: float
+) -> pb.Timing:
+    return pb.Timing(
+        model_seconds=result.model_seconds, service_seconds=service_seconds, rows=result.rows
+    )
+
+
+def _write_refusals(refusals: Sequence[Refusal]) -> list[pb.SequenceError] | None:
+    if not refusals:
+        return None
+    return [
+        pb.SequenceError(
+            sequence_id=one.sequence_id,
+            epoch=one.epoch,
+            code=int(one.code),  # type: ignore[arg-type]
+            message=one.message,
+            held_len=one.held_len,
+        )
+        for one in refusals
+    ]
+
+
+def _read_refusals(errors: Sequence[pb.SequenceError]) -> list[Refusal]:
+    return [
+        Refusal(one.sequence_id, one.epoch, one.code, one.message, one.held_len) for one in errors
+    ]
+
+
+def _write_logprobs(rows: Sequence[PositionLogprobs]) -> list[pb.PositionLogprobs] | None:
+    if not rows:
+        return None
+    return [
+        pb.PositionLogprobs(
+            logprob=row.logprob,
+            top_ids=[token for token, _ in row.top],
+            top_logprobs=[value for _, value in row.top],
+        )
+        for row in rows
+    ]
+
+
+def _read_logprobs(rows: Sequence[pb.PositionLogprobs]) -> tuple[PositionLogprobs, ...]:
+    if not rows:
+        return ()
+    return tuple(
+        PositionLogprobs(row.logprob, tuple(zip(row.top_ids, row.top_logprobs, strict=True)))
+        for row in rows
+    )

@@ -1,0 +1,1 @@
+"""The KV arena: who owns which slots, and the tensors behind them."""

@@ -1,0 +1,112 @@
+"""Contiguous token slots, reserved whole and given back: the arena's allocator. Integers only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from outrider.shared.core.errors import CapacityError
+
+
+class SlotAllocator:
+    """Best-fit allocator of contiguous slots with a coalescing free list.
+
+    The free extents are kept in two orders: by address (to coalesce) and by size (to find the
+    smallest that fits, the lowest address among equals). Both are sorted lists searched by
+    bisection: with a thousand live extents a step is a few comparisons and one short
+    ``memmove``, a few microseconds in all.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        """``tokens``: slots in all, at least 1."""
+        if tokens < 1:
+            raise ValueError(f"tokens: got {tokens}; must be at least 1")
+        self.tokens = tokens
+        self._used: dict[int, int] = {}
+        self._used_tokens = 0
+        self._starts: list[int] = [0]
+        self._size_at: dict[int, int] = {0: tokens}
+        self._by_size: list[tuple[int, int]] = [(tokens, 0)]
+
+    @property
+    def used(self) -> int:
+        """Slots reserved."""
+        return self._used_tokens
+
+    @property
+    def live(self) -> int:
+        """Extents reserved."""
+        return len(self._used)
+
+    @property
+    def largest_free(self) -> int:
+        """Slots of the largest free extent: the largest request that would fit now."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def reserve(self, size: int) -> int:
+        """Reserves ``size`` contiguous slots; returns the first.
+
+        Raises ``CapacityError``: permanent where the pool is smaller than ``size``.
+        """
+        if size < 1:
+            raise ValueError(f"size: got {size}; must be at least 1")
+        index = bisect_left(self._by_size, (size, -1))
+        if index == len(self._by_size):
+            self._refuse(size)
+        held, start = self._by_size.pop(index)
+        if held == size:
+            del self._starts[bisect_left(self._starts, start)]
+            del self._size_at[start]
+        else:
+            # The remainder takes the place of its free extent: the address order stays.
+            rest = start + size
+            self._starts[bisect_left(self._starts, start)] = rest
+            del self._size_at[start]
+            self._size_at[rest] = held - size
+            insort(self._by_size, (held - size, rest))
+        self._used[start] = size
+        self._used_tokens += size
+        return start
+
+    def free(self, start: int) -> None:
+        """Frees the extent at ``start``; it joins its free neighbours."""
+        size = self._used.pop(start)
+        self._used_tokens -= size
+        index = bisect_left(self._starts, start)
+        if index < len(self._starts) and self._starts[index] == start + size:
+            following = self._starts.pop(index)
+            size += self._drop(following)
+        if index > 0:
+            before = self._starts[index - 1]
+            held = self._size_at[before]
+            if before + held == start:
+                self._drop(before)
+                self._size_at[before] = held + size
+                insort(self._by_size, (held + size, before))
+                return
+        self._starts.insert(index, start)
+        self._size_at[start] = size
+        insort(self._by_size, (size, start))
+
+    def free_extents(self) -> list[tuple[int, int]]:
+        """Free extents as (start, size), by address."""
+        return [(start, self._size_at[start]) for start in self._starts]
+
+    def used_extents(self) -> list[tuple[int, int]]:
+        """Reserved extents as (start, size), by address."""
+        return sorted(self._used.items())
+
+    def _drop(self, start: int) -> int:
+        """Takes a free extent out of the size order; returns its size."""
+        size = self._size_at.pop(start)
+        del self._by_size[bisect_left(self._by_size, (size, start))]
+        return size
+
+    def _refuse(self, size: int) -> None:
+        if size > self.tokens:
+            raise CapacityError(
+                f"{size} token slots can never fit: the arena has {self.tokens}", permanent=True
+            )
+        raise CapacityError(
+            f"{size} token slots do not fit now: {self.tokens - self.used} of {self.tokens} are "
+            f"free, the largest free extent has {self.largest_free}"
+        )

@@ -1,0 +1,1 @@
+"""A loaded model with its arena, behind one interface: ``Runner``."""

@@ -1,0 +1,420 @@
+"""The fast path for the Llama block family on a CUDA device: kernels, graphs, exact numerics.
+
+Every forward is a chain of kernels over at most 64 rows (``cuda_forward``), captured as a CUDA
+graph the second time its sizes are asked for. The graph begins with the one copy that brings
+the step's numbers and ends with the one that takes its tokens back, so a round is one launch
+and one wait. A row's logits are the same bits whatever else is in the batch: see
+docs/numerics.md. What the chain can't do (branches of an extent) goes the way of LlamaRunner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.attention import need
+from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.registry import Call, Choice, Tools
+from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.kv.storage import Storage
+from outrider.shared.link.device.cuda_ipc import CudaStream
+from outrider.shared.link.device.mailbox import DeviceMailbox
+from outrider.shared.model.cuda.forward import Forward, resolve_all
+from outrider.shared.model.cuda.graphs import Graphs
+from outrider.shared.model.cuda.inputs import Inputs
+from outrider.shared.model.cuda.passes import (
+    MAX_SEQUENCES,
+    POWERS,
+    ROW_SIZES,
+    bucket,
+    cut,
+    rows_in_order,
+)
+from outrider.shared.model.cuda.rejection import Draws, draws, fits
+from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
+from outrider.shared.model.cuda.support import judged, simple
+from outrider.shared.model.cuda.tuning import Tuning, tuning_for
+from outrider.shared.model.cuda.turns.stream import Stream
+from outrider.shared.model.cuda.turns.turns import Parts, Turns
+from outrider.shared.model.cuda.weights import weights_of
+from outrider.shared.model.llama.runner import LlamaRunner
+from outrider.shared.model.runner import ModelFacts, Span
+
+TurnsT = TypeVar("TurnsT", bound=Turns)
+# Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
+_WORK_BYTES = 256 << 20
+
+
+class CudaRunner(LlamaRunner):
+    """Forwards a model of the Llama block family with this project's kernels."""
+
+    reads_branches = False  # the kernels read one extent a sequence
+
+    def __init__(
+        self,
+        model: Any,
+        facts: ModelFacts,
+        storage: Storage,
+        *,
+        max_k: int,
+        exact: bool = True,
+        tuning: Tuning | None = None,
+        calls: dict[str, Call] | None = None,
+        graphs: bool = True,
+    ) -> None:
+        """Takes over the weights of ``model``.
+
+        ``max_k``: most tokens of a proposal. ``exact`` False lets spans of more than 64 rows
+        take the library's matrix products: a prompt is taken in faster, and its KV then
+        depends on how it was cut. ``calls``: instead of the best operations that work here.
+        """
+        super().__init__(model, facts, storage)
+        self._exact, self._max_k = exact, max_k
+        self.choices: list[Choice] = []
+        if calls is None:
+            calls, self.choices = resolve_all(Tools(storage.device), storage.dtype)
+        sizes = (self._heads, self._kv_heads, self._dim)
+        weights = weights_of(model, self._blocks, storage, sizes, self._cos.shape[0])
+        heads = weights.layers[0].heads
+        self._geometry = heads
+        capacity = _WORK_BYTES // (4 * heads.head_dim)
+        longest = need(heads, [max(p.tokens for p in self.arena.pools)], MAX_ROWS)
+        self._step = Forward(
+            weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
+            tuning or tuning_for(weights.embedding.shape[1]),
+        )  # fmt: skip
+        steps = max(max_k, 1)
+        self._inputs = Inputs(numbers(len(self.arena.pools), steps), storage.device)
+        device, pin = storage.device, storage.device.type == "cuda"
+        self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(steps, MAX_ROWS, dtype=torch.int32, device=device)
+        self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
+        self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
+        self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
+        self._draws = Draws(device)
+        self._graphs = Graphs(enabled=graphs and device.type == "cuda")
+        self._pending = False
+        self._taken: Any = None
+
+    def turns(
+        self,
+        kind: Callable[[Parts, DeviceMailbox, Stream], TurnsT],
+        mailbox: DeviceMailbox,
+        stream: Stream | None = None,
+    ) -> TurnsT:
+        """Turns that the device takes by itself; ``stream``: instead of the device's own."""
+        device = self.storage.device
+        if stream is None:
+            # Graphs of its own: they hold addresses of this mailbox, and go when it goes.
+            stream = CudaStream(device, Graphs(enabled=self._graphs.enabled))
+        pools = len(self.arena.pools)
+        return kind(Parts(self._step, self._geometry, pools, self._max_k, device), mailbox, stream)
+
+    @contextmanager
+    def taken(self, found: Any) -> Iterator[None]:
+        """Within it, a round's numbers are these: the device has taken that turn already.
+
+        ``found``: what ``judge`` or ``propose`` would find, for the same sequences.
+        """
+        self._taken = found
+        try:
+            yield
+        finally:
+            self._taken = None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beside weights and arena."""
+        return self._step.workspace_bytes
+
+    # -- forwards ----------------------------------------------------------------------------
+
+    def _forward(self, spans: Sequence[Span]) -> Tensor:
+        long = not self._exact and any(len(span.tokens) > MAX_ROWS for span in spans)
+        if long or any(span.extent.parent is not None for span in spans):
+            return super()._forward(spans)
+        parts: list[Tensor] = []
+        order: list[tuple[int, int]] = []
+        with self._on_device():
+            for taken in cut(spans, self._geometry, self._step.work_capacity):
+                wanted = sum(piece.wanted for _, piece in taken)
+                self._logits_of([piece for _, piece in taken], wanted)
+                if wanted:
+                    parts.append(self._step.logits[:wanted].clone())
+                order += [(i, piece.wanted) for i, piece in taken if piece.wanted]
+        if not parts:
+            return torch.empty(
+                0, self.facts.vocab_size, dtype=torch.float32, device=self.storage.device
+            )
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = rows_in_order(order)
+        if rows is not None:
+            logits = logits.index_select(0, torch.tensor(rows, device=self.storage.device))
+        return logits
+
+    def _logits_of(self, spans: Sequence[Span], wanted: int) -> None:
+        rows, queries = self._bring(spans)
+        picks: list[int] = []
+        begin = 0
+        for span in spans:
+            begin += len(span.tokens)
+            picks += range(begin - span.wanted, begin)
+        self._inputs.host["picks"][:wanted] = picks
+        size = (bucket(rows, ROW_SIZES), bucket(len(spans), POWERS), bucket(queries, POWERS))
+        heads = bucket(wanted, ROW_SIZES) if wanted else 0
+        all_rows = wanted == rows
+        step, batch = self._step, batch_of(self._inputs.device)
+
+        def run() -> None:
+            self._inputs.upload()
+            step.run(batch, *size, head=False)
+            if wanted:
+                step.head(heads, None if all_rows else self._inputs.device["picks"])
+
+        self._execute(("forward", *size, heads, all_rows), run)
+
+    # -- rounds on the device ----------------------------------------------------------------
+
+    def judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[SparseRow]] | None = None,
+    ) -> list[tuple[int, int]] | None:
+        """See ``Runner.judge``."""
+        count = sum(len(span.tokens) for span in spans)
+        rows = rows if rows is not None else [()] * len(spans)
+        if not self._whole(spans, count) or not all(judged(d) for d in decodings):
+            return None
+        if not fits(rows):
+            return None
+        self.check(spans)
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        verdicts = self._taken
+        if verdicts is None:
+            with self._on_device():
+                verdicts = self._judge(spans, decodings, proposals, rows)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        return verdicts
+
+    def _judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+        sparse: Sequence[Sequence[SparseRow]],
+    ) -> list[tuple[int, int]]:
+        _, queries = self._bring(spans)
+        host, rows = self._inputs.host, 0
+        self._draws.begin()
+        drawn = 0
+        for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
+            begin, rows = rows, rows + len(span.tokens)
+            host["temperatures"][begin:rows] = d.temperature
+            host["seeds"][begin:rows] = signed(d.seed)
+            host["noise_positions"][begin:rows] = range(
+                span.start + 1, span.start + rows - begin + 1
+            )
+            host["pending"][s] = rows - len(proposal) - 1
+            host["proposed"][s] = len(proposal)
+            if draws(d, proposal):
+                self._draws.place(s, rows - len(proposal) - 1, proposal, sparse[s])
+                drawn += 1
+        count = bucket(rows, ROW_SIZES)
+        sequences = bucket(len(spans), POWERS)
+        host["temperatures"][rows:count] = 0
+        host["pending"][len(spans) : sequences] = 0
+        host["proposed"][len(spans) : sequences] = 0
+        step, own, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
+        verdicts = self._verdicts[:sequences]
+        # Each kernel judges the sequences of its rules; a round without any leaves it out.
+        compared = drawn < len(spans)
+
+        def run() -> None:
+            self._inputs.upload()
+            if drawn:
+                self._draws.upload()
+            step.run(batch, count, sequences, bucket(queries, POWERS))
+            if compared:
+                step.choose(
+                    count, None, own["temperatures"], own["seeds"], own["noise_positions"],
+                    self._chosen[0],
+                )  # fmt: skip
+                step.accept(
+                    self._chosen[0], own["tokens"], own["pending"], own["proposed"], verdicts
+                )
+            if drawn:
+                self._draws.run(step, count, own, verdicts)
+            self._verdicts_host.copy_(self._verdicts, non_blocking=True)
+
+        size = (count, sequences, bucket(queries, POWERS))
+        self._execute(("judge", *size, compared, drawn > 0), run)
+        self._wait()
+        found = self._verdicts_host[: len(spans)].tolist()
+        return [(accepted, token) for accepted, token in found]
+
+    def propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]] | None:
+        """See ``Runner.propose``."""
+        asked = [i for i, k in enumerate(ks) if k > 0]
+        drawn = [span for span, k in zip(spans, ks, strict=True) if k > 0]
+        if not asked or max(ks) > self._max_k or not all(simple(decodings[i]) for i in asked):
+            return None
+        if any(span.extent.parent is not None for span in spans) or len(asked) > MAX_SEQUENCES:
+            return None
+        limit = self.arena.max_rows
+        if limit is not None and max(ks) + 1 > limit:
+            return None
+        # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
+        ahead = [
+            Span(span.extent, span.start, span.tokens, 0)
+            for span, k in zip(spans, ks, strict=True)
+            if k == 0
+        ]
+        room = max(1, MAX_ROWS // len(asked))
+        last: list[Span] = []
+        for span in drawn:
+            extra = max(0, len(span.tokens) - room)
+            if extra:
+                ahead.append(Span(span.extent, span.start, span.tokens[:extra], 0))
+            last.append(Span(span.extent, span.start + extra, span.tokens[extra:], 1))
+        if ahead:
+            self.forward(ahead)
+        self.check(last)
+        rows = sum(len(span.tokens) for span in last)
+        if not self._whole(last, rows):
+            raise AssertionError("spans were cut to fit")
+        ends = [
+            span.start + len(span.tokens) + ks[i] - 1 for i, span in zip(asked, last, strict=True)
+        ]
+        for span, end in zip(last, ends, strict=True):
+            span.extent.begin(end)
+        found = self._taken
+        if found is None:
+            with self._on_device():
+                found = self._propose(last, [decodings[i] for i in asked], [ks[i] for i in asked])
+        for span, end in zip(last, ends, strict=True):
+            span.extent.advance(end)
+        answers: list[list[int]] = [[] for _ in spans]
+        for i, tokens in zip(asked, found, strict=True):
+            answers[i] = tokens
+        return answers
+
+    def _propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]]:
+        rows, queries = self._bring(spans)
+        host, begin, steps = self._inputs.host, 0, max(ks)
+        host["active"][:] = 0
+        for s, (span, d, k) in enumerate(zip(spans, decodings, ks, strict=True)):
+            begin += len(span.tokens)
+            host["picks"][s] = begin - 1
+            host["temperatures"][s] = d.temperature
+            host["seeds"][s] = signed(d.seed)
+            host["noise_positions"][s] = span.start + len(span.tokens)
+            host["active"][:k, s] = 1
+        count = len(spans)
+        sequences = bucket(count, POWERS)
+        host["picks"][count:sequences] = 0
+        host["temperatures"][count:sequences] = 0
+        host["noise_positions"][count:sequences] = 0
+        size = (bucket(rows, ROW_SIZES), sequences, bucket(queries, POWERS))
+        step, own = self._step, self._inputs.device
+        picks = None if rows == count else own["picks"]
+
+        def run() -> None:
+            self._inputs.upload()
+            draft(step, own, size, picks, self._iota, self._chosen, steps)
+            self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
+
+        self._execute(("propose", *size, steps, picks is None), run)
+        self._wait()
+        found = self._chosen_host[:steps, :count].T.tolist()
+        return [tokens[:k] for tokens, k in zip(found, ks, strict=True)]
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        device = self.storage.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _wait(self) -> None:
+        if self.storage.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self._pending = False
+
+    def _whole(self, spans: Sequence[Span], rows: int) -> bool:
+        """Whether one pass takes all spans."""
+        if not 0 < rows <= MAX_ROWS or len(spans) > MAX_SEQUENCES:
+            return False
+        if any(span.extent.parent is not None for span in spans):
+            return False
+        limit = self.arena.max_rows
+        longest = max(len(span.tokens) for span in spans)
+        if limit is not None and longest > limit:
+            return False
+        ends = [span.start + len(span.tokens) + self._max_k for span in spans]
+        return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
+
+    def _bring(self, spans: Sequence[Span]) -> tuple[int, int]:
+        """Writes where the rows stand; returns (rows, most rows of one sequence)."""
+        if self._pending:
+            # The copy of the step before may still read the buffer.
+            self._wait()
+        host, row, longest = self._inputs.host, 0, 0
+        host["row_counts"][:] = 0
+        for s, span in enumerate(spans):
+            count = len(span.tokens)
+            host["tokens"][row : row + count] = span.tokens
+            for pool, (start, _) in enumerate(span.extent.places):
+                host["starts"][pool, s] = start
+            host["first_rows"][s] = row
+            host["row_counts"][s] = count
+            host["positions"][s] = span.start
+            row, longest = row + count, max(longest, count)
+        host["tokens"][row:] = 0
+        return row, longest
+
+    def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
+        self._pending = True
+        self._graphs.run(key, run)
+
+    def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Captures what a single sequence needs, before the first request.
+
+        Uses a sequence of its own, which is freed again; where the arena has no room for it,
+        graphs are captured as they are needed.
+        """
+        arena = self.arena
+        rows = self._max_k + 1
+        if arena.largest_free < 4 * rows or not self._graphs.enabled:
+            return
+        extent = arena.admit(4 * rows)
+        greedy = Decoding()
+        try:
+            for count in range(1, rows + 1):
+                progress(f"capturing graphs, {count} of {rows}")
+                for _ in range(2):
+                    span = Span(extent, 0, [0] * count, count)
+                    if self.judge([span], [greedy], [[0] * (count - 1)]) is None:
+                        return
+                    arena.rollback(extent, 0)
+                for pending in (1, 2):
+                    for _ in range(2):
+                        if count <= self._max_k:
+                            self.propose([Span(extent, 0, [0] * pending, 1)], [greedy], [count])
+                            arena.rollback(extent, 0)
+            # Few ask for rejection: its kernel is compiled here, its graphs wait to be needed.
+            drawn = Decoding(temperature=1.0, rule=Rule.REJECTION)
+            self.judge([Span(extent, 0, [0] * rows, rows)], [drawn], [[0] * self._max_k])
+            arena.rollback(extent, 0)
+        finally:
+            arena.free(extent)

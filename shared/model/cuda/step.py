@@ -1,0 +1,71 @@
+"""What rounds that the host asks for and turns that the device takes have in common: the numbers
+that a step needs, and the draft's chain of forwards."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from outrider.kernels.linear import MAX_ROWS
+from outrider.shared.model.cuda.forward import Batch, Forward
+from outrider.shared.model.cuda.inputs import Field
+from outrider.shared.model.cuda.passes import MAX_SEQUENCES
+
+
+def numbers(pools: int, steps: int) -> list[Field]:
+    """The numbers of a step, for at most ``steps`` proposed tokens over ``pools`` of the arena."""
+    return [
+        Field("seeds", (MAX_ROWS,), "l"),
+        Field("tokens", (MAX_ROWS,)),
+        Field("starts", (pools, MAX_SEQUENCES)),
+        Field("first_rows", (MAX_SEQUENCES,)),
+        Field("row_counts", (MAX_SEQUENCES,)),
+        Field("positions", (MAX_SEQUENCES,)),
+        Field("picks", (MAX_ROWS,)),
+        Field("noise_positions", (MAX_ROWS,)),
+        Field("temperatures", (MAX_ROWS,), "f"),
+        Field("pending", (MAX_SEQUENCES,)),
+        Field("proposed", (MAX_SEQUENCES,)),
+        Field("active", (max(steps, 1), MAX_SEQUENCES)),
+    ]
+
+
+def batch_of(own: dict[str, Tensor]) -> Batch:
+    """Where the rows stand, by ``numbers`` on the device."""
+    return Batch(
+        own["tokens"], own["starts"], own["first_rows"], own["row_counts"], own["positions"]
+    )
+
+
+def draft(
+    step: Forward,
+    own: dict[str, Tensor],
+    size: tuple[int, int, int],
+    picks: Tensor | None,
+    iota: Tensor,
+    chosen: Tensor,
+    steps: int,
+) -> None:
+    """Proposes ``steps`` tokens a sequence: chosen[j, s] is the j-th of sequence s.
+
+    ``own``: ``numbers`` on the device; ``size``: rows, sequences and most rows of one sequence
+    of the first forward, whose row of sequence s is ``picks[s]`` (s where None); ``iota``: 0, 1, …
+    """
+    _, sequences, _ = size
+    for j in range(steps):
+        if j == 0:
+            step.run(batch_of(own), *size, head=False)
+            step.head(sequences, picks)
+        else:
+            # Its row stands j - 1 after the position that the first proposed token is for.
+            batch = Batch(
+                chosen[j - 1], own["starts"], iota, own["active"][j], own["noise_positions"]
+            )
+            step.run(batch, sequences, sequences, 1, offset=j - 1)
+        step.choose(
+            sequences, None, own["temperatures"], own["seeds"], own["noise_positions"], chosen[j], j
+        )
+
+
+def signed(seed: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit seed."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,0 +1,1 @@
+"""Turns that devices take by themselves, and the stream they are queued on."""

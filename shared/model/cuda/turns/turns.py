@@ -1,0 +1,176 @@
+"""Turns of draft and verifier that the device takes by itself.
+
+In a turn the device waits until the other side has rung, reads what stands in the device
+mailbox, forwards, chooses, writes its answer there and rings. The host queues a turn, looks on,
+and does the bookkeeping afterwards from the numbers that the turn left in pinned memory. So the
+numbers of a step (tokens, positions, lengths), which otherwise come from the host, live on the
+device and go on by themselves: kernels ``take``, ``settle`` and ``follow``.
+
+The draft forwards two rows a sequence in each turn, the last two of the log. After full
+acceptance it lacks the KV of both; otherwise it writes the first of them again as it was. That
+way every turn has the same shape, and costs the same: the weights are read once either way.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.attention import Heads, need
+from outrider.kernels.linear import MAX_ROWS
+from outrider.shared.core.types import Decoding
+from outrider.shared.kv.arena import Extent
+from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
+from outrider.shared.model.cuda.forward import Forward
+from outrider.shared.model.cuda.inputs import Field, Inputs
+from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, bucket
+from outrider.shared.model.cuda.step import numbers
+from outrider.shared.model.cuda.support import simple
+from outrider.shared.model.cuda.turns.stream import Mark, Stream
+
+_LOOK_SECONDS = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What turns need of a runner."""
+
+    step: Forward
+    heads: Heads
+    pools: int
+    max_k: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSequence:
+    """Where one sequence stands when turns begin: the KV of all but the pending token is there."""
+
+    extent: Extent
+    decoding: Decoding
+    before: int
+    """The token before the pending one."""
+    pending: int
+    committed_len: int
+    k: int
+    limit: int
+    """Committed length at which it goes no further."""
+
+
+class Turns(ABC):
+    """One side's turns over one mailbox. Calls come from one thread, in the model's context."""
+
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: Stream) -> None:
+        self._parts, self._mailbox, self._stream = parts, mailbox, stream
+        self._inputs = Inputs(
+            [
+                *numbers(parts.pools, parts.max_k),
+                Field("committed", (MAX_SEQUENCES,)),
+                Field("limits", (MAX_SEQUENCES,)),
+                Field("ks", (MAX_SEQUENCES,)),
+            ],
+            parts.device,
+        )
+        self._ready: set[Hashable] = set()
+        self._grant = self._count = self._steps = 0
+        self.turn = -1
+        """Number of the turn that was queued last, from 0 within a grant."""
+        self._began: Mark | None = None
+        self._done: Mark | None = None
+
+    def why_not(self, sequences: Sequence[TurnSequence]) -> str | None:
+        """Why the device can't take turns for these sequences; None where it can."""
+        layout, steps = self._mailbox.layout, max((one.k for one in sequences), default=0)
+        if not 0 < len(sequences) <= min(layout.max_sequences, MAX_SEQUENCES):
+            return f"{len(sequences)} sequences; the mailbox has {layout.max_sequences}"
+        if not 0 < steps <= min(layout.max_k, self._parts.max_k):
+            return f"K is {steps}; at most {min(layout.max_k, self._parts.max_k)}"
+        width = self._width(steps)
+        if width * len(sequences) > MAX_ROWS:
+            return f"{width * len(sequences)} rows in a turn; at most {MAX_ROWS}"
+        for one in sequences:
+            if not simple(one.decoding):
+                return "a sequence's tokens are not chosen by temperature and noise alone"
+            if one.extent.parent is not None:
+                return "a sequence shares another one's prefix"
+            if one.committed_len < 2:
+                return "a sequence has a single token"
+            if one.limit + steps > one.extent.capacity:
+                return f"a sequence may reach {one.limit} of {one.extent.capacity} places"
+        ends = [one.limit + steps for one in sequences]
+        if need(self._parts.heads, ends, bucket(width, POWERS)) > self._parts.step.work_capacity:
+            return "attention's scratch memory is too small for these lengths"
+        return None
+
+    def start(self, grant: int, sequences: Sequence[TurnSequence]) -> None:
+        """Brings the numbers that the first turn begins with; ``why_not`` had no objection."""
+        self._grant, self._count = grant, len(sequences)
+        self._steps = max(one.k for one in sequences)
+        self.turn = -1
+        host = self._inputs.host
+        for name in host:
+            host[name][...] = 0
+        if self._sizes() not in self._ready:
+            # With every limit at 0 nothing is written and nobody is answered: the chains are
+            # compiled and captured here, since a capture waits for the device and the device,
+            # later on, for the other side.
+            self._inputs.upload()
+            for _ in range(2):
+                self._rehearse()
+            self._ready.add(self._sizes())
+            rehearsed = self._stream.mark()
+            while not rehearsed.reached():  # the upload still reads what is written next
+                time.sleep(_LOOK_SECONDS)
+        for s, one in enumerate(sequences):
+            for pool, (first, _) in enumerate(one.extent.places):
+                host["starts"][pool, s] = first
+            host["committed"][s], host["pending"][s] = one.committed_len, one.pending
+            host["limits"][s], host["ks"][s] = one.limit, one.k
+            self._place(s, one)
+        self._inputs.upload()
+
+    def queue(self) -> None:
+        """Queues the next turn; the one before it is done."""
+        self.turn += 1
+        self._queue(self.turn)
+        self._done = self._stream.mark()
+
+    def done(self) -> bool:
+        """Whether no turn is queued that is not done."""
+        return self._done is None or self._done.reached()
+
+    def seconds(self) -> float:
+        """Device time of the last turn, without the wait for the other side."""
+        assert self._began is not None and self._done is not None
+        return self._done.seconds_after(self._began)
+
+    def release(self) -> None:
+        """Has a turn that waits for the other side pass, and do nothing."""
+        self._stream.release(self._mailbox.heard, bell(self._grant, ENDED))
+
+    @abstractmethod
+    def _width(self, steps: int) -> int:
+        """Rows of a sequence in a turn."""
+
+    @abstractmethod
+    def _place(self, s: int, one: TurnSequence) -> None:
+        """Writes the numbers of sequence ``s`` that this side has of its own."""
+
+    @abstractmethod
+    def _rehearse(self) -> None:
+        """Runs every chain of a turn."""
+
+    @abstractmethod
+    def _queue(self, turn: int) -> None: ...
+
+    def _sizes(self) -> tuple[Hashable, ...]:
+        return self._count, self._steps
+
+    def _pinned(self, *shape: int) -> Tensor:
+        pin = self._parts.device.type == "cuda"
+        return torch.zeros(shape, dtype=torch.int32, pin_memory=pin)

@@ -1,0 +1,107 @@
+"""Loads transformers models, and says why where one can't be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from outrider.shared.core.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(path: str, dtype: str, device: torch.device) -> Any:
+    """A transformers causal language model, in evaluation mode, on ``device``.
+
+    ``dtype``: a name of ``DTYPES``, or ``auto``: float32 on a CPU, elsewhere the checkpoint's,
+    with bfloat16 made float16 where the device has none. Raises ``ConfigError``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # what loads is reported by the service
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
+    reason = refusal(config)
+    if reason is not None:
+        raise ConfigError(f"path: {path}: {reason}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=choose_dtype(dtype, config, device), low_cpu_mem_usage=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
+    reason = refusal(model.config, model)
+    if reason is not None:
+        raise ConfigError(f"path: {path}: {reason}")
+    return model.to(device).eval()
+
+
+def refusal(config: Any, model: Any = None) -> str | None:
+    """Why a model of this configuration can't be served; None where it can, as far as seen."""
+    kind = getattr(config, "model_type", "model")
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{kind} is an encoder-decoder: its decoder also reads an encoder's states"
+    if getattr(config, "is_decoder", True) is False:
+        return f"{kind} is an encoder: its rows read what comes after them"
+    types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    unknown = types - {"full_attention", "sliding_attention"}
+    if unknown:
+        return (
+            f"{kind} has layers of type {', '.join(sorted(unknown))}: rollback needs layers of "
+            "full or sliding-window attention, whose state is keys and values per position"
+        )
+    borrowing = _borrowing_layers(config.get_text_config(decoder=True))
+    if borrowing:
+        return (
+            f"{kind} has {borrowing} layers that read the keys and values of another layer: "
+            "the arena serves layers that have their own"
+        )
+    if model is not None and getattr(model, "_is_stateful", False):
+        return (
+            f"{kind} keeps a recurrent state (state-space or linear attention): rejected tokens "
+            "can't be taken back by setting a length"
+        )
+    return None
+
+
+def _borrowing_layers(config: Any) -> int:
+    """How many layers cache nothing and read what another layer cached."""
+    count: int = getattr(config, "num_kv_shared_layers", None) or 0
+    if count:
+        return count
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return sum(str(mode).startswith("reuse") for mode in modes)
+
+
+def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """The type of the weights for ``name`` (see ``load_model``) and a model's configuration."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    own = getattr(config, "dtype", None)
+    own = DTYPES.get(own) if isinstance(own, str) else own
+    if own is None:
+        return torch.float16
+    if own == torch.bfloat16 and not _has_bfloat16(device):
+        return torch.float16
+    return own  # type: ignore[no-any-return]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        try:
+            torch.zeros(1, dtype=torch.bfloat16, device=device).add_(1)
+        except (RuntimeError, TypeError):
+            return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The Llama block family in PyTorch."""

@@ -1,0 +1,163 @@
+"""One ragged forward over the arena: the interface that the engines call.
+
+A batch is a list of spans, one per sequence. The rows of all spans are concatenated in one
+packed row dimension: no padding, no gather of KV. Which implementation runs is decided where
+the model is loaded (``loading``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from outrider.shared.core.types import Decoding, SparseRow
+from outrider.shared.kv.arena import Arena, Extent
+from outrider.shared.kv.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is; ``weight_bytes`` counts shared storage once."""
+
+    model: str
+    architecture: str
+    parameters: int
+    weight_bytes: int
+    vocab_size: int
+    vocab_fingerprint: str
+    max_positions: int
+    device: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    runner: str
+
+
+@dataclass(slots=True)
+class Span:
+    """Rows of one sequence: ``tokens`` at positions ``start …`` of ``extent``.
+
+    The logits of the last ``wanted`` rows are returned.
+    """
+
+    extent: Extent
+    start: int
+    tokens: Sequence[int]
+    wanted: int
+
+
+class Runner(ABC):
+    """A model with its arena."""
+
+    def __init__(self, facts: ModelFacts, storage: Storage) -> None:
+        """``storage`` holds the KV of every layer of the model."""
+        self.facts = facts
+        self.storage = storage
+
+    @property
+    def arena(self) -> Arena:
+        """The bookkeeping of the KV memory."""
+        return self.storage.arena
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Forwards all rows in one pass; returns logits ``[sum(wanted), vocab]``.
+
+        Writes the rows' KV and advances each extent's valid length to ``start + len(tokens)``.
+        A span longer than the rings allow is taken in several passes. Raises ``ValueError``
+        where a span starts elsewhere than at its extent's valid length or ends beyond its
+        capacity; then nothing was written.
+        """
+        self.check(spans)
+        limit = self.arena.max_rows
+        while limit is not None and any(len(span.tokens) > limit for span in spans):
+            spans = self._take_in(spans, limit)
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        logits = self._forward(spans)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        return logits
+
+    def check(self, spans: Sequence[Span]) -> None:
+        """Raises ``ValueError`` where the rows of a span may not be written; see ``forward``."""
+        limit = self.arena.max_rows
+        for span in spans:
+            rows = len(span.tokens)
+            self.arena.check_write(
+                span.extent, span.start, rows if limit is None else min(rows, limit)
+            )
+            if span.start + rows > span.extent.capacity:
+                raise ValueError(
+                    f"rows end at {span.start + rows}; the capacity is {span.extent.capacity}"
+                )
+
+    reads_branches = True
+    """Whether a forward reads the KV that a branch shares with its parent where it lies."""
+
+    def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent:
+        """An extent whose first ``prefix_len`` positions are those of ``parent``, already valid.
+
+        A branch where the parent can go on beside it; elsewhere the prefix is copied, once.
+        ``capacity`` counts the prefix. Nothing is valid where neither can be done. Raises
+        ``CapacityError``.
+        """
+        if self.reads_branches and self.arena.max_rows is None:
+            return self.arena.branch(parent, prefix_len, capacity)
+        extent = self.arena.admit(capacity)
+        if [size for _, size in extent.places] == [size for _, size in parent.places]:
+            self.storage.copy(parent, extent)
+            # Equal rings with equal contents have lost the same positions.
+            extent.high, extent.valid_len = parent.high, prefix_len
+        return extent
+
+    def judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[SparseRow]] | None = None,
+    ) -> list[tuple[int, int]] | None:
+        """Forwards and judges in one go, where the device can: (accepted, next token) per span.
+
+        A span's rows end with its proposal. ``rows``: per span the distributions that its
+        proposal was drawn from, or none; None where no span has any. The next token is -1 where
+        the logits were not finite. None where this runner can't, or not with these decodings:
+        then nothing was done, and ``forward`` does it.
+        """
+        return None
+
+    def propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]] | None:
+        """Forwards the spans and then one chosen token after the other, where the device can.
+
+        Returns ``ks[i]`` tokens for each span (none where 0: its rows are only taken in), -1
+        from the first whose logits were not finite; valid lengths end before the last token.
+        None as in ``judge``.
+        """
+        return None
+
+    def _take_in(self, spans: Sequence[Span], limit: int) -> list[Span]:
+        """Forwards the first rows of spans that are too long; returns what is left."""
+        left, heads = [], []
+        for span in spans:
+            excess = len(span.tokens) - limit
+            if excess <= 0:
+                left.append(span)
+                continue
+            # The last pass stays as long as it may be, so that it holds all wanted rows.
+            count = min(limit, excess)
+            heads.append(Span(span.extent, span.start, span.tokens[:count], 0))
+            left.append(Span(span.extent, span.start + count, span.tokens[count:], span.wanted))
+        for head in heads:
+            head.extent.begin(head.start + len(head.tokens))
+        self._forward(heads)
+        for head in heads:
+            head.extent.advance(head.start + len(head.tokens))
+        return left
+
+    @abstractmethod
+    def _forward(self, spans: Sequence[Span]) -> Tensor:
+        """One pass over checked spans; does not touch the extents' lengths."""

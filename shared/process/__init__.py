@@ -1,0 +1,1 @@
+"""What every server process is made of: logs, signals, addresses, gRPC."""

@@ -1,0 +1,158 @@
+"""The life of a model service, from flags to drain; the draft and verify programs share it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from outrider.shared.config import flags, telemetry_flags
+from outrider.shared.config.schema import Config, ModelConfig, ServeConfig, load
+from outrider.shared.core.errors import ConfigError, OutriderError
+from outrider.shared.process import library_env as tuning
+from outrider.shared.process import lifecycle, logs, seeding
+
+if TYPE_CHECKING:
+    from outrider.shared.telemetry.setup import Telemetry
+
+log = logging.getLogger(__name__)
+
+Build = Callable[[ModelConfig, Callable[[str], None]], Any]
+
+
+def main(
+    argv: Sequence[str] | None,
+    *,
+    section: str,
+    service: str,
+    make_servicer: Callable[[], Any],
+    build: Build,
+) -> int:
+    """Runs one service until it is told to stop; returns the exit status.
+
+    ``section`` of the configuration, ``service`` as in ``outrider.v1.Draft``; ``build`` loads
+    the model and makes the engine, reporting its progress.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m outrider.{service.lower()}_service",
+        description=f"Serves the {section} model as outrider.v1.{service}.",
+    )
+    parser.add_argument("--config", help="TOML file")
+    flags.add_section(parser, section)
+    telemetry_flags.add(parser, section)
+    lifecycle.add_flags(parser)
+    args = parser.parse_args(argv)
+    reporter = lifecycle.Reporter(args.status_fd)
+    try:
+        config = load(args.config, flags=flags.settings(args))
+    except ConfigError as error:
+        reporter.failed(str(error))
+        parser.error(str(error))
+    return serve(
+        config,
+        getattr(config, section),
+        service=service,
+        servicer=make_servicer(),
+        build=build,
+        reporter=reporter,
+        watch_stdin=args.watch_stdin,
+    )
+
+
+def serve(
+    config: Config,
+    part: Any,
+    *,
+    service: str,
+    servicer: Any,
+    build: Build,
+    reporter: lifecycle.Reporter,
+    watch_stdin: bool = False,
+) -> int:
+    """Binds, loads, serves, drains. ``part`` is both ``ModelConfig`` and ``ServeConfig``."""
+    logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
+    stop = lifecycle.Stop()
+    if watch_stdin:
+        lifecycle.watch_stdin(part.drain_seconds + 5)
+    tuning.before_torch(part.threads)
+    server = telemetry = None
+    try:
+        # Imported late so that a wrong flag is told at once, and bound before the model is
+        # loaded so that a port in use is.
+        from outrider.shared.process.grpc_server import Server
+        from outrider.shared.rounds.servicer import add_to_server
+
+        serve_config: ServeConfig = part
+        server = Server(
+            serve_config,
+            lambda grpc_server: add_to_server(grpc_server, servicer, service),
+            [f"outrider.v1.{service}"],
+        )
+        telemetry = _start_telemetry(config, section_of(service))
+        seeding.seed_if_asked(part.process_seed)
+        reporter.progress(f"loading {part.path}")
+        engine = build(part, reporter.progress)
+        _show(config, telemetry, servicer, engine, service)
+        # Imported late: torch comes with the model.
+        from outrider.shared.link.device.handshake import side_of
+
+        servicer.attach(engine, link_spin=part.link_spin_seconds, device=side_of(engine))
+        # What is loaded lives as long as the process; the collector need not walk it.
+        gc.collect()
+        gc.freeze()
+        stop.started()
+        server.serving()
+        log.info("%s serves %s on %s", service, part.path, server.address)
+        reporter.ready(str(server.address))
+        stop.asked.wait()
+        log.info("stopping")
+        servicer.drain()
+        server.drain(lambda: stop.hurried.is_set() or servicer.idle())
+    except lifecycle.Interrupted:
+        if server is not None:
+            server.drain(grace=0)
+    except OutriderError as error:
+        log.error("%s", error)
+        reporter.failed(str(error))
+        if server is not None:
+            server.drain(grace=0)
+        return 1
+    if telemetry is not None:
+        telemetry.shutdown()
+    # Everything is released; tearing down the libraries one by one would only take time.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def section_of(service: str) -> str:
+    """The section of the configuration for ``outrider.v1.<service>``."""
+    return {"Draft": "draft", "Verify": "base"}[service]
+
+
+def _start_telemetry(config: Config, role: str) -> Telemetry | None:
+    """The telemetry that is asked for; the SDK is not even imported where none is."""
+    if not config.telemetry.wanted(role):
+        return None
+    from outrider.shared.telemetry.setup import Telemetry
+
+    return Telemetry(config.telemetry, role)
+
+
+def _show(
+    config: Config, telemetry: Telemetry | None, servicer: Any, engine: Any, service: str
+) -> None:
+    """Has the rounds seen, and measures the memory's speed for whoever compares with it."""
+    if telemetry is not None:
+        from outrider.shared.rounds.telemetry import ServiceTelemetry
+
+        servicer.watch(ServiceTelemetry(telemetry, service.lower(), engine.info).round)
+    if config.telemetry.profile or (telemetry is not None and telemetry.metering):
+        from outrider.shared.model.bandwidth import read_bandwidth
+
+        servicer.memory_bandwidth = read_bandwidth(engine.info().device)

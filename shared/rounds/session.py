@@ -1,0 +1,348 @@
+"""Sequences of one model service: opened, rolled back, refused, freed.
+
+The coordinator's token log is the truth. A service keeps, per sequence, the log as it was told
+(``log``) and how much of its KV is valid (``extent.valid_len``); each item says how far it may
+rely on that (``base_len``) and brings the rest, so a message may be sent again, or come after a
+crash, with the same effect.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefused
+from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
+from outrider.shared.kv.arena import Extent
+from outrider.shared.model.runner import Runner, Span
+
+log = logging.getLogger(__name__)
+
+
+class Item(Protocol):
+    """What ``ProposeItem`` and ``VerifyItem`` share."""
+
+    @property
+    def sequence_id(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def base_len(self) -> int: ...
+    @property
+    def append(self) -> tuple[int, ...]: ...
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Describes an engine and its arena, now. Token counts are slots of the arena."""
+
+    model: str
+    architecture: str
+    parameters: int
+    weight_bytes: int
+    vocab_size: int
+    vocab_fingerprint: str
+    max_positions: int
+    device: str
+    dtype: str
+    arena_tokens: int
+    arena_tokens_used: int
+    arena_tokens_largest_free: int
+    sequences: int
+    max_k: int
+    eos_token_ids: tuple[int, ...]
+    runner: str
+
+
+@dataclass(slots=True)
+class Held:
+    """One live sequence. ``log``: its tokens as far as the service was told."""
+
+    epoch: int
+    decoding: Decoding
+    extent: Extent
+    log: list[int] = field(default_factory=list)
+
+
+class Engine(ABC, Generic[ItemT, AnswerT]):
+    """A model, its arena, and the sequences of every stream.
+
+    Calls may come from any thread; one lock serialises them, so that the device sees one round
+    at a time and the arena one owner.
+    """
+
+    def __init__(self, runner: Runner, max_k: int) -> None:
+        """``max_k``: most draft tokens in one proposal."""
+        limit = runner.arena.max_rows
+        if limit is not None and limit < max_k + 1:
+            raise ValueError(f"the rings allow {limit} rows, fewer than max_k + 1 = {max_k + 1}")
+        self.runner = runner
+        self.max_k = max_k
+        self.lock = threading.RLock()  # whoever holds it over many rounds goes on serving them
+        self.sequences = 0
+
+    def connect(self) -> Session[ItemT, AnswerT]:
+        """A new stream's sequences."""
+        return Session(self)
+
+    def info(self) -> EngineInfo:
+        """The engine as it is now; takes no lock, so that it answers during a round."""
+        facts, arena = self.runner.facts, self.runner.arena
+        return EngineInfo(
+            model=facts.model,
+            architecture=facts.architecture,
+            parameters=facts.parameters,
+            weight_bytes=facts.weight_bytes,
+            vocab_size=facts.vocab_size,
+            vocab_fingerprint=facts.vocab_fingerprint,
+            max_positions=facts.max_positions,
+            device=facts.device,
+            dtype=facts.dtype,
+            arena_tokens=arena.tokens,
+            arena_tokens_used=arena.used,
+            arena_tokens_largest_free=arena.largest_free,
+            sequences=self.sequences,
+            max_k=self.max_k,
+            eos_token_ids=facts.eos_token_ids,
+            runner=facts.runner,
+        )
+
+    @abstractmethod
+    def run(self, work: Sequence[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
+        """Serves items whose sequences are rolled back to ``base_len`` and ready.
+
+        Returns one answer or refusal per item, and the rows forwarded. Called with the lock
+        held and gradients off.
+        """
+
+    def rows_of(self, item: ItemT) -> int:
+        """Rows that the item will write, from ``base_len`` on."""
+        return len(item.append)
+
+    def reject(self, item: ItemT) -> str | None:
+        """What is wrong with the item itself, for this engine; None where nothing is."""
+        return None
+
+    def tokens_of(self, item: ItemT) -> Sequence[int]:
+        """Token ids in the item, all to be below the vocabulary's size."""
+        return item.append
+
+
+class Session(Generic[ItemT, AnswerT]):
+    """The sequences of one stream. Ids are unique within it."""
+
+    def __init__(self, engine: Engine[ItemT, AnswerT]) -> None:
+        self._engine = engine
+        self._held: dict[int, Held] = {}
+        self._released = False
+
+    def open(self, request: OpenSequence) -> None:
+        """Reserves the whole extent of a sequence, less what it shares with its parent.
+
+        The same epoch again is a no-op; a higher one frees what was held first. Raises
+        ``SequenceRefused``: NO_CAPACITY, STALE_EPOCH or INVALID.
+        """
+        with self._engine.lock:
+            if self._released:
+                raise SequenceRefused(RefusalCode.INVALID, "the stream has ended")
+            held = self._held.get(request.sequence_id)
+            if held is not None:
+                if request.epoch == held.epoch:
+                    return
+                if request.epoch < held.epoch:
+                    raise SequenceRefused(
+                        RefusalCode.STALE_EPOCH,
+                        f"epoch {request.epoch} is older than the open {held.epoch}",
+                    )
+                self._free(request.sequence_id)
+            if request.capacity < 1:
+                raise SequenceRefused(
+                    RefusalCode.INVALID, f"capacity: got {request.capacity}; must be at least 1"
+                )
+            try:
+                extent, tokens = self._reserve(request)
+            except CapacityError as error:
+                raise SequenceRefused(RefusalCode.NO_CAPACITY, str(error)) from error
+            held = Held(request.epoch, request.decoding, extent, tokens)
+            self._held[request.sequence_id] = held
+            self._engine.sequences += 1
+
+    def close(self, sequence_id: int) -> None:
+        """Frees a sequence; an unknown id is a no-op."""
+        with self._engine.lock:
+            self._free(sequence_id)
+
+    def release(self) -> None:
+        """Frees every sequence; the session takes no more."""
+        with self._engine.lock:
+            self._released = True
+            for sequence_id in list(self._held):
+                self._free(sequence_id)
+
+    def held(self, sequence_id: int) -> Held:
+        """A live sequence. Raises ``SequenceRefused``: UNKNOWN."""
+        found = self._held.get(sequence_id)
+        if found is None:
+            raise SequenceRefused(RefusalCode.UNKNOWN, f"sequence {sequence_id} is not open")
+        return found
+
+    @property
+    def engine(self) -> Engine[ItemT, AnswerT]:
+        """What serves the rounds."""
+        return self._engine
+
+    def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
+        """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""
+        result: RoundResult[AnswerT] = RoundResult()
+        engine = self._engine
+        with engine.lock, torch.inference_mode():
+            began = time.perf_counter()
+            work: list[tuple[ItemT, Held]] = []
+            seen: set[int] = set()
+            for item in items:
+                try:
+                    if item.sequence_id in seen:
+                        raise SequenceRefused(
+                            RefusalCode.INVALID, "the sequence is in this round already"
+                        )
+                    seen.add(item.sequence_id)
+                    work.append((item, self._prepare(item)))
+                except SequenceRefused as error:
+                    result.refusals.append(refusal(item, error.code, str(error), error.held_len))
+            if work:
+                answers, result.rows = self._run(work)
+                for answer in answers:
+                    if isinstance(answer, Refusal):
+                        result.refusals.append(answer)
+                    else:
+                        result.answers.append(answer)
+            result.model_seconds = time.perf_counter() - began
+        return result
+
+    def _run(self, work: list[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
+        try:
+            return self._engine.run(work)
+        except Exception as error:
+            # A round must answer whatever happens inside it: the peer re-opens from its log.
+            # What was written is not trusted.
+            log.exception("the forward of %d sequences failed", len(work))
+            message = f"the forward failed: {type(error).__name__}: {error}"
+            for item, held in work:
+                self._engine.runner.arena.distrust(held.extent, item.base_len)
+            return [refusal(item, RefusalCode.MODEL, message) for item, _ in work], 0
+
+    def _prepare(self, item: ItemT) -> Held:
+        """Checks one item and rolls its sequence back to ``base_len``."""
+        held = self._held.get(item.sequence_id)
+        if held is None or item.epoch > held.epoch:
+            opened = "not open" if held is None else f"open with epoch {held.epoch}"
+            raise SequenceRefused(
+                RefusalCode.UNKNOWN, f"sequence {item.sequence_id} epoch {item.epoch} is {opened}"
+            )
+        if item.epoch < held.epoch:
+            raise SequenceRefused(
+                RefusalCode.STALE_EPOCH, f"epoch {item.epoch} is older than the open {held.epoch}"
+            )
+        engine, extent = self._engine, held.extent
+        facts, arena = engine.runner.facts, engine.runner.arena
+        wrong = engine.reject(item)
+        if wrong is not None:
+            raise SequenceRefused(RefusalCode.INVALID, wrong)
+        end = item.base_len + engine.rows_of(item)
+        if end > extent.capacity:
+            raise SequenceRefused(
+                RefusalCode.INVALID, f"rows up to {end} exceed the capacity {extent.capacity}"
+            )
+        if end > facts.max_positions:
+            raise SequenceRefused(
+                RefusalCode.INVALID, f"rows up to {end} exceed the context {facts.max_positions}"
+            )
+        for token in engine.tokens_of(item):
+            if not 0 <= token < facts.vocab_size:
+                raise SequenceRefused(
+                    RefusalCode.INVALID,
+                    f"token id {token} is outside the vocabulary of {facts.vocab_size}",
+                )
+        if item.base_len > extent.valid_len:
+            raise SequenceRefused(
+                RefusalCode.KV_MISSING,
+                f"base_len {item.base_len} is more than the {extent.valid_len} held",
+                held_len=extent.valid_len,
+            )
+        if item.base_len < extent.pinned:
+            raise SequenceRefused(
+                RefusalCode.KV_MISSING,
+                f"base_len {item.base_len} is within the {extent.pinned} that samples share",
+                held_len=extent.valid_len,
+            )
+        if not arena.rollback(extent, item.base_len):
+            extent.clear()
+            raise SequenceRefused(
+                RefusalCode.KV_MISSING,
+                f"a sliding window's KV before {item.base_len} was overwritten",
+                held_len=extent.valid_len,
+            )
+        del held.log[item.base_len :]
+        held.log.extend(item.append)
+        return held
+
+    def _reserve(self, request: OpenSequence) -> tuple[Extent, list[int]]:
+        """An extent, and the tokens whose KV it holds: those shared with a parent, or none.
+
+        Where the parent is gone, or no longer holds the prefix, there is nothing to share: the
+        coordinator sends those tokens. Raises ``CapacityError``.
+        """
+        runner, prefix = self._engine.runner, request.prefix_len
+        parent = self._held.get(-1 if request.parent_id is None else request.parent_id)
+        if (
+            parent is None
+            or parent.extent.parent is not None
+            or not 0 < prefix < request.capacity
+            or not runner.arena.holds(parent.extent, prefix)
+        ):
+            return runner.arena.admit(request.capacity), []
+        extent = runner.share(parent.extent, prefix, request.capacity)
+        return extent, parent.log[: extent.valid_len]
+
+    def _free(self, sequence_id: int) -> None:
+        held = self._held.pop(sequence_id, None)
+        if held is not None:
+            self._engine.runner.arena.free(held.extent)
+            self._engine.sequences -= 1
+
+
+def refusal(item: Item, code: RefusalCode, message: str, held_len: int = 0) -> Refusal:
+    """The refusal of ``item``."""
+    return Refusal(item.sequence_id, item.epoch, int(code), message, held_len)
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """For each row of ``logits``: whether its largest value is a finite number.
+
+    A NaN anywhere in the row makes the largest NaN; -inf entries are legal masks.
+    """
+    return [math.isfinite(largest) for largest in logits.amax(-1).tolist()]
+
+
+def spans_of(
+    work: Sequence[tuple[Any, Held]], tokens: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> list[Span]:
+    """Spans that continue each extent at its valid length; those without rows are left out."""
+    return [
+        Span(held.extent, held.extent.valid_len, rows, count)
+        for (_, held), rows, count in zip(work, tokens, wanted, strict=True)
+        if rows
+    ]

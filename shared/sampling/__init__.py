@@ -1,0 +1,1 @@
+"""From logits to tokens, the same for draft and base."""

@@ -1,0 +1,1 @@
+"""OpenTelemetry, set up for one process."""

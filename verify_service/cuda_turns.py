@@ -1,0 +1,83 @@
+"""The verifier's turns on the device, see ``cuda_turns``."""
+
+from __future__ import annotations
+
+import torch
+
+from outrider.kernels.linear import MAX_ROWS
+from outrider.shared.link.device.mailbox import DeviceMailbox, bell
+from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
+from outrider.shared.model.cuda.step import batch_of, signed
+from outrider.shared.model.cuda.turns.stream import Stream
+from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
+
+
+class VerifyTurns(Turns):
+    """The verifier's turns: take the proposals, forward, judge, settle."""
+
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: Stream) -> None:
+        super().__init__(parts, mailbox, stream)
+        device = parts.device
+        self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
+        self._tokens_host, self._verdicts_host = self._pinned(MAX_ROWS), self._pinned(64, 2)
+        self._proposed_host = self._pinned(MAX_SEQUENCES)
+
+    def result(self) -> list[tuple[list[int], int, int]]:
+        """Per sequence: what was proposed, how much was accepted, and the base's token (-1: its
+        logits were not finite)."""
+        width, found = self._steps + 1, []
+        for s in range(self._count):
+            count = int(self._proposed_host[s])
+            first = s * width + 1
+            accepted, token = self._verdicts_host[s].tolist()
+            found.append((self._tokens_host[first : first + count].tolist(), accepted, token))
+        return found
+
+    def _width(self, steps: int) -> int:
+        return steps + 1
+
+    def _place(self, s: int, one: TurnSequence) -> None:
+        host, width = self._inputs.host, self._steps + 1
+        rows = slice(s * width, (s + 1) * width)
+        host["first_rows"][s] = host["picks"][s] = s * width
+        host["temperatures"][rows] = one.decoding.temperature
+        host["seeds"][rows] = signed(one.decoding.seed)
+
+    def _rehearse(self) -> None:
+        self._stream.run(self._sizes(), self._chain)
+
+    def _queue(self, turn: int) -> None:
+        self._stream.wait(self._mailbox.heard, bell(self._grant, turn + 1))
+        self._began = self._stream.mark()
+        self._stream.run(self._sizes(), self._chain)
+        self._stream.write(self._mailbox.rung, bell(self._grant, turn + 1))
+
+    def _chain(self) -> None:
+        step, own, box = self._parts.step, self._inputs.device, self._mailbox
+        count, width = self._count, self._steps + 1
+        rows, sequences = bucket(count * width, ROW_SIZES), bucket(count, POWERS)
+        overlap = step.tuning.overlap
+        step.calls["take"](
+            bell=box.heard, proposals=box.proposals, committed=own["committed"],
+            pending=own["pending"], limits=own["limits"], ks=own["ks"], tokens=own["tokens"],
+            positions=own["positions"], noise_positions=own["noise_positions"],
+            row_counts=own["row_counts"], proposed=own["proposed"], width=width, count=count,
+            overlap=overlap,
+        )  # fmt: skip
+        step.run(batch_of(own), rows, sequences, bucket(width, POWERS))
+        step.choose(
+            rows, None, own["temperatures"], own["seeds"], own["noise_positions"], self._chosen
+        )
+        # The row of the pending token is where a sequence's rows begin.
+        step.accept(
+            self._chosen, own["tokens"], own["picks"], own["proposed"], self._verdicts[:sequences]
+        )
+        step.calls["settle"](
+            verdicts=self._verdicts, committed=own["committed"], pending=own["pending"],
+            row_counts=own["row_counts"], limits=own["limits"], slots=box.verdicts, count=count,
+            overlap=overlap,
+        )  # fmt: skip
+        self._verdicts_host.copy_(self._verdicts, non_blocking=True)
+        self._tokens_host.copy_(own["tokens"], non_blocking=True)
+        self._proposed_host.copy_(own["proposed"], non_blocking=True)
