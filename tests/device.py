@@ -17,7 +17,8 @@ import torch
 
 from outrider.kernels import registry
 from outrider.kernels.registry import Tools
-from outrider.shared.link.device.cuda_ipc import HANDLE_BYTES, CudaIpcError
+from outrider.shared.link.device.cuda_ipc import HANDLE_BYTES
+from outrider.shared.link.device.driver import CudaDriverError
 from outrider.shared.model.cuda.runner import CudaRunner
 
 
@@ -117,7 +118,7 @@ class HostMemory:
     def open_handle(self, raw: bytes, size: int, device: torch.device) -> Allocation:
         found = self.allocated.get(raw)
         if found is None or found.numel() != size:
-            raise CudaIpcError("cuIpcOpenMemHandle: invalid handle")
+            raise CudaDriverError("cuIpcOpenMemHandle: invalid handle")
         return Allocation(found, b"")
 
     def complete(self, device: torch.device) -> None:

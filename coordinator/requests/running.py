@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from outrider.coordinator.requests.acceptance_rate import Acceptance
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.detokenize import Decoder
 from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.text.stopping import Finish, TokenStops
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds.choose_k import Acceptance
 from outrider.protos import generation_pb2 as pb
 
 

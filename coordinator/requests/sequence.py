@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from outrider.coordinator.requests.acceptance_rate import Acceptance
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds.choose_k import Acceptance
 from outrider.shared.core.types import Decoding, OpenSequence, Rule
 
 

@@ -11,7 +11,7 @@ from outrider.coordinator.telemetry.recent_rounds import Kept, RoundsKept
 from outrider.coordinator.telemetry.records import RoundRecord, SequenceRound, ServiceTiming
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core.errors import OutriderError, ServiceUnavailable
-from outrider.shared.rounds.servicer import resident_bytes
+from outrider.shared.core.resident_memory import resident_bytes
 
 LATE_SECONDS = 1.0
 """How long the last records of a request may be on their way after its last message."""

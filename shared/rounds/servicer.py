@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -20,6 +19,7 @@ import grpc
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode, SequenceRefused, ServiceUnavailable
+from outrider.shared.core.resident_memory import resident_bytes
 from outrider.shared.core.traceparent import stepped
 from outrider.shared.core.types import OpenSequence, Refusal, RoundResult
 from outrider.shared.link.doorbell import Doorbell
@@ -235,18 +235,3 @@ def add_to_server(server: grpc.Server, servicer: RoundsServicer, service: str) -
     from outrider.protos import speculation_pb2_grpc as stubs
 
     getattr(stubs, f"add_{service}Servicer_to_server")(servicer, server)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; its peak where the system tells only that."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    import mmap
-
-    return pages * mmap.PAGESIZE

@@ -137,7 +137,7 @@ class Telemetry:
         )
 
     def _observe_process(self) -> None:
-        from outrider.shared.rounds.servicer import resident_bytes
+        from outrider.shared.core.resident_memory import resident_bytes
 
         observe = self.instruments.observe
         observe("process.memory.usage", lambda: [(resident_bytes(), {})])

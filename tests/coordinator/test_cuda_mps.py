@@ -60,7 +60,7 @@ def test_daemon_is_not_started_unasked(control: Path) -> None:
 
 def test_daemon_ends_with_a_killed_supervisor(control: Path) -> None:
     program = (
-        "import time\nfrom outrider.coordinator import cuda_mps\n"
+        "import time\nfrom outrider.coordinator.local import cuda_mps\n"
         "with cuda_mps.daemon() as e:\n    print(e['CUDA_MPS_PIPE_DIRECTORY'], flush=True)\n"
         "    time.sleep(60)\n"
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from outrider.coordinator.rounds.choose_k import PRIOR, Acceptance, Lane, Speculation
+from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance
+from outrider.coordinator.rounds.choose_k import Lane, Speculation
 from outrider.coordinator.rounds.costs import Curve
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from outrider.shared.link.device import cuda_ipc
+from outrider.shared.link.device.driver import CudaDriverError
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceRegion
 from outrider.shared.model.cuda.graphs import Graphs
+from outrider.shared.model.cuda.turns.stream import CudaStream
 
 pytestmark = pytest.mark.gpu
 LAYOUT = DeviceLayout(4, 4)
@@ -20,7 +22,8 @@ ROUNDS = 100
 
 CHILD = """
 import sys, torch
-from outrider.shared import cuda_ipc
+from outrider.shared.link.device import cuda_ipc
+from outrider.shared.model.cuda.turns.stream import CudaStream
 from outrider.shared.model.cuda.graphs import Graphs
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceRegion
 layout, device = DeviceLayout(4, 4), torch.device("cuda", 0)
@@ -31,7 +34,7 @@ mine.format(1)
 theirs.prove()
 cuda_ipc.complete(device)
 print(own.handle.hex(), flush=True)
-stream = cuda_ipc.CudaStream(device, Graphs(enabled=True))
+stream = CudaStream(device, Graphs(enabled=True))
 def add():
     theirs.proposals.copy_(mine.proposals + 1)
 for _ in range(2):  # the second time it is captured, which waits for the device
@@ -76,7 +79,7 @@ def test_streams_of_two_processes_take_turns_in_device_memory(
     other = cuda_ipc.open_handle(bytes.fromhex(child.stdout.readline()), LAYOUT.size, device)
     theirs = DeviceRegion(other.tensor, LAYOUT)
     assert mine.proven(0xABCDEF)
-    stream = cuda_ipc.CudaStream(device, Graphs(enabled=True))
+    stream = CudaStream(device, Graphs(enabled=True))
 
     def add() -> None:
         theirs.proposals.copy_(mine.proposals + 1)
@@ -111,7 +114,7 @@ def test_stream_that_waits_is_released_by_its_own_host() -> None:
     own = cuda_ipc.allocate(LAYOUT.size, device)
     region = DeviceRegion(own.tensor, LAYOUT)
     region.format(1)
-    stream = cuda_ipc.CudaStream(device, Graphs(enabled=False))
+    stream = CudaStream(device, Graphs(enabled=False))
     stream.wait(region.bell, 5)
     mark = stream.mark()
     time.sleep(0.2)
@@ -134,5 +137,5 @@ def test_memory_is_given_back() -> None:
 def test_handle_that_is_none_is_refused() -> None:
     device = torch.device("cuda", 0)
     for raw in (b"", b"\1" * 64):
-        with pytest.raises(cuda_ipc.CudaIpcError):
+        with pytest.raises(CudaDriverError):
             cuda_ipc.open_handle(raw, LAYOUT.size, device)

@@ -21,7 +21,6 @@ from outrider.kernels.linear import MAX_ROWS
 from outrider.kernels.registry import Call, Choice, Tools
 from outrider.shared.core.types import Decoding, Rule, SparseRow
 from outrider.shared.kv.storage import Storage
-from outrider.shared.link.device.cuda_ipc import CudaStream
 from outrider.shared.link.device.mailbox import DeviceMailbox
 from outrider.shared.model.cuda.forward import Forward, resolve_all
 from outrider.shared.model.cuda.graphs import Graphs
@@ -38,7 +37,7 @@ from outrider.shared.model.cuda.rejection import Draws, draws, fits
 from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
 from outrider.shared.model.cuda.support import judged, simple
 from outrider.shared.model.cuda.tuning import Tuning, tuning_for
-from outrider.shared.model.cuda.turns.stream import Stream
+from outrider.shared.model.cuda.turns.stream import CudaStream, Stream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns
 from outrider.shared.model.cuda.weights import weights_of
 from outrider.shared.model.llama.runner import LlamaRunner
