@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from outrider.shared.config.schema import ModelConfig
-from outrider.shared.process import library_env as tuning
-from outrider.shared.rounds import program as model_service
+from outrider.shared.process import library_env
+from outrider.shared.rounds import program
 
 
 def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
@@ -24,10 +24,10 @@ def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service; returns the exit status."""
-    tuning.before_grpc()
+    library_env.before_grpc()
     from outrider.draft_service.service import make_servicer
 
-    return model_service.main(
+    return program.main(
         argv, section="draft", service="Draft", make_servicer=make_servicer, build=build
     )
 

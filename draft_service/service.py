@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from outrider.draft_service import host_rounds as free_running
+from outrider.draft_service import host_rounds
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.rounds.servicer import RoundsServicer
@@ -19,7 +19,7 @@ def make_servicer() -> RoundsServicer:
 def _run_grant(session: Any, message: pb.DraftRequest, *rest: Any) -> Iterator[pb.DraftResponse]:
     if message.grant.on_device:
         # Imported late: torch comes with the model.
-        from outrider.draft_service import device_rounds as device_running
+        from outrider.draft_service import device_rounds
 
-        return device_running.run(session, message, *rest)
-    return free_running.run(session, message, *rest)
+        return device_rounds.run(session, message, *rest)
+    return host_rounds.run(session, message, *rest)

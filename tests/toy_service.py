@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from outrider.shared.config.schema import DraftConfig, VerifyConfig, load
-from outrider.shared.process import library_env as tuning
-from outrider.shared.process import lifecycle
-from outrider.shared.rounds import program as model_service
+from outrider.shared.process import library_env, lifecycle
+from outrider.shared.rounds import program
 
 SECTIONS: dict[str, tuple[str, type[Any]]] = {
     "draft": ("draft", DraftConfig),
@@ -25,7 +24,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
 
 def main(role: str, listen: str, toy: dict[str, Any]) -> int:
     """Serves until told to stop, or until the parent is gone."""
-    tuning.before_grpc()
+    library_env.before_grpc()
     # This folder is no package, and a script's own folder is not on a safe path.
     sys.path.insert(0, str(Path(__file__).parent))
     import fakes
@@ -34,7 +33,7 @@ def main(role: str, listen: str, toy: dict[str, Any]) -> int:
     config = load(None, flags={}, environment={})
     config = dataclasses.replace(config, **{name: part(listen=listen, max_calls=16)})
     made = fakes.Toy(**toy)
-    return model_service.serve(
+    return program.serve(
         config,
         getattr(config, name),
         service=role.capitalize(),

@@ -8,7 +8,7 @@ from typing import Any
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.rounds.servicer import RoundsServicer
-from outrider.verify_service import host_rounds as free_running
+from outrider.verify_service import host_rounds
 from outrider.verify_service.prefetch import ahead
 
 REPORTS_AHEAD = 16
@@ -23,7 +23,7 @@ def make_servicer() -> RoundsServicer:
 def _run_grant(session: Any, message: pb.VerifyRequest, *rest: Any) -> Iterator[pb.VerifyResponse]:
     if message.grant.on_device:
         # Imported late: torch comes with the model.
-        from outrider.verify_service import device_rounds as device_running
+        from outrider.verify_service import device_rounds
 
-        return ahead(device_running.run(session, message, *rest), REPORTS_AHEAD)
-    return ahead(free_running.run(session, message, *rest), REPORTS_AHEAD)
+        return ahead(device_rounds.run(session, message, *rest), REPORTS_AHEAD)
+    return ahead(host_rounds.run(session, message, *rest), REPORTS_AHEAD)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outrider.coordinator.bench import hardware, tables
-from outrider.coordinator.bench import workload as speculation
+from outrider.coordinator.bench.workload import Run, Workload, measure, summary
 from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.schema import Config
@@ -53,9 +53,7 @@ def run(arguments: argparse.Namespace, target: str) -> int:
     """Measures the coordinator at ``target`` and prints a table; returns the exit status."""
     workload = _workload(arguments)
     figures = asyncio.run(
-        speculation.measure(
-            target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup
-        )
+        measure(target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup)
     )
     return _report(arguments, workload, figures)
 
@@ -75,7 +73,7 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
     encode = tokenizer.load(config.coordinator.tokenizer).encode
     ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
     models = InProcess(config)
-    runs: dict[int | None, list[speculation.Run]] = {k: [] for k in arguments.ks}
+    runs: dict[int | None, list[Run]] = {k: [] for k in arguments.ks}
     for repeat in range(-arguments.warmup, arguments.repeats):
         turn = repeat % len(arguments.ks)
         for k in arguments.ks[turn:] + arguments.ks[:turn]:
@@ -84,15 +82,15 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
                 runs[k].append(run)
     base = runs.get(0)
     figures: dict[str, object] = {
-        "variants": [speculation.summary(k, runs[k], base) for k in arguments.ks],
+        "variants": [summary(k, runs[k], base) for k in arguments.ks],
         **models.describe(),
         "link": "in-process",
     }
     return _report(arguments, workload, figures)
 
 
-def _workload(arguments: argparse.Namespace) -> speculation.Workload:
-    return speculation.Workload(
+def _workload(arguments: argparse.Namespace) -> Workload:
+    return Workload(
         prompts=prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -101,9 +99,7 @@ def _workload(arguments: argparse.Namespace) -> speculation.Workload:
     )
 
 
-def _report(
-    arguments: argparse.Namespace, workload: speculation.Workload, figures: dict[str, object]
-) -> int:
+def _report(arguments: argparse.Namespace, workload: Workload, figures: dict[str, object]) -> int:
     bandwidth = hardware.read_bandwidth()
     figures |= {
         "hardware": hardware.describe(),

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from outrider.coordinator.local import cuda_mps
-from outrider.shared.model import kernel_choices as operations
+from outrider.shared.model import kernel_choices
 
 PACKAGES = (
     "outrider",
@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "devices": _devices(problems),
         "cuda-mps": cuda_mps.state(),
-        "operations": operations.chosen(),
+        "operations": kernel_choices.chosen(),
         "pair": _pair(problems),
         "problems": problems,
     }

@@ -16,14 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from outrider.coordinator.cli import generate_flags as decoding_flags
-from outrider.coordinator.cli import plan, profile, report
+from outrider.coordinator.cli import generate_flags, plan, profile, report
 from outrider.coordinator.cli.argument_types import whole
 from outrider.shared.config import flags, telemetry_flags
 from outrider.shared.config.schema import Config, load
 from outrider.shared.core.errors import ConfigError, InvalidRequest, OutriderError
-from outrider.shared.process import library_env as tuning
-from outrider.shared.process import lifecycle
+from outrider.shared.process import library_env, lifecycle
 
 SERVICES = {"draft": "draft", "verify": "base"}
 """Services that are programs of their own, with their section of the configuration."""
@@ -90,7 +88,7 @@ def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt")
     _add_models(parser)
     _add_target(parser)
-    decoding_flags.add_arguments(parser)
+    generate_flags.add_arguments(parser)
     parser.add_argument(
         "--logprobs", type=whole(0), metavar="COUNT", help="of each token and the likeliest ones"
     )
@@ -137,7 +135,7 @@ def _add_serve(commands: Any) -> None:
 
 def _serve_coordinator(args: argparse.Namespace) -> int:
     reporter = lifecycle.Reporter(args.status_fd)
-    tuning.before_grpc()
+    library_env.before_grpc()
     try:
         config = _load(args)
         from outrider.coordinator.server.program import run
@@ -196,25 +194,23 @@ def _add_bench(commands: Any, words: Sequence[str]) -> None:
     _add_models(parser)
     _add_target(parser)
     if "bench" in words:
-        from outrider.coordinator.bench import command
-        from outrider.coordinator.bench import registry as studies
+        from outrider.coordinator.bench import command, registry
 
         command.add_arguments(parser)
-        studies.add_parsers(parser, words, _add_models)
+        registry.add_parsers(parser, words, _add_models)
     parser.set_defaults(run=_bench, study=None)
 
 
 def _bench(args: argparse.Namespace) -> int:
     config = _load(args)
     _interruptible()
-    from outrider.coordinator.bench import command
-    from outrider.coordinator.bench import registry as studies
+    from outrider.coordinator.bench import command, registry
     from outrider.coordinator.cli import display
     from outrider.coordinator.local.cuda_mps import daemon
     from outrider.coordinator.local.private_stack import deployment
 
     if args.study is not None:
-        return studies.run(args, config)
+        return registry.run(args, config)
     if args.in_process:
         return command.run_in_process(args, config)
     if args.target is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from outrider.coordinator.local import child as children
+from outrider.coordinator.local import children
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ServiceUnavailable
 

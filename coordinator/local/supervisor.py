@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from outrider.coordinator.local import child as children
+from outrider.coordinator.local import children
 from outrider.coordinator.local.private_stack import short_folder
 from outrider.shared.config.schema import Config, DraftConfig, VerifyConfig
 from outrider.shared.process import address

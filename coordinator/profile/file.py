@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from outrider.coordinator.profile import record as profile_record
+from outrider.coordinator.profile.record import VERSION, build
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider.shared.core.errors import ConfigError
@@ -92,7 +92,7 @@ class Collector:
             )
         except grpc.RpcError as error:
             raise ConfigError(f"--profile: {message_of(error)}") from None
-        record = profile_record.build(profile, self._text)
+        record = build(profile, self._text)
         self._path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return record
 
@@ -107,10 +107,9 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict) or record.get("format") != "outrider-profile":
         raise ConfigError(f"{path}: not a profile; `outrider generate --profile FILE` makes one")
-    if record.get("version") != profile_record.VERSION:
+    if record.get("version") != VERSION:
         raise ConfigError(
-            f"{path}: profile version {record.get('version')}, "
-            f"this program reads {profile_record.VERSION}"
+            f"{path}: profile version {record.get('version')}, this program reads {VERSION}"
         )
     return record
 

@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.requests.text import tokenizer as tokenizers
-from outrider.coordinator.requests.text.tokenizer import Tokenizer
+from outrider.coordinator.requests.text.tokenizer import Tokenizer, load
 from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
@@ -26,7 +25,7 @@ from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRe
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import CoordinatorConfig
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable, VocabularyMismatch
-from outrider.shared.process import grpc_server as rpc
+from outrider.shared.process import grpc_server
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +253,7 @@ def load_tokenizer(name: str, base: pb.ServiceInfoResponse) -> Tokenizer | None:
     if name == "base" and own.is_dir():
         name = str(own)
     try:
-        return tokenizers.load(name)
+        return load(name)
     except ConfigError as error:
         if Path(name) != own:
             raise
@@ -268,15 +267,15 @@ def _endpoint(config: CoordinatorConfig, role: str, target: str, timeout: float)
         target,
         timeout,
         options=tuple(
-            rpc.client_options(
+            grpc_server.client_options(
                 max_message_bytes=config.max_message_bytes,
                 keepalive_seconds=config.keepalive_seconds,
             )
         ),
-        credentials=rpc.channel_credentials(
+        credentials=grpc_server.channel_credentials(
             config.services_ca, config.services_certificate, config.services_key
         ),
-        metadata=rpc.authorization(config.services_token),
+        metadata=grpc_server.authorization(config.services_token),
     )
 
 

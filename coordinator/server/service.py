@@ -11,11 +11,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from outrider.coordinator.requests import validation as requests
+from outrider.coordinator.requests import validation
 from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.text.stopping import FinishReason
-from outrider.coordinator.server import profile_rpc as profiling
-from outrider.coordinator.server import runtime
+from outrider.coordinator.server import profile_rpc, runtime
 from outrider.coordinator.server.runtime import Runtime
 from outrider.coordinator.services.connection import DraftLink, VerifyLink
 from outrider.coordinator.telemetry.records import Observer
@@ -97,17 +96,17 @@ class GenerationServicer(pb_grpc.GenerationServicer):
 
     async def Profile(self, request: pb.ProfileRequest, context: Any) -> pb.ProfileResponse:
         """Tells the rounds of a recent request."""
-        return await profiling.answer(self._runtime, request.request_id)
+        return await profile_rpc.answer(self._runtime, request.request_id)
 
     async def _validate(
         self, request: pb.GenerateRequest, traceparent: str
-    ) -> requests.GenerationRequest:
+    ) -> validation.GenerationRequest:
         coordinator = self._runtime
         arguments = (request, coordinator.limits, coordinator.tokenizer)
         size = len(request.prompt) + sum(len(m.content) for m in request.conversation.messages)
         if size > LONG_TEXT or request.WhichOneof("input") == "conversation":
-            return await asyncio.to_thread(requests.validate, *arguments, traceparent=traceparent)
-        return requests.validate(*arguments, traceparent=traceparent)
+            return await asyncio.to_thread(validation.validate, *arguments, traceparent=traceparent)
+        return validation.validate(*arguments, traceparent=traceparent)
 
     def _arm_deadline(self, job: Job, context: Any) -> asyncio.TimerHandle | None:
         """Ends the request a little before gRPC would cut it off, so that the client gets its

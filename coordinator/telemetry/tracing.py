@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 from opentelemetry.sdk.trace import Event
 from opentelemetry.trace import SpanKind
 
-from outrider.coordinator.telemetry import phases
-from outrider.coordinator.telemetry import span_attributes as about
+from outrider.coordinator.telemetry import phases, span_attributes
 from outrider.coordinator.telemetry.attributes import OPERATION
 from outrider.coordinator.telemetry.records import (
     LinkRecord,
@@ -120,7 +119,7 @@ class Tracing:
         by_request: dict[str, list[SequenceRound]] = {}
         for one in record.sequences:
             by_request.setdefault(one.request_id, []).append(one)
-        shared = about.of_round(record, parts, mode)
+        shared = span_attributes.of_round(record, parts, mode)
         links = []
         parent: TraceContext | None = None
         for request_id, of in by_request.items():
@@ -138,7 +137,11 @@ class Tracing:
                     sample.span if sample.started else sample.prefill,
                     record.started_ns,
                     record.finished_ns,
-                    {**shared, **about.of_sequences(of), "outrider.request.id": request_id},
+                    {
+                        **shared,
+                        **span_attributes.of_sequences(of),
+                        "outrider.request.id": request_id,
+                    },
                     links=(lead,),
                 )
             for each in of:
@@ -154,7 +157,7 @@ class Tracing:
             record.finished_ns,
             {
                 **shared,
-                **about.of_sequences(record.sequences),
+                **span_attributes.of_sequences(record.sequences),
                 "outrider.request.id": lead_id,
             },
             links=links,
@@ -193,7 +196,7 @@ class Tracing:
             request.parent,
             record.arrived_ns,
             record.finished_ns,
-            about.of_request(record, self._model()),
+            span_attributes.of_request(record, self._model()),
             remote_parent=True,
             events=sorted(events, key=lambda event: event.timestamp),
             kind=SpanKind.SERVER,
@@ -206,7 +209,7 @@ class Tracing:
         if not record.up:
             # The first loss counts: the link may report more while it is down.
             self._down[record.service] = lost or record
-            name, attributes = "outrider.failover", about.of_failover(record)
+            name, attributes = "outrider.failover", span_attributes.of_failover(record)
         elif lost is not None:
             name, attributes = "outrider.recovered", {"outrider.service": record.service}
         else:
@@ -226,7 +229,7 @@ class Tracing:
                         sample.span,
                         lost.at_ns,
                         record.at_ns,
-                        about.of_failover(lost),
+                        span_attributes.of_failover(lost),
                     )
 
     # --- parts -----------------------------------------------------------------------------------

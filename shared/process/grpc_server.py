@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from outrider.shared.config.schema import ServeConfig
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.process import address as addresses
+from outrider.shared.process import address
 from outrider.shared.process.interceptors import AioGuard, SyncGuard
 
 log = logging.getLogger(__name__)
@@ -109,13 +109,13 @@ def _read(path: str, key: str) -> bytes:
         raise ConfigError(f"{key} = {path!r}: can't be read: {error.strerror or error}") from None
 
 
-def _bind(server: Any, config: ServeConfig) -> addresses.Address:
+def _bind(server: Any, config: ServeConfig) -> address.Address:
     """Binds ``server`` and returns where; raises ``ConfigError``."""
-    wanted = addresses.parse(config.listen)
+    wanted = address.parse(config.listen)
     credentials = server_credentials(config)
     if credentials is None and not wanted.local:
         log.warning("%s is open to the network without TLS", wanted)
-    addresses.claim(wanted)
+    address.claim(wanted)
     # A unix socket is this user's alone.
     mask = os.umask(0o177) if wanted.path is not None else None
     try:
@@ -130,7 +130,7 @@ def _bind(server: Any, config: ServeConfig) -> addresses.Address:
             os.umask(mask)
     if wanted.path is not None:
         return wanted
-    return addresses.Address(host=wanted.host, port=port)
+    return address.Address(host=wanted.host, port=port)
 
 
 def _reflect(server: Any, names: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ class Server:
             if time.monotonic() >= until or idle():
                 self._server.stop(None).wait()
                 break
-        addresses.release(self.address)
+        address.release(self.address)
 
     def _mark(self, status: Any) -> None:
         for name in ("", *self._names):
@@ -225,7 +225,7 @@ class AioServer:
         """Refuses new calls, lets running ones end up to ``grace`` seconds, then cancels them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_seconds if grace is None else grace)
-        await asyncio.to_thread(addresses.release, self.address)
+        await asyncio.to_thread(address.release, self.address)
 
     async def _mark(self, status: Any) -> None:
         for name in ("", *self._names):

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.shared.config import flags, telemetry_flags
 from outrider.shared.config.schema import Config, ModelConfig, ServeConfig, load
 from outrider.shared.core.errors import ConfigError, OutriderError
-from outrider.shared.process import library_env as tuning
-from outrider.shared.process import lifecycle, logs, seeding
+from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
     from outrider.shared.telemetry.setup import Telemetry
@@ -78,7 +77,7 @@ def serve(
     stop = lifecycle.Stop()
     if watch_stdin:
         lifecycle.watch_stdin(part.drain_seconds + 5)
-    tuning.before_torch(part.threads)
+    library_env.before_torch(part.threads)
     server = telemetry = None
     try:
         # Imported late so that a wrong flag is told at once, and bound before the model is

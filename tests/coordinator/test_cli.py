@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator.cli import main as cli
+from outrider.coordinator.cli import main
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 
@@ -215,7 +215,7 @@ def test_cli_bad_flags_are_refused_before_anything_starts(
 ) -> None:
     before = time.monotonic()
     try:
-        status = cli.main(["generate", "x", *args])
+        status = main.main(["generate", "x", *args])
     except SystemExit as end:
         status = int(end.code or 0)
     assert status == 2
@@ -224,15 +224,15 @@ def test_cli_bad_flags_are_refused_before_anything_starts(
 
 
 def test_cli_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", ""]) == 2
+    assert main.main(["generate", ""]) == 2
     assert "PROMPT: got ''" in capsys.readouterr().err
 
 
 def test_cli_unreachable_target_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        assert cli.main(["generate", "x", "--target", "unix:/no/such"]) == 1
-        assert cli.main(["info", "--target", "unix:/no/such"]) == 1
+        assert main.main(["generate", "x", "--target", "unix:/no/such"]) == 1
+        assert main.main(["info", "--target", "unix:/no/such"]) == 1
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -21,7 +21,7 @@ from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared.core import wire
 from outrider.shared.core.errors import ConfigError, RefusalCode
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Refusal, VerifyItem
-from outrider.shared.link import registry as mailboxes
+from outrider.shared.link import registry
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -233,7 +233,7 @@ def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
 def test_free_running_coordinators_without_a_request_make_room_in_time(
     services: Make, client_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 3)
+    monkeypatch.setattr(registry, "MOST_MAILBOXES", 3)
     base, draft = services("verify"), services("draft")
 
     async def run() -> None:
@@ -243,7 +243,7 @@ def test_free_running_coordinators_without_a_request_make_room_in_time(
         # No grant ever named them, so no stream took them along when it ended.
         with pytest.raises(ConfigError, match=r"3 mailboxes are open or offered \(at most 3\)"):
             await client_of(base, draft, link="shm").__aenter__()
-        monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
+        monkeypatch.setattr(registry, "IDLE_SECONDS", 0.0)
         for _ in range(4):
             async with client_of(base, draft, link="shm") as client:
                 assert (await client.info()).link == "shm"

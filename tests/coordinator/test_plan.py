@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from outrider.coordinator.cli import plan as planning
+from outrider.coordinator.cli import plan
 from outrider.coordinator.cli.plan import GIB, GPUS, read_model
 from outrider.shared.core.errors import ConfigError
 
 
 def _plan(gpu: str, base: str, draft: str | None, **changes):
     settings = {"sequences": 4, "context": 4096, "acceptance": 0.8}
-    return planning.plan(
+    return plan.plan(
         GPUS[gpu], read_model(base), read_model(draft) if draft else None, **(settings | changes)
     )
 
@@ -80,7 +80,7 @@ def test_refuses_what_it_does_not_know(tmp_path, text):
 
 def test_command_prints_a_table_and_fails_where_it_does_not_fit(capsys):
     parser = argparse.ArgumentParser()
-    planning.add_parser(parser.add_subparsers())
+    plan.add_parser(parser.add_subparsers())
     words = ["plan", "--gpu", "t4", "--base", "llama-3.2-3b", "--draft", "llama-3.2-1b"]
     args = parser.parse_args(words)
     assert args.run(args) == 0

@@ -45,7 +45,8 @@ def test_tokenizer_folder_without_one_and_broken_file_are_told(tmp_path: Path) -
 
 def test_coordinator_starts_without_torch_and_transformers(tiny_base: Path) -> None:
     program = (
-        "import sys; from outrider.coordinator.requests.text import tokenizer; from outrider.coordinator.server import service; "
+        "import sys; from outrider.coordinator.requests.text import tokenizer; "
+        "from outrider.coordinator.server import service; "
         f"tokenizer.load({str(tiny_base)!r}); "
         "heavy = {'torch', 'transformers', 'jinja2'} & set(sys.modules); "
         "assert not heavy, heavy"

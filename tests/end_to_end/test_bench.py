@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from outrider.coordinator.bench.studies import bare_links
-from outrider.coordinator.cli import main as cli
+from outrider.coordinator.cli import main
 
 
 def test_bench_links_has_the_same_tokens_over_every_link(
@@ -18,7 +18,7 @@ def test_bench_links_has_the_same_tokens_over_every_link(
     monkeypatch.setattr(bare_links, "WARMUP", 5)
     written = tmp_path / "links.json"
     arguments = ["bench", "links", "--ks", "0,3", "--prompts", "2", "--max-new-tokens", "24"]
-    status = cli.main([*arguments, "--repeats", "1", "--warmup", "0", "--json", str(written)])
+    status = main.main([*arguments, "--repeats", "1", "--warmup", "0", "--json", str(written)])
     assert status == 0
     figures = json.loads(written.read_text())
     found = {(one["link"], one["k"]): one for one in figures["variants"]}
@@ -44,7 +44,7 @@ def test_bench_timeline_shows_turns_that_follow_each_other(
     written = tmp_path / "timeline.json"
     arguments = ["bench", "timeline", "--base", str(tiny_base), "--draft", str(tiny_base)]
     arguments += ["--links", "shm", "--prompt-tokens", "9", "--rounds", "5"]
-    assert cli.main([*arguments, "--max-new-tokens", "60", "--json", str(written)]) == 0
+    assert main.main([*arguments, "--max-new-tokens", "60", "--json", str(written)]) == 0
     (shm,) = json.loads(written.read_text())["timelines"]
     assert [one["service"] for one in shm["turns"]] == ["draft", "verify"] * 5
     # Draft and base wait for each other; a span ends a little after its word is sent.
@@ -58,7 +58,7 @@ def test_bench_in_process_measures_both_models_and_has_the_same_tokens(
 ) -> None:
     written = tmp_path / "bench.json"
     arguments = ["bench", "--in-process", "--ks", "0,3", "--prompts", "2", "--max-new-tokens", "24"]
-    assert cli.main([*arguments, "--repeats", "2", "--warmup", "0", "--json", str(written)]) == 0
+    assert main.main([*arguments, "--repeats", "2", "--warmup", "0", "--json", str(written)]) == 0
     figures = json.loads(written.read_text())
     assert figures["link"] == "in-process" and figures["base"]["parameters"] > 1e6
     alone, drafted = figures["variants"]
@@ -74,5 +74,5 @@ def test_bench_in_process_measures_both_models_and_has_the_same_tokens(
 def test_bench_in_process_refuses_what_needs_a_coordinator(
     flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "--in-process", *flags]) != 0
+    assert main.main(["bench", "--in-process", *flags]) != 0
     assert says in capsys.readouterr().err

@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 
 from outrider.coordinator.bench.studies import bare_links
-from outrider.coordinator.cli import main as cli
-from outrider.coordinator.local import child as children
-from outrider.coordinator.local import cuda_mps
-from outrider.coordinator.services import mailbox_setup as introducing
+from outrider.coordinator.cli import main
+from outrider.coordinator.local import children, cuda_mps
+from outrider.coordinator.services import mailbox_setup
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import load
 
@@ -112,7 +111,7 @@ def pair(
 ) -> Iterator[dict[str, ModelProcess]]:
     """Both services."""
     # Here mailboxes are lost every other second, which a coordinator would come to avoid.
-    monkeypatch.setattr(introducing, "LAST_PAUSE", introducing.FIRST_PAUSE)
+    monkeypatch.setattr(mailbox_setup, "LAST_PAUSE", mailbox_setup.FIRST_PAUSE)
     made: dict[str, ModelProcess] = {}
     try:
         for role, model in models.items():
@@ -236,7 +235,7 @@ def test_cuda_ipc_has_the_tokens_of_one_process(
     arguments += ["--device", "cuda", "--dtype", "bfloat16", "--links", ",".join(LINKS)]
     arguments += ["--prompts", "2", "--prompt-tokens", "20", "--ks", "0,1,2,3", "--repeats", "2"]
     arguments += ["--json", str(written), *(["--cuda-mps"] if mps else [])]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     figures = json.loads(written.read_text())
     for one in figures["variants"]:
         assert one["same_tokens_as_base"] and one["same_tokens_as_in_process"], one

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.services import mailbox_setup as introducing
+from outrider.coordinator.services import mailbox_setup
 from outrider.shared.link.registry import MOST_MAILBOXES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -30,7 +30,7 @@ def services(
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """``services(verify={…}, draft={…})``: both as processes, with these fields of ``Toy``."""
     # Here mailboxes are lost every other second, which a coordinator would come to avoid.
-    monkeypatch.setattr(introducing, "LAST_PAUSE", introducing.FIRST_PAUSE)
+    monkeypatch.setattr(mailbox_setup, "LAST_PAUSE", mailbox_setup.FIRST_PAUSE)
     made: dict[str, Any] = {}
 
     def start(**toys: dict[str, Any]) -> dict[str, Any]:

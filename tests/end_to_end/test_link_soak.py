@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from outrider.coordinator.local import child as children
+from outrider.coordinator.local import children
 from outrider.coordinator.local.private_stack import over_sockets
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.draft_service import device_rounds as draft_running
+from outrider.draft_service import device_rounds as draft_rounds
 from outrider.draft_service.engine import DraftEngine
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import ModelConfig
@@ -24,7 +24,7 @@ from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.mailbox import Layout, Mailbox
 from outrider.shared.model.loading import make_runner
 from outrider.shared.rounds.grants import Control
-from outrider.verify_service import device_rounds as verify_running
+from outrider.verify_service import device_rounds as verify_rounds
 from outrider.verify_service.engine import VerifyEngine
 
 VOCAB = 64
@@ -181,7 +181,7 @@ class Grant:
 
     def _verify(self) -> None:
         side = self.sides.verify
-        for response in verify_running.run(
+        for response in verify_rounds.run(
             side.session, self.asked["verify"], side.bell, self.controls["verify"],
             self._seen("verify"),
         ):  # fmt: skip
@@ -197,7 +197,7 @@ class Grant:
 
     def _draft(self) -> None:
         side = self.sides.draft
-        (response,) = draft_running.run(
+        (response,) = draft_rounds.run(
             side.session, self.asked["draft"], side.bell, self.controls["draft"],
             self._seen("draft"),
         )  # fmt: skip
@@ -377,7 +377,7 @@ def test_turns_end_when_the_other_side_is_gone(sides: Any, gone: str) -> None:
 
 def test_turns_end_when_the_coordinator_is_gone(sides: Any) -> None:
     made = Grant(sides, PROMPTS[:1], 200, 2, Decoding())
-    running = verify_running.run(
+    running = verify_rounds.run(
         sides.verify.session, made.asked["verify"], sides.verify.bell, made.controls["verify"],
         lambda *_: None,
     )  # fmt: skip

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from outrider.kernels import accept, follow, registry, settle, take
 from outrider.kernels.registry import Call, Tools
-from outrider.shared.link.device import mailbox as device_mailbox
+from outrider.shared.link.device import mailbox
 
 CPU = torch.device("cpu")
 STEPS = 4
 WIDTH = STEPS + 1
 VOCABULARY = 3  # chance agreement is common: every length of the accepted prefix occurs
-OPEN, OVER = device_mailbox.bell(5, 3), device_mailbox.bell(5, device_mailbox.ENDED)
+OPEN, OVER = mailbox.bell(5, 3), mailbox.bell(5, mailbox.ENDED)
 
 
 @dataclass
@@ -261,4 +261,4 @@ def test_reference_reads_nothing_back_from_the_device(module):
 
 
 def test_the_bell_that_ends_a_grant_is_the_mailbox_s():
-    assert take.ENDED == device_mailbox.ENDED
+    assert take.ENDED == mailbox.ENDED

@@ -9,7 +9,7 @@ import torch
 
 from outrider.kernels.registry import Choice, operations
 from outrider.shared.core.types import Decoding, Rule
-from outrider.shared.model.cuda import support as cuda_support
+from outrider.shared.model.cuda import support
 from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.support import judged, simple, why_not
 
@@ -81,5 +81,5 @@ def test_declines_fallbacks_that_every_forward_would_pay_for(monkeypatch, in_tor
     choices = [
         Choice(name, "torch" if name in in_torch else "cuda", (), "") for name in operations()
     ]
-    monkeypatch.setattr(cuda_support, "resolve_all", lambda *_: ({}, choices))
+    monkeypatch.setattr(support, "resolve_all", lambda *_: ({}, choices))
     assert why_not(model, torch.device("cuda"), torch.float16) == expected

@@ -20,7 +20,7 @@ import pytest
 
 from outrider.shared.core.errors import InvalidRequest
 from outrider.shared.core.types import Proposal
-from outrider.shared.link import handshake as handover
+from outrider.shared.link import handshake
 from outrider.shared.link.doorbell import Doorbell, PeerGone, connected
 from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
 from outrider.shared.link.mailbox import (
@@ -336,7 +336,7 @@ def test_fetch_refuses_the_offer_of_another_user(verifier: Verifier, child: Star
 def test_offer_outlasts_a_silent_peer(
     verifier: Verifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(handover, "STEP_SECONDS", 0.05)
+    monkeypatch.setattr(handshake, "STEP_SECONDS", 0.05)
     with connected(verifier.offered.socket, 5.0) as peer:
         assert peer.recv(1) == b""
     assert "a hand-over of the mailbox failed: timed out" in caplog.text
@@ -424,7 +424,7 @@ def test_offer_stands_when_a_draft_hangs_up_at_the_last_moment() -> None:
 def test_offer_that_nobody_takes_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(handover, "OFFER_SECONDS", 0.2)
+    monkeypatch.setattr(handshake, "OFFER_SECONDS", 0.2)
     before, mapped = settled(), mappings()
     verifier = Verifier()
     sockets = Path("/proc/net/unix")
@@ -472,7 +472,7 @@ def test_offer_refuses_a_mailbox_that_is_too_large() -> None:
         Offer(Layout(1024, 64, 4096), lambda *_: None)
     assert str(error.value).startswith(
         "max_sequences, max_k, row_entries: got (1024, 64, 4096); must be such that the mailbox "
-        f"has at most {handover.MOST_BYTES} bytes, not "
+        f"has at most {handshake.MOST_BYTES} bytes, not "
     )
     assert error.value.status == "INVALID_ARGUMENT"
     assert set(threading.enumerate()) <= before

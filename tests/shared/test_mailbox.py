@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from outrider.shared.core.errors import ProtocolError
 from outrider.shared.core.types import Proposal, SparseRow
-from outrider.shared.link import mailbox as mailboxes
+from outrider.shared.link import mailbox as mailbox_module
 from outrider.shared.link.mailbox import (
     BEATS,
     BELLS,
@@ -130,7 +130,7 @@ def test_mailbox_with_any_byte_changed_is_not_read_as_something_else(flip: int) 
     mailbox.write_proposals(*TURN)
     mailbox.write_verdicts(*VERDICTS)
     lost = 0
-    for at in range(mailboxes._SLOTS, SMALL.size):
+    for at in range(mailbox_module._SLOTS, SMALL.size):
         memory[at] ^= flip
         for read, wanted in ((mailbox.read_proposals, TURN), (mailbox.read_verdicts, VERDICTS)):
             try:
@@ -255,7 +255,7 @@ def test_mailbox_offsets_are_as_documented() -> None:
     memory, mailbox = fresh(layout)
     mailbox.format(5)
     mailbox.prove()
-    assert (mailboxes._PROOF, BEATS, BELLS) == (128, (192, 256), (320, 384))
+    assert (mailbox_module._PROOF, BEATS, BELLS) == (128, (192, 256), (320, 384))
     assert struct.unpack_from("<Q", memory, 128) == (5 ^ 0x9E3779B97F4A7C15,)
     assert (layout.proposals, layout.entry, layout.verdicts) == (520, 40, 648)
     assert (layout.rows, layout.row, layout.size) == (768, 40, 4096)
@@ -325,7 +325,7 @@ def test_mailbox_regions_do_not_overlap(sequences: int, k: int, entries: int) ->
     layout = Layout(sequences, k, entries)
     regions = [
         (0, 48),
-        (mailboxes._PROOF, 8),
+        (mailbox_module._PROOF, 8),
         *((offset, 8) for offset in (*BEATS, *BELLS)),
         (layout.proposals - 8, 8 + 40 + sequences * layout.entry),
         (layout.verdicts - 8, 8 + 20 + sequences * 28),
@@ -336,6 +336,6 @@ def test_mailbox_regions_do_not_overlap(sequences: int, k: int, entries: int) ->
     assert ends[-1][1] <= layout.size and layout.size % mmap.PAGESIZE == 0
     assert layout.entry >= 24 + 4 * k and layout.row >= 4 + 8 * entries
     # Counters that different sides write are on cache lines of their own.
-    words = (mailboxes._PROOF, *BEATS, *BELLS, layout.proposals - 8)
+    words = (mailbox_module._PROOF, *BEATS, *BELLS, layout.proposals - 8)
     assert len({offset // 64 for offset in words}) == len(words)
     assert layout.verdicts // 64 > (layout.proposals + 40) // 64

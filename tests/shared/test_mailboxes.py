@@ -10,7 +10,7 @@ import pytest
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import CapacityError, InvalidRequest
 from outrider.shared.core.types import Proposal
-from outrider.shared.link import registry as mailboxes
+from outrider.shared.link import registry
 from outrider.shared.link.doorbell import Doorbell, PeerGone
 from outrider.shared.link.handshake import HandoverFailed
 from outrider.shared.link.mailbox import Judgement, Layout, ProposalHead, VerdictHead
@@ -130,7 +130,7 @@ def test_mailboxes_closed_by_one_side_are_gone_for_the_other(services: Services,
 def test_mailboxes_have_a_limit_and_those_that_are_gone_make_room(
     services: Services, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
-    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 3)
+    monkeypatch.setattr(registry, "MOST_MAILBOXES", 3)
     open_ones = [services.introduce() for _ in range(3)]
     beating = beats()
     says = r"3 mailboxes are open or offered \(at most 3\)"
@@ -156,14 +156,14 @@ def test_mailboxes_have_a_limit_and_those_that_are_gone_make_room(
 def test_mailboxes_full_let_go_of_the_one_that_was_idle_longest(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 2)
+    monkeypatch.setattr(registry, "MOST_MAILBOXES", 2)
     first, second = services.introduce(), services.introduce()
     for side in (services.verify, services.draft):
         with side.used(first):  # as a grant does that names it
             pass
     with pytest.raises(CapacityError):
         services.introduce()
-    monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "IDLE_SECONDS", 0.0)
     third = services.introduce()
     assert services.verify.get(second) is None and services.draft.get(second) is None
     for mailbox in (first, third):
@@ -173,8 +173,8 @@ def test_mailboxes_full_let_go_of_the_one_that_was_idle_longest(
 def test_mailboxes_full_keep_those_that_a_grant_uses(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 1)
-    monkeypatch.setattr(mailboxes, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "MOST_MAILBOXES", 1)
+    monkeypatch.setattr(registry, "IDLE_SECONDS", 0.0)
     only = services.introduce()
     with services.verify.used(only) as doorbell:
         assert doorbell is not None
@@ -186,12 +186,12 @@ def test_mailboxes_full_keep_those_that_a_grant_uses(
 def test_mailboxes_count_offers_that_nobody_has_fetched(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mailboxes, "MOST_MAILBOXES", 2)
+    monkeypatch.setattr(registry, "MOST_MAILBOXES", 2)
     services.verify.offer(SIZES, UNIX)
     services.verify.offer(SIZES, UNIX)
     with pytest.raises(CapacityError, match="2 mailboxes are open or offered"):
         services.verify.offer(SIZES, UNIX)
-    monkeypatch.setattr(mailboxes, "OFFER_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "OFFER_SECONDS", 0.0)
     services.verify.offer(SIZES, UNIX)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from outrider.shared.link import handshake as handover
+from outrider.shared.link import handshake
 from outrider.shared.link.doorbell import Doorbell, address_of
 from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
 from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox
@@ -65,8 +65,8 @@ def settled() -> tuple[int, int, int]:
         ({"layout": LAYOUT + 1}, f"has layout {LAYOUT + 1}, this side {LAYOUT}"),
         ({"boot_id": "elsewhere"}, "draft and verifier do not run on one host"),
         ({"boot_id": ""}, "draft and verifier do not run on one host"),
-        ({"size": 0}, f"a mailbox of 0 bytes; at most {handover.MOST_BYTES}"),
-        ({"size": handover.MOST_BYTES + 1}, f"a mailbox of {handover.MOST_BYTES + 1} bytes"),
+        ({"size": 0}, f"a mailbox of 0 bytes; at most {handshake.MOST_BYTES}"),
+        ({"size": handshake.MOST_BYTES + 1}, f"a mailbox of {handshake.MOST_BYTES + 1} bytes"),
         ({"size": 4095}, "the mailbox has 4096 bytes, 4095 were offered"),
         ({"size": 8192}, "the mailbox has 4096 bytes, 8192 were offered"),
         ({"socket": "/nowhere/at/all"}, "can't be reached (No such file or directory)"),
@@ -194,7 +194,7 @@ def test_fetch_refuses_a_verifier_that_is_none(
 def test_fetch_does_not_wait_for_a_silent_verifier(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "STEP_SECONDS", 0.05)
+    monkeypatch.setattr(handshake, "STEP_SECONDS", 0.05)
     with pretender(lambda peer: hangs_up(peer) if peer.recv(1) else None, path) as offered:
         assert "the mailbox can't be mapped: timed out" in refused(offered)
 

@@ -21,7 +21,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
 
-from outrider.coordinator.local import child as children
+from outrider.coordinator.local import children
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider.shared.config.schema import (

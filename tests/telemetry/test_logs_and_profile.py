@@ -11,10 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
-from outrider.coordinator.profile import chrome_trace as chrome
-from outrider.coordinator.profile import file as profile
-from outrider.coordinator.profile import record as profile_record
+from outrider.coordinator.profile import chrome_trace, file
 from outrider.coordinator.profile.html import rounds_of_tokens
+from outrider.coordinator.profile.record import PHASES
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 
@@ -23,11 +22,11 @@ from outrider.protos import generation_pb2_grpc as stubs
 def profiled(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The record of one request, its file, and what the client was told."""
     path: Path = tmp_path_factory.mktemp("profile") / "out.json"
-    collector = profile.Collector(path, "def add(")
+    collector = file.Collector(path, "def add(")
     ids, finished, _ = cluster.generate("def add(", tokens=40, k=4, seen=collector.see)
     with grpc.insecure_channel(cluster.target) as channel:
         collector.write(channel)
-    return profile.read(path), path, ids, finished
+    return file.read(path), path, ids, finished
 
 
 def test_request_is_one_json_line_with_its_trace(cluster: Any) -> None:
@@ -63,13 +62,13 @@ def test_profile_agrees_with_what_the_client_was_told(profiled: Any) -> None:
 def test_profile_phases_add_up(profiled: Any) -> None:
     record, *_ = profiled
     for one in record["rounds"]:
-        total = sum(one["phases"][name] for name in profile_record.PHASES if name != "idle")
+        total = sum(one["phases"][name] for name in PHASES if name != "idle")
         assert total - one["hidden"] == pytest.approx(one["seconds"], rel=0.02)
 
 
 def test_profile_statistics_are_numpys(profiled: Any) -> None:
     record, *_ = profiled
-    for name in profile_record.PHASES:
+    for name in PHASES:
         values = [one["phases"][name] for one in record["rounds"]]
         figures = record["phases"][name]
         assert figures["total"] == pytest.approx(np.sum(values))
@@ -91,11 +90,15 @@ def test_profile_tells_memory_and_ceiling(profiled: Any) -> None:
 
 def test_profile_as_chrome_trace(profiled: Any) -> None:
     record, *_ = profiled
-    events = json.loads(json.dumps(chrome.trace(record)))["traceEvents"]
+    events = json.loads(json.dumps(chrome_trace.trace(record)))["traceEvents"]
     slices = [one for one in events if one["ph"] == "X"]
     rounds = [one for one in slices if one["name"].startswith("round ")]
     assert len(rounds) == len(record["rounds"])
-    assert {one["pid"] for one in slices} == {chrome.COORDINATOR, chrome.DRAFT, chrome.VERIFY}
+    assert {one["pid"] for one in slices} == {
+        chrome_trace.COORDINATOR,
+        chrome_trace.DRAFT,
+        chrome_trace.VERIFY,
+    }
     assert all(one["dur"] >= 0 for one in slices)
     # A model's own time lies within its service's, and that within its round.
     for side in ("draft", "verify"):
@@ -130,11 +133,11 @@ def test_profile_of_an_unknown_request_is_refused(cluster: Any) -> None:
 def test_files_that_are_no_profiles_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(profile.ConfigError, match=words):
-        profile.read(path)
+    with pytest.raises(file.ConfigError, match=words):
+        file.read(path)
 
 
 def test_summary_names_every_phase(profiled: Any) -> None:
-    text = profile.summary(profiled[0])
-    for name in profile_record.PHASES:
+    text = file.summary(profiled[0])
+    for name in PHASES:
         assert f"\n{name} " in text

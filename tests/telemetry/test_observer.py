@@ -12,9 +12,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 
-from outrider.coordinator.bench.studies import telemetry_cost as bench
-from outrider.coordinator.telemetry import observer as observing
-from outrider.coordinator.telemetry.observer import TelemetryObserver
+from outrider.coordinator.bench.studies import telemetry_cost
+from outrider.coordinator.telemetry.observer import TelemetryObserver, model_name, rate_ceiling
 from outrider.coordinator.telemetry.recent_rounds import MOST_REQUESTS, RoundsKept
 from outrider.coordinator.telemetry.records import (
     LinkRecord,
@@ -59,7 +58,7 @@ def observer(monkeypatch: pytest.MonkeyPatch) -> tuple[TelemetryObserver, InMemo
 def run(seen: TelemetryObserver, number: int, *sequences: SequenceRound) -> str:
     """One round over ``sequences``; its traceparent."""
     context = seen.traceparent(number, list(dict.fromkeys(one.request_id for one in sequences)))
-    seen.round(replace(bench._round(number, context), sequences=tuple(sequences)))
+    seen.round(replace(telemetry_cost._round(number, context), sequences=tuple(sequences)))
     return context
 
 
@@ -137,7 +136,7 @@ def test_failures_of_telemetry_stay_inside(observer: Any, caplog: pytest.LogCapt
     seen, _ = observer
     seen.request_started("r", "")
     context = seen.traceparent(1, ["r"])
-    broken = replace(bench._round(1, context), sequences=None)  # type: ignore[arg-type]
+    broken = replace(telemetry_cost._round(1, context), sequences=None)  # type: ignore[arg-type]
     seen.round(broken)
     assert "telemetry failed" in caplog.text
 
@@ -173,7 +172,7 @@ def test_failover_is_told_once_and_only_to_requests_that_run(observer: Any) -> N
     ],
 )
 def test_mode_of_a_round(sequences: list[SequenceRound], mode: str) -> None:
-    record: RoundRecord = replace(bench._round(1, ""), sequences=tuple(sequences))
+    record: RoundRecord = replace(telemetry_cost._round(1, ""), sequences=tuple(sequences))
     assert mode_of(record) == mode
 
 
@@ -181,7 +180,7 @@ def test_kept_rounds_are_bounded() -> None:
     kept = RoundsKept()
     for number in range(3 * MOST_REQUESTS):
         kept.begin(f"r{number}", "")
-        kept.round(replace(bench._round(1, ""), sequences=(sequence(f"r{number}"),)))
+        kept.round(replace(telemetry_cost._round(1, ""), sequences=(sequence(f"r{number}"),)))
     assert kept.get("r0") is None
     assert kept.get(f"r{3 * MOST_REQUESTS - 1}") is not None
     assert kept._rounds == MOST_REQUESTS
@@ -205,11 +204,11 @@ class Info:
     ],
 )
 def test_ceiling_by_hand(draft: Any, tokens: float, k: float, wanted: float) -> None:
-    assert observing.rate_ceiling(Info(10, 100), draft, tokens, k) == pytest.approx(wanted)
+    assert rate_ceiling(Info(10, 100), draft, tokens, k) == pytest.approx(wanted)
 
 
 def test_ceiling_is_unknown_without_the_memorys_speed() -> None:
-    assert observing.rate_ceiling(Info(10, 0), None, 1.0, 0.0) is None
+    assert rate_ceiling(Info(10, 0), None, 1.0, 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -217,12 +216,12 @@ def test_ceiling_is_unknown_without_the_memorys_speed() -> None:
     [("/home/x/models/llama", "llama"), ("org/model", "org/model"), ("base", "base")],
 )
 def test_model_names_hold_no_folders_of_the_machine(path: str, name: str) -> None:
-    assert observing.model_name(path) == name
+    assert model_name(path) == name
 
 
 def test_two_thousand_rounds_a_second_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "RATE_SECONDS", 1.0)
-    with bench.collector() as (endpoint, counts):
-        figures = bench.at_rate(endpoint, counts)
+    monkeypatch.setattr(telemetry_cost, "RATE_SECONDS", 1.0)
+    with telemetry_cost.collector() as (endpoint, counts):
+        figures = telemetry_cost.at_rate(endpoint, counts)
     assert figures["dropped"] == 0
     assert figures["received"] == 2 * 2000 + 3

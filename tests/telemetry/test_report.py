@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.profile import record as profile_record
 from outrider.coordinator.profile.html import page, rounds_of_tokens
+from outrider.coordinator.profile.record import PHASES, spread
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 FLAGS = (
@@ -50,7 +50,6 @@ def record() -> dict[str, Any]:
     origins = ["base", "accepted", "accepted", "accepted", "bonus", "accepted", "corrected",
                "corrected", "base"]  # fmt: skip
     pieces = ["def", " f", "(", "</script>", "&amp;", " <b>", "é", "\n", "end"]
-    spread = profile_record.spread
     return {
         "format": "outrider-profile", "version": 1, "trace_id": "ab" * 16, "link": "grpc",
         "request": {
@@ -65,7 +64,7 @@ def record() -> dict[str, Any]:
         "seconds": {"total": 0.06, "queue": 0.0, "prefill": 0.02, "first_token": 0.0201,
                     "decode": 0.04, "tokens_per_second": 199.96},
         "phases": {name: spread([one["phases"][name] for one in rounds])
-                   for name in profile_record.PHASES},
+                   for name in PHASES},
         "round_seconds": spread([one["seconds"] for one in rounds]),
         "speculation": {"rounds": 5, "proposed": 8, "accepted": 4, "wasted": 4,
                         "acceptance_rate": 0.5, "mean_accepted_length": 1.8, "mean_k": 1.6,
@@ -144,7 +143,7 @@ def test_page_shows_the_figures_of_the_record(opened: Document) -> None:
     origins = Counter(made["request"]["origins"])
     for origin, count in origins.items():
         assert opened.number(f"count-{origin}") == count
-    for name in profile_record.PHASES:
+    for name in PHASES:
         cells = opened.texts[f"phase-{name}"].removeprefix(name)
         assert cells.startswith(f"{1e3 * made['phases'][name]['median']:.3f}")
 
@@ -183,9 +182,7 @@ def test_page_draws_every_round_on_its_process(opened: Document) -> None:
         about["data-phase"]: float(about["data-seconds"])
         for _, about in opened.elements if "data-phase" in about
     }  # fmt: skip
-    assert phases == pytest.approx(
-        {name: made["phases"][name]["total"] for name in profile_record.PHASES}
-    )
+    assert phases == pytest.approx({name: made["phases"][name]["total"] for name in PHASES})
 
 
 def test_page_loads_nothing_and_is_reachable_by_keyboard(opened: Document) -> None:

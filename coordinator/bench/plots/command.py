@@ -8,21 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench.plots import arena as arena_plots
-from outrider.coordinator.bench.plots import drawing
-from outrider.coordinator.bench.plots import links as link_plots
-from outrider.coordinator.bench.plots import speed as speed_plots
-from outrider.coordinator.bench.plots import timeline as timeline_plots
+from outrider.coordinator.bench.plots import arena, drawing, links, speed, timeline
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ConfigError
 
 # What only the figures of this kind have -> what draws them.
 _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "rollback": arena_plots.draw,
-    "copy_bandwidth": speed_plots.draw_step,
-    "bare": link_plots.draw,
-    "timelines": timeline_plots.draw,
-    "variants": speed_plots.draw_bench,
+    "rollback": arena.draw,
+    "copy_bandwidth": speed.draw_step,
+    "bare": links.draw,
+    "timelines": timeline.draw,
+    "variants": speed.draw_bench,
 }
 
 

@@ -17,7 +17,7 @@ from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import Config
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
-from outrider.shared.process import library_env as tuning
+from outrider.shared.process import library_env
 
 _RULES = {
     public.ACCEPTANCE_RULE_GREEDY: Rule.GREEDY,
@@ -30,7 +30,7 @@ class InProcess:
     """Both models, loaded here."""
 
     def __init__(self, config: Config) -> None:
-        tuning.before_torch(config.base.threads)
+        library_env.before_torch(config.base.threads)
         # By name, at run time: nothing else in the coordinator knows the services' insides.
         self._turns = {}
         self._engines = {}

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from outrider.coordinator.bench.plots import command as plot
+from outrider.coordinator.bench.plots import command
 from outrider.shared.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -132,7 +132,7 @@ def words(text: str) -> set[str]:
 def drawn(figures: dict[str, Any], folder: Path) -> dict[str, str]:
     file = folder / "some.json"
     file.write_text(json.dumps(figures))
-    return plot.render(file)
+    return command.render(file)
 
 
 def test_arena_plots_hold_series_and_numbers(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_the_committed_plots_are_those_of_the_committed_figures() -> None:
         pytest.skip(f"the committed plots are of matplotlib {pin[1]}")
     plots: dict[str, str] = {}
     for file in sorted(DATA.glob("*.json")):
-        plots |= plot.render(file)
+        plots |= command.render(file)
     for name, text in plots.items():
         assert len(words(text)) > 10, name
         held = (PLOTS / name).read_text(encoding="utf-8")
@@ -229,9 +229,9 @@ def test_the_study_writes_files_and_prints_their_names(
     (tmp_path / "one.json").write_text(json.dumps(BENCH))
     (tmp_path / "two.json").write_text(json.dumps(STEP))
     parser = argparse.ArgumentParser()
-    plot.add_arguments(parser)
+    command.add_arguments(parser)
     out = tmp_path / "new" / "plots"
-    assert plot.run(parser.parse_args([str(tmp_path), "--out", str(out)])) == 0
+    assert command.run(parser.parse_args([str(tmp_path), "--out", str(out)])) == 0
     names = ["one.svg", "two-operations.svg", "two-share.svg"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert sorted(capsys.readouterr().out.split()) == [str(out / name) for name in names]
@@ -243,7 +243,7 @@ def test_other_files_are_refused_by_name(text: str | None, tmp_path: Path) -> No
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=r"other\.json"):
-        plot.render(file)
+        command.render(file)
 
 
 def test_without_matplotlib_the_extra_is_named(
