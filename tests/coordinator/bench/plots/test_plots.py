@@ -15,7 +15,7 @@ import pytest
 from outrider.coordinator.bench.plots import command
 from outrider.shared.core.errors import ConfigError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 DATA, PLOTS = ROOT / "docs/results/data", ROOT / "docs/results/plots"
 MACHINE = {"processor": "P", "cores": 2, "versions": {"torch": "2.0", "transformers": "5.0"}}
 ARENA = {

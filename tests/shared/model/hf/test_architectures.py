@@ -20,7 +20,7 @@ from outrider.shared.model.loading import load_runner
 from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
 
-DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
+DOCS = Path(__file__).parents[4] / "docs" / "architectures.md"
 COUNT, K, WINDOW, SLACK = 16, 3, 8, 6
 MIXED = ["sliding_attention", "full_attention"]
 
@@ -211,7 +211,7 @@ HEAD = """# Architectures
 
 Any decoder-only model of transformers whose layers are full or sliding-window attention is served
 from the arena by its own code, without code for it here. This table is written by
-`tests/shared/test_architectures.py`, which runs a tiny random model of each:
+`tests/shared/model/hf/test_architectures.py`, which runs a tiny random model of each:
 
 - **greedy**: under speculation with a random draft (K = 3, prefill in chunks), the tokens are those
   of Hugging Face's `generate` on the model alone;
