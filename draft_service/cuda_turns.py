@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import draft, signed

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from outrider.kernels.attention import Heads, Work
+from outrider.kernels.attention_shapes import Heads, Work
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels.registry import (
+from outrider.kernels.operation import (
     Arguments,
     Call,
     Implementation,

@@ -7,15 +7,14 @@ tile shape and one order of summation for all (``linear.cu`` says which).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import norm as rms
-from outrider.kernels.registry import (
+from outrider.kernels.linear_shapes import MAX_ROWS, PLAIN, Epilogue, Tile
+from outrider.kernels.operation import (
     Arguments,
     Call,
     Implementation,
@@ -25,37 +24,6 @@ from outrider.kernels.registry import (
     no_cuda_source,
     no_triton,
 )
-
-MAX_ROWS = 64
-
-
-class Epilogue(IntEnum):
-    """What becomes of the sums; the numbers of linear.cu."""
-
-    STORE = 0
-    """out = y, in the type of x."""
-    STORE_FLOAT = 1
-    """out = y, float32."""
-    RESIDUAL = 2
-    """out = residual + y."""
-    GATED = 3
-    """w holds gate rows, then up rows: out = silu(gate) * up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How the CUDA kernel cuts its work; none of it changes a result.
-
-    ``units``: groups of eight columns summed at a time, an even number for ``GATED``; ``stages``:
-    of the ring, each 64 k of all units; ``blocks``: thread blocks per multiprocessor.
-    """
-
-    units: int = 4
-    stages: int = 3
-    blocks: int = 1
-
-
-PLAIN = Tile()
 
 
 def reference(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from outrider.kernels.linear import PLAIN, Epilogue, Tile
+from outrider.kernels.linear_shapes import PLAIN, Epilogue, Tile
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.choose import gumbel, uniforms
-from outrider.kernels.registry import (
+from outrider.kernels.operation import (
     Arguments,
     Call,
     Implementation,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels.registry import (
+from outrider.kernels.operation import (
     Arguments,
     Call,
     Implementation,

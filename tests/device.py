@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from outrider.kernels import registry
-from outrider.kernels.registry import Tools
+from outrider.kernels.operation import Tools
 from outrider.shared.link.device.cuda_ipc import HANDLE_BYTES
 from outrider.shared.link.device.driver import CudaDriverError
 from outrider.shared.model.cuda.runner import CudaRunner

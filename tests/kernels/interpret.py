@@ -9,7 +9,7 @@ import sys
 import torch
 
 from outrider.kernels import registry
-from outrider.kernels.registry import Tools
+from outrider.kernels.operation import Tools
 
 
 def main(name: str, dtype: torch.dtype) -> None:

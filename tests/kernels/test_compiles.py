@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outrider.kernels import attention, linear, reject
-from outrider.kernels.linear import Tile
+from outrider.kernels.linear_shapes import Tile
 
 SOURCES = Path(linear.__file__).parent
 # Shared memory that one block may have, in bytes.

@@ -9,7 +9,7 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.kernels import registry
-from outrider.kernels.registry import Tools
+from outrider.kernels.operation import Tools
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.shared.model.cuda.runner import CudaRunner

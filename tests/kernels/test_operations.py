@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from outrider.kernels import registry
-from outrider.kernels.registry import Operation, Tools
+from outrider.kernels.operation import Operation, Tools
 
 OPERATIONS = registry.operations()
 WITH_TRITON = [

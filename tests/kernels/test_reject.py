@@ -14,7 +14,7 @@ from torch import Tensor
 from outrider.draft_service.engine import DraftEngine
 from outrider.kernels import reject
 from outrider.kernels.choose import gumbel, uniforms
-from outrider.kernels.registry import Tools
+from outrider.kernels.operation import Tools
 from outrider.kernels.reject import ENTRIES, judged, reference
 from outrider.shared.core.types import Decoding, OpenSequence, Rule, SparseRow, VerifyItem
 from outrider.shared.model.runner import Span

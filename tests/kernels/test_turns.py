@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels import accept, follow, registry, settle, take
-from outrider.kernels.registry import Call, Tools
+from outrider.kernels.operation import Call, Tools
 from outrider.shared.link.device import mailbox
 
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from outrider.kernels import registry
-from outrider.kernels.attention import Heads, Work
-from outrider.kernels.linear import MAX_ROWS, Epilogue, Tile
-from outrider.kernels.registry import Call, Choice, Tools
+from outrider.kernels.attention_shapes import Heads, Work
+from outrider.kernels.linear_shapes import MAX_ROWS, Epilogue, Tile
+from outrider.kernels.operation import Call, Tools
+from outrider.kernels.registry import Choice
 from outrider.shared.model.cuda.tuning import Tuning
 
 
@@ -100,7 +101,7 @@ class Forward:
     """The chain of operations of one model over one arena.
 
     ``calls``: the operations by name, see ``resolve_all``. ``work_capacity``: scratch memory of
-    attention, see ``kernels.attention.need``.
+    attention, see ``kernels.attention_shapes.need``.
     """
 
     weights: Weights

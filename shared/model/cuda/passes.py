@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outrider.kernels.attention import Heads, need
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.attention_shapes import Heads, need
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.model.runner import Span
 
 MAX_SEQUENCES = 64
@@ -22,7 +22,7 @@ def bucket(value: int, sizes: Sequence[int]) -> int:
 def cut(spans: Sequence[Span], heads: Heads, work_capacity: int) -> list[list[tuple[int, Span]]]:
     """Passes of (index of the span, its piece). Pieces of a span come in order.
 
-    ``work_capacity``: attention's scratch memory, see ``kernels.attention.need``. A pass may
+    ``work_capacity``: attention's scratch memory, see ``kernels.attention_shapes.need``. A pass may
     need more only where a single piece does.
     """
     left = [(i, span, 0) for i, span in enumerate(spans)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.reject import ENTRIES
 from outrider.shared.core.types import Decoding, Rule, SparseRow
 from outrider.shared.model.cuda.forward import Forward

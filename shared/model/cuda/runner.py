@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention import need
-from outrider.kernels.linear import MAX_ROWS
-from outrider.kernels.registry import Call, Choice, Tools
+from outrider.kernels.attention_shapes import need
+from outrider.kernels.linear_shapes import MAX_ROWS
+from outrider.kernels.operation import Call, Tools
+from outrider.kernels.registry import Choice
 from outrider.shared.core.types import Decoding, Rule, SparseRow
 from outrider.shared.kv.storage import Storage
 from outrider.shared.link.device.mailbox import DeviceMailbox

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.model.cuda.forward import Batch, Forward
 from outrider.shared.model.cuda.inputs import Field
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from outrider.kernels import linear
-from outrider.kernels.attention import HEAD_DIMS
-from outrider.kernels.registry import NotAvailable, Tools
+from outrider.kernels.attention_shapes import HEAD_DIMS
+from outrider.kernels.operation import Tools
+from outrider.kernels.registry import NotAvailable
 from outrider.shared.core.types import Decoding, Rule
 from outrider.shared.model.cuda.forward import resolve_all
 from outrider.shared.sampling.penalties import is_penalised

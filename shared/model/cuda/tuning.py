@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outrider.kernels.linear import Tile
+from outrider.kernels.linear_shapes import Tile
 
 
 @dataclass(frozen=True, slots=True)

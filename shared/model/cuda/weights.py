@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention import Heads
+from outrider.kernels.attention_shapes import Heads
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cuda.forward import LayerWeights, Weights
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention import Heads, need
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.attention_shapes import Heads, need
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.core.types import Decoding
 from outrider.shared.kv.arena import Extent
 from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell

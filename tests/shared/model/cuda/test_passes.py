@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.kernels.attention import Heads, need
-from outrider.kernels.linear import MAX_ROWS
+from outrider.kernels.attention_shapes import Heads, need
+from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.kv.arena import Extent
 from outrider.shared.model.cuda.passes import POWERS, ROW_SIZES, bucket, cut, rows_in_order
 from outrider.shared.model.runner import Span
