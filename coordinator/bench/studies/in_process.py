@@ -6,18 +6,19 @@ missing is everything between them: messages, memory shared between processes, s
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from outrider.coordinator.bench.workload import Run, Workload
+from outrider.draft_service.host_rounds import FreeDraft
 from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import Config
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.shared.process import library_env
+from outrider.verify_service.host_rounds import FreeVerify
 
 _RULES = {
     public.ACCEPTANCE_RULE_GREEDY: Rule.GREEDY,
@@ -31,13 +32,14 @@ class InProcess:
 
     def __init__(self, config: Config) -> None:
         library_env.before_torch(config.base.threads)
-        # By name, at run time: nothing else in the coordinator knows the services' insides.
-        self._turns = {}
-        self._engines = {}
-        for role, part in (("draft", config.draft), ("verify", config.base)):
-            program = importlib.import_module(f"outrider.{role}_service.__main__")
-            self._engines[role] = program.build(part, lambda text: None)
-            self._turns[role] = importlib.import_module(f"outrider.{role}_service.host_rounds")
+        # Imported late: torch must find the environment that was set above.
+        from outrider.draft_service import __main__ as draft
+        from outrider.verify_service import __main__ as verify
+
+        self._engines = {
+            "draft": draft.build(config.draft, lambda text: None),
+            "verify": verify.build(config.base, lambda text: None),
+        }
         self._sequence = 0
 
     def describe(self) -> dict[str, dict[str, object]]:
@@ -85,12 +87,8 @@ class InProcess:
             # The pending token is the prompt's last; everything before it is taken in.
             at, append = len(prompt) - 1, (prompt[-1],)
             granted = pb.GrantedSequence(k=k, limit=limit)
-            free = self._turns["verify"].FreeVerify(
-                verify, [VerifyItem(self._sequence, 1, at, append)], [granted]
-            )
-            mine = self._turns["draft"].FreeDraft(
-                draft, [ProposeItem(self._sequence, 1, at, append, k)] if k else []
-            )
+            free = FreeVerify(verify, [VerifyItem(self._sequence, 1, at, append)], [granted])
+            mine = FreeDraft(draft, [ProposeItem(self._sequence, 1, at, append, k)] if k else [])
             tokens: list[int] = []
             while not free.stopped:
                 self._round(run, free, mine if k else None, tokens)
