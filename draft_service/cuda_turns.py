@@ -1,4 +1,4 @@
-"""The draft's turns on the device, see ``cuda_turns``."""
+"""The draft's turns on the device, see ``shared/model/cuda/turns``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DraftTurns(Turns):
         return self._chosen_host[: self._steps, : self._count].T.tolist()
 
     def verdicts(self) -> list[tuple[int, int, int, int]]:
-        """Per sequence the verdict that the last turn began with, see ``device_mailbox``."""
+        """Per sequence the verdict that the last turn began with, see ``DeviceMailbox``."""
         return [tuple(row) for row in self._seen_host[: self._count].tolist()]
 
     def _width(self, steps: int) -> int:

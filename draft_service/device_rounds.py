@@ -1,6 +1,6 @@
 """The draft's half of rounds whose turns the device takes: the host looks on.
 
-The bookkeeping is that of ``free_running``: when a turn is done, its numbers go the way they
+The bookkeeping is that of ``host_rounds``: when a turn is done, its numbers go the way they
 would have gone had the host asked for them. The verifier's last word comes to the host through
 the mailbox; by then the device may have taken one turn more, on a verdict that was the last.
 """

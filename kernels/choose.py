@@ -1,6 +1,6 @@
 """One token a row: the argmax of the logits, at a temperature with noise added.
 
-The noise is that of ``shared/noise.py``: counter-based Philox, a pure function of (seed,
+The noise is that of ``shared/sampling/noise.py``: counter-based Philox, a pure function of (seed,
 position, token id). Rows whose choice needs more than a temperature (penalties, top-k, top-p)
 are processed before, in PyTorch.
 """
@@ -62,7 +62,7 @@ def uniforms(
     """The noise of token ids 0 … ``vocabulary`` - 1 as numbers in (0, 1), float32 [rows, ids].
 
     ``seeds``, ``positions``, and ``stream`` (None: 0), int64 [rows]. Written apart from
-    ``shared/noise.py``, which this package can't import.
+    ``shared/sampling/noise.py``, which this package can't import.
     """
     mask, ids = 0xFFFFFFFF, torch.arange((vocabulary + 3) // 4, device=seeds.device)
     zero = torch.zeros((seeds.shape[0], ids.shape[0]), dtype=torch.int64, device=seeds.device)

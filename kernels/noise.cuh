@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., 2011), counter-based: the noise of shared/noise.py.
+// Philox-4x32-10 (Salmon et al., 2011), counter-based: the noise of shared/sampling/noise.py.
 #pragma once
 
 DEVICE uint4 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {

@@ -21,7 +21,7 @@
 #define MARKS 4096
 #define POSITIVE_INFINITY (-NEGATIVE_INFINITY)
 #define NOBODY 0x7fffffff
-// Streams of the noise, see shared/noise.py.
+// Streams of the noise, see shared/sampling/noise.py.
 #define CHOICE 0
 #define ACCEPT 2
 #define RESIDUAL 3

@@ -31,7 +31,7 @@ MAX_COUNT = 64
 THREADS = 256
 MAX_BLOCKS = 32
 SHARED = 16 * THREADS // 32 + 4 * ENTRIES + 16 + 4096
-# Streams of the noise, see shared/noise.py, which this package can't import.
+# Streams of the noise, see shared/sampling/noise.py, which this package can't import.
 CHOICE, ACCEPT, RESIDUAL = 0, 2, 3
 
 

@@ -24,7 +24,7 @@ from outrider.kernels.operation import (
 MAX_SEQUENCES = 64
 """Sequences of a turn at most."""
 ENDED = 0xFFFFFFFF
-"""The low half of a bell that says that the grant is over; ``shared/device_mailbox.py`` has it
+"""The low half of a bell that says that the grant is over; ``shared/link/device/mailbox.py`` has it
 too, which this package can't import."""
 
 

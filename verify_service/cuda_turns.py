@@ -1,4 +1,4 @@
-"""The verifier's turns on the device, see ``cuda_turns``."""
+"""The verifier's turns on the device, see ``shared/model/cuda/turns``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The verifier's half of rounds whose turns the device takes: the host looks on and reports.
 
-The bookkeeping is that of ``free_running``: when a turn is done, its numbers go the way they
+The bookkeeping is that of ``host_rounds``: when a turn is done, its numbers go the way they
 would have gone had the host asked for them.
 """
 

@@ -1,8 +1,8 @@
 """Child processes: started, listened to, and certain to end.
 
 A child gets a pipe to report on and another that closes when this process is gone (see
-``shared/lifecycle.py``), so a killed supervisor leaves no orphans. It runs in a session of its
-own: a Ctrl-C on the terminal reaches the supervisor alone, which then stops its children in
+``shared/process/lifecycle.py``), so a killed supervisor leaves no orphans. It runs in a session of
+its own: a Ctrl-C on the terminal reaches the supervisor alone, which then stops its children in
 order.
 """
 

@@ -23,7 +23,7 @@ _ORIGINS = {
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page as text; ``record`` is what ``profile.read`` gives."""
+    """The page as text; ``record`` is what ``file.read`` gives."""
     files = resources.files("outrider.coordinator.profile").joinpath("report_page")
 
     def part(name: str) -> str:

@@ -7,7 +7,7 @@
 
 A round in which no sequence has a proposal skips the draft. Sequences whose prompt is being
 taken in go to both services side by side. Where nothing but decoding is to be done the services
-are granted rounds that they run by themselves (``free_running``); here those are committed and
+are granted rounds that they run by themselves (``granted``); here those are committed and
 learnt from like any other.
 """
 

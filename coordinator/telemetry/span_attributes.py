@@ -1,6 +1,6 @@
 """The attributes of requests, rounds and failovers, from their records.
 
-Every name is declared in ``shared/attributes.py``.
+Every name is declared in ``coordinator/telemetry/attributes.py``.
 """
 
 from __future__ import annotations

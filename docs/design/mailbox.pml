@@ -3,9 +3,10 @@
  *
  *   spin -a mailbox.pml && gcc -O1 -DCOLLAPSE -DNOFAIR -o pan pan.c && ./pan -m20000 -a
  *
- * One mailbox is followed through GRANTS grants of ROUNDS rounds: a slot each way (shared/
- * mailbox.py), a bell each way (shared/doorbell.py), the two sides (draft_service/ and
- * verify_service/free_running.py), and the coordinator that grants, interrupts and waits.
+ * One mailbox is followed through GRANTS grants of ROUNDS rounds: a slot each way
+ * (shared/link/mailbox.py), a bell each way (shared/link/doorbell.py), the two sides
+ * (draft_service/host_rounds.py and verify_service/host_rounds.py), and the coordinator that
+ * grants, interrupts and waits.
  *
  * Memory promises nothing: the parts of a slot arrive one by one in any order, and a slot may be
  * read while it is being written, since a ring of an earlier grant may have been heard. Only a

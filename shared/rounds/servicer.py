@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Session(Protocol):
-    """What the engine keeps for one stream; see ``sequences.Session``."""
+    """What the engine keeps for one stream; see ``session.Session``."""
 
     def open(self, request: OpenSequence) -> None: ...
     def close(self, sequence_id: int) -> None: ...

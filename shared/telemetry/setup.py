@@ -2,7 +2,7 @@
 
 Off is the default and costs nothing: no exporter is imported, no thread is started. Traces,
 metrics and the Prometheus endpoint are switched on one by one, by ``[telemetry]`` settings
-or by the standard ``OTEL_*`` variables, which ``config`` maps to the same settings.
+or by the standard ``OTEL_*`` variables, which ``shared/config`` maps to the same settings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Acceptance and speed of the rules, from the JSON of several ``outrider bench`` runs.
 
-``python -m outrider.coordinator.bench.rules FILE… > docs/results/acceptance-rules.md``
+``python -m outrider.coordinator.bench.studies.rules FILE… > docs/results/acceptance-rules.md``
 """
 
 from __future__ import annotations

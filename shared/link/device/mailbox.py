@@ -12,7 +12,8 @@ costs no traffic where the two have a device each. Little-endian, at fixed offse
 
 The verifier's region holds proposals, the draft's verdicts; both have one layout. A bell holds
 ``grant << 32 | turns``: it rises over all grants and is never set back. ``turns`` of ``ENDED``
-lets whoever waits pass and do nothing. Whatever the hosts must know goes through ``mailbox.py``.
+lets whoever waits pass and do nothing. Whatever the hosts must know goes through
+``shared/link/mailbox.py``.
 """
 
 from __future__ import annotations

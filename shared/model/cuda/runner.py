@@ -1,6 +1,6 @@
 """The fast path for the Llama block family on a CUDA device: kernels, graphs, exact numerics.
 
-Every forward is a chain of kernels over at most 64 rows (``cuda_forward``), captured as a CUDA
+Every forward is a chain of kernels over at most 64 rows (``forward``), captured as a CUDA
 graph the second time its sizes are asked for. The graph begins with the one copy that brings
 the step's numbers and ends with the one that takes its tokens back, so a round is one launch
 and one wait. A row's logits are the same bits whatever else is in the batch: see

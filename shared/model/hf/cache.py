@@ -1,6 +1,6 @@
 """The arena as a transformers cache: what the rows of one forward, or a whole ``generate``, need.
 
-This file, ``packed_cache`` and ``probing`` are the only ones that know that interface. An
+This file, ``packed_cache`` and ``layer_kinds`` are the only ones that know that interface. An
 ``ArenaCache`` serves one sequence, or a batch of equal lengths, with whatever attention the model
 has: ``update`` returns views of the valid prefix. It is also what Hugging Face's own
 ``generate(past_key_values=...)`` takes.

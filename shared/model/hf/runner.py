@@ -33,7 +33,7 @@ class HfRunner(Runner):
     def __init__(
         self, model: Any, facts: ModelFacts, storage: Storage, index: Mapping[int, int]
     ) -> None:
-        """``index``: see ``probing.layer_kinds``. Raises ``ConfigError`` where neither mode
+        """``index``: see ``layer_kinds.layer_kinds``. Raises ``ConfigError`` where neither mode
         gives the model's own logits."""
         super().__init__(facts, storage)
         self.model = model

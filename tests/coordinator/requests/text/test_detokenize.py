@@ -114,7 +114,7 @@ def test_detokenizer_continues_the_prompt_exactly(text: str, cut: int, seed: int
 
 
 def _bytes_to_alphabet() -> list[str]:
-    """GPT-2's table from bytes to printable characters (encoder.py, bytes_to_unicode)."""
+    """GPT-2's table from bytes to printable characters (``bytes_to_unicode`` there)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     made, extra = [], 0
     for byte in range(256):

@@ -51,7 +51,7 @@ def test_checkpoint_logits_and_facts_equal_those_of_transformers(
 ) -> None:
     config = ModelConfig(path=str(tiny_base), device="cpu", arena_bytes=1 << 22)
     ours = load_runner(config)
-    monkeypatch.setattr("outrider.shared.loading.load_plain", lambda *_: None)
+    monkeypatch.setattr("outrider.shared.model.loading.load_plain", lambda *_: None)
     theirs = load_runner(config)
     assert ours.facts == theirs.facts
     logits = []
