@@ -22,7 +22,7 @@ from outrider.shared.process.grpc_server import authorization, channel_credentia
 from outrider.shared.process.grpc_status import message_of
 
 if TYPE_CHECKING:
-    from outrider.coordinator.profile.file import Collector
+    from outrider.coordinator.profile.collector import Collector
 
 
 def run(args: argparse.Namespace, config: Config) -> int:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     request = request_of(args, prompt)
     collector = None
     if args.profile is not None:
-        from outrider.coordinator.profile.file import Collector
+        from outrider.coordinator.profile.collector import Collector
 
         collector = Collector(args.profile, prompt)
     progress = display.Progress(sys.stderr)

@@ -12,7 +12,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from outrider.coordinator.profile.record import PHASES
+from outrider.coordinator.profile.file import PHASES
 
 _ORIGINS = {
     "accepted": "accepted from the draft",

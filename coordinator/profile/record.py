@@ -1,7 +1,7 @@
 """The structured record of one request: what ``outrider generate --profile`` writes.
 
 One JSON object; times are seconds, those with ``at`` in their name counted from the request's
-arrival. ``version`` rises when a field changes its meaning.
+arrival.
 
 A round's phases: ``draft`` and ``verify`` are the models' own forwards, ``cache`` is what the
 services spend around them (admitting sequences, rolling back, reading and writing messages),
@@ -16,12 +16,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from outrider.coordinator.profile.file import FORMAT, PHASES, VERSION
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.observer import model_name, rate_ceiling
 from outrider.protos import generation_pb2 as pb
-
-VERSION = 1
-PHASES = ("draft", "verify", "cache", "link", "accept", "schedule", "idle")
 
 
 def build(profile: pb.ProfileResponse, text: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def build(profile: pb.ProfileResponse, text: dict[str, Any]) -> dict[str, Any]:
     rounds = _rounds(profile)
     speculation = _speculation(rounds)
     made: dict[str, Any] = {
-        "format": "outrider-profile",
+        "format": FORMAT,
         "version": VERSION,
         "request": text,
         "trace_id": profile.trace_id,

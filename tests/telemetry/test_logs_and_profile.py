@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from outrider.coordinator.profile import chrome_trace, file
+from outrider.coordinator.profile.collector import Collector
+from outrider.coordinator.profile.file import PHASES
 from outrider.coordinator.profile.html import rounds_of_tokens
-from outrider.coordinator.profile.record import PHASES
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 
@@ -22,7 +23,7 @@ from outrider.protos import generation_pb2_grpc as stubs
 def profiled(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The record of one request, its file, and what the client was told."""
     path: Path = tmp_path_factory.mktemp("profile") / "out.json"
-    collector = file.Collector(path, "def add(")
+    collector = Collector(path, "def add(")
     ids, finished, _ = cluster.generate("def add(", tokens=40, k=4, seen=collector.see)
     with grpc.insecure_channel(cluster.target) as channel:
         collector.write(channel)

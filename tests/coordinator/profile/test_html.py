@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from outrider.coordinator.profile.file import PHASES
 from outrider.coordinator.profile.html import page, rounds_of_tokens
-from outrider.coordinator.profile.record import PHASES, spread
+from outrider.coordinator.profile.record import spread
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 FLAGS = (
