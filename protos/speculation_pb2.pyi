@@ -1,3 +1,4 @@
+from outrider.protos import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -408,24 +409,13 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServiceInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "model", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_largest_free", "sequences", "max_k", "eos_token_ids", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid")
+    __slots__ = ("version", "protocol", "model", "arena_tokens_largest_free", "sequences", "max_k", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
-    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
-    VOCAB_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    ARENA_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ARENA_TOKENS_USED_FIELD_NUMBER: _ClassVar[int]
     ARENA_TOKENS_LARGEST_FREE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
-    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -433,24 +423,13 @@ class ServiceInfoResponse(_message.Message):
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
-    model: str
-    architecture: str
-    parameters: int
-    weight_bytes: int
-    vocab_size: int
-    vocab_fingerprint: str
-    max_positions: int
-    device: str
-    dtype: str
-    arena_tokens: int
-    arena_tokens_used: int
+    model: _generation_pb2.ModelDescription
     arena_tokens_largest_free: int
     sequences: int
     max_k: int
-    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     streams: int
     resident_bytes: int
     memory_bandwidth: float
     grants: bool
     device_uuid: str
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[_Union[_generation_pb2.ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ...) -> None: ...

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from outrider.draft_service import service as draft_service
 from outrider.shared.config.schema import ServeConfig
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.model_facts import EngineInfo, ModelFacts
 from outrider.shared.core.types import (
     Decoding,
     OpenSequence,
@@ -257,10 +257,10 @@ class _Engine:
     def connect(self) -> _Session:
         return self._session(self._toy)
 
-    def info(self) -> Any:
+    def info(self) -> EngineInfo:
         toy = self._toy
-        return SimpleNamespace(
-            model=toy.model,
+        facts = ModelFacts(
+            name=toy.model,
             architecture="Toy",
             parameters=1,
             weight_bytes=4,
@@ -269,12 +269,16 @@ class _Engine:
             max_positions=toy.max_positions,
             device="cpu",
             dtype="float32",
+            eos_token_ids=toy.eos,
+            runner="toy",
+        )
+        return EngineInfo(
+            facts,
             arena_tokens=toy.arena_tokens,
             arena_tokens_used=toy.used,
             arena_tokens_largest_free=toy.arena_tokens - toy.used,
             sequences=toy.live,
             max_k=toy.max_k,
-            eos_token_ids=toy.eos,
         )
 
 

@@ -10,12 +10,13 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import grpc
 
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
+from outrider.shared.core.model_facts import read_description
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ async def measure(
     base = runs.get(0)
     return {
         "variants": [summary(k, runs[k], base) for k in ks],
-        "base": _model(info.base),
-        "draft": _model(info.draft) if info.HasField("draft") else None,
+        "base": asdict(read_description(info.base)),
+        "draft": asdict(read_description(info.draft)) if info.HasField("draft") else None,
         "link": info.link,
     }
 
@@ -183,14 +184,3 @@ def summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str,
 
 def _per_round(seconds: Iterable[float]) -> float:
     return 1e3 * statistics.median(seconds)
-
-
-def _model(model: pb.ModelDescription) -> dict[str, object]:
-    return {
-        "name": model.name,
-        "architecture": model.architecture,
-        "parameters": model.parameters,
-        "weight_bytes": model.weight_bytes,
-        "device": model.device,
-        "dtype": model.dtype,
-    }

@@ -47,6 +47,8 @@ def _fields(message: Any) -> dict[str, Any]:
         value = getattr(message, spec.name)
         if spec.message_type is not None:
             value = _fields(value) if message.HasField(spec.name) else None
+        elif spec.is_repeated:
+            value = list(value)
         made[spec.name] = value
     return made
 

@@ -1,7 +1,7 @@
 """The structured record of one request: what ``outrider generate --profile`` writes.
 
 One JSON object; times are seconds, those with ``at`` in their name counted from the request's
-arrival.
+arrival. A model is described by all of ``ModelFacts``.
 
 A round's phases: ``draft`` and ``verify`` are the models' own forwards, ``cache`` is what the
 services spend around them (admitting sequences, rolling back, reading and writing messages),
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from outrider.coordinator.profile.file import FORMAT, PHASES, VERSION
 from outrider.coordinator.telemetry import phases
-from outrider.coordinator.telemetry.observer import model_name, rate_ceiling
+from outrider.coordinator.telemetry.ceiling import rate_ceiling
 from outrider.protos import generation_pb2 as pb
+from outrider.shared.core.model_facts import model_name, read_description
 
 
 def build(profile: pb.ProfileResponse, text: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _ceiling(
         return None
     tokens = sum(one["emitted"] for one in decoding)
     k = sum(one["k"] for one in decoding) / len(decoding)
-    base, draft = _info(profile.base), _info(profile.draft)
+    base, draft = profile.base, profile.draft
     ceiling = rate_ceiling(base, draft, tokens / len(decoding), k)
     if not ceiling:
         return None
@@ -206,25 +208,9 @@ def _ceiling(
     }
 
 
-class _info:
-    """A ``ServiceProfile`` with the names of ``ServiceInfoResponse``."""
-
-    def __init__(self, profile: pb.ServiceProfile) -> None:
-        self.memory_bandwidth = profile.memory_bandwidth
-        self.weight_bytes = profile.model.weight_bytes
-        self.device = profile.model.device
-
-
 def _model(profile: pb.ServiceProfile) -> dict[str, Any]:
-    model = profile.model
-    return {
-        "name": model_name(model.name),
-        "architecture": model.architecture,
-        "parameters": model.parameters,
-        "weight_bytes": model.weight_bytes,
-        "device": model.device,
-        "dtype": model.dtype,
-    }
+    facts = read_description(profile.model)
+    return asdict(replace(facts, name=model_name(facts.name)))
 
 
 def _memory(profile: pb.ProfileResponse) -> dict[str, Any]:

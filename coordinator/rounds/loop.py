@@ -230,8 +230,8 @@ class Driver:
         # The last refused goes back first, so that the queue keeps its order.
         for sequence in reversed(outcome.full):
             info = self._verify_link.info
-            if info is not None and sequence.capacity > info.arena_tokens:
-                self._finish(sequence, never_fits(sequence, info.arena_tokens))
+            if info is not None and sequence.capacity > info.model.arena_tokens:
+                self._finish(sequence, never_fits(sequence, info.model.arena_tokens))
             elif not sequence.statistics.admitted_ns:
                 self._drafting.forget(sequence)
                 self._scheduler.refuse(sequence)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import grpc
-
+from outrider.coordinator.services.connection import DraftLink, VerifyLink
 from outrider.coordinator.telemetry.recent_rounds import Kept, RoundsKept
 from outrider.coordinator.telemetry.records import RoundRecord, SequenceRound, ServiceTiming
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.core.errors import OutriderError, ServiceUnavailable
+from outrider.shared.core.errors import OutriderError
 from outrider.shared.core.resident_memory import resident_bytes
 
 LATE_SECONDS = 1.0
@@ -95,25 +94,10 @@ def _exchange(timing: ServiceTiming) -> pb.ExchangeProfile | None:
     )
 
 
-async def _service(link: Any) -> pb.ServiceProfile:
-    try:
-        info = await link.describe()
-    except (ServiceUnavailable, grpc.aio.AioRpcError):
-        info = link.info
+async def _service(link: VerifyLink | DraftLink) -> pb.ServiceProfile:
+    info = await link.describe()
     return pb.ServiceProfile(
-        model=pb.ModelDescription(
-            name=info.model,
-            architecture=info.architecture,
-            parameters=info.parameters,
-            weight_bytes=info.weight_bytes,
-            vocab_size=info.vocab_size,
-            vocab_fingerprint=info.vocab_fingerprint,
-            max_positions=info.max_positions,
-            device=info.device,
-            dtype=info.dtype,
-            arena_tokens=info.arena_tokens,
-            arena_tokens_used=info.arena_tokens_used,
-        ),
+        model=info.model,
         arena_tokens_largest_free=info.arena_tokens_largest_free,
         resident_bytes=info.resident_bytes,
         memory_bandwidth=info.memory_bandwidth,

@@ -23,6 +23,7 @@ from outrider.coordinator.services.connection import DraftLink, Endpoint, Link, 
 from outrider.coordinator.services.mailbox_setup import Introduction
 from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRecord, WallClock
 from outrider.protos import speculation_pb2 as pb
+from outrider.protos.generation_pb2 import ModelDescription
 from outrider.shared.config.schema import CoordinatorConfig
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable, VocabularyMismatch
 from outrider.shared.process import grpc_server
@@ -71,12 +72,12 @@ class Runtime:
         base, config = self.base, self.config
         max_k = min(config.max_k, base.max_k)
         return Limits(
-            vocab_size=base.vocab_size,
-            max_positions=base.max_positions,
+            vocab_size=base.model.vocab_size,
+            max_positions=base.model.max_positions,
             max_k=max_k,
             slack=max_k + 1,
-            arena_tokens=base.arena_tokens,
-            eos_token_ids=tuple(base.eos_token_ids),
+            arena_tokens=base.model.arena_tokens,
+            eos_token_ids=tuple(base.model.eos_token_ids),
             default_k=None if config.default_k is None else min(config.default_k, max_k),
             default_max_new_tokens=config.default_max_new_tokens,
             max_new_tokens=config.max_new_tokens_limit,
@@ -112,10 +113,12 @@ async def running(
             driver.draft_changed(up, reason)
 
     def check_verify(info: pb.ServiceInfoResponse) -> None:
-        check_same_base(verify_link.info, info)
+        if verify_link.info is not None:
+            check_same_base(verify_link.info.model, info.model)
 
     def check_draft(info: pb.ServiceInfoResponse) -> None:
-        check_vocabulary(verify_link.info, info)
+        if verify_link.info is not None:
+            check_vocabulary(verify_link.info.model, info.model)
 
     verify_link: VerifyLink = Link(
         _endpoint(config, "verify", config.base_target, config.verify_timeout_seconds),
@@ -145,7 +148,7 @@ async def running(
                 assert verify_link.info is not None
                 progress("loading the tokenizer")
                 tokenizer = await asyncio.to_thread(
-                    load_tokenizer, config.tokenizer, verify_link.info
+                    load_tokenizer, config.tokenizer, verify_link.info.model
                 )
                 speculation = Speculation(config.max_k)
                 records: deque[RoundRecord] = deque()
@@ -153,7 +156,7 @@ async def running(
                     draft_link,
                     chunk=config.prefill_chunk,
                     patience=config.draft_patience_seconds,
-                    vocab_size=verify_link.info.vocab_size,
+                    vocab_size=verify_link.info.model.vocab_size,
                 )
                 verifying = Verifying(verify_link)
                 free = FreeRunning(
@@ -217,27 +220,25 @@ async def running(
         raise group.exceptions[0] from None
 
 
-def check_vocabulary(base: pb.ServiceInfoResponse | None, draft: pb.ServiceInfoResponse) -> None:
+def check_vocabulary(base: ModelDescription, draft: ModelDescription) -> None:
     """Raises ``VocabularyMismatch`` unless draft and base have one vocabulary."""
-    if base is None or base.vocab_fingerprint == draft.vocab_fingerprint:
+    if base.vocab_fingerprint == draft.vocab_fingerprint:
         return
     raise VocabularyMismatch(
-        f"draft and base do not share a vocabulary: base {base.model!r} has "
+        f"draft and base do not share a vocabulary: base {base.name!r} has "
         f"{base.vocab_size} tokens, fingerprint {base.vocab_fingerprint}; draft "
-        f"{draft.model!r} has {draft.vocab_size} tokens, fingerprint "
+        f"{draft.name!r} has {draft.vocab_size} tokens, fingerprint "
         f"{draft.vocab_fingerprint}. Choose a draft that was trained with the base's "
         "tokenizer, or run the base alone (--no-draft)"
     )
 
 
-def check_same_base(before: pb.ServiceInfoResponse | None, now: pb.ServiceInfoResponse) -> None:
+def check_same_base(before: ModelDescription, now: ModelDescription) -> None:
     """Raises ``ConfigError`` when another model came back in the base's place.
 
     Sequences go on over a restart of the verifier; with another model their text would change
     half-way.
     """
-    if before is None:
-        return
     for name in ("vocab_fingerprint", "architecture", "parameters", "max_positions", "dtype"):
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
@@ -247,9 +248,9 @@ def check_same_base(before: pb.ServiceInfoResponse | None, now: pb.ServiceInfoRe
             )
 
 
-def load_tokenizer(name: str, base: pb.ServiceInfoResponse) -> Tokenizer | None:
+def load_tokenizer(name: str, base: ModelDescription) -> Tokenizer | None:
     """The tokenizer ``name``, or the base's own; None (ids only) where the base has none."""
-    own = Path(base.model)
+    own = Path(base.name)
     if name == "base" and own.is_dir():
         name = str(own)
     try:

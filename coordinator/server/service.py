@@ -78,10 +78,10 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         links: list[VerifyLink | DraftLink] = [coordinator.verify_link]
         if coordinator.draft_link is not None and coordinator.draft_link.up:
             links.append(coordinator.draft_link)
-        described = await asyncio.gather(*(_described(link) for link in links))
+        services = await asyncio.gather(*(link.describe() for link in links))
         response = pb.InfoResponse(
             version=metadata.version("outrider"),
-            base=described[0],
+            base=services[0].model,
             default_k=coordinator.speculation.k if limits.default_k is None else limits.default_k,
             max_k=limits.max_k,
             default_max_new_tokens=limits.default_max_new_tokens,
@@ -90,8 +90,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             link=coordinator.introduction.link,
             link_reason=coordinator.introduction.reason,
         )
-        if len(described) > 1:
-            response.draft.CopyFrom(described[1])
+        if len(services) > 1:
+            response.draft.CopyFrom(services[1].model)
         return response
 
     async def Profile(self, request: pb.ProfileRequest, context: Any) -> pb.ProfileResponse:
@@ -220,27 +220,4 @@ def _past_deadline(job: Job) -> bool:
     return any(
         sample.output.finish is not None and sample.output.finish.reason is FinishReason.DEADLINE
         for sample in job.samples
-    )
-
-
-async def _described(link: VerifyLink | DraftLink) -> pb.ModelDescription:
-    """The model behind ``link``; as last known where it does not answer now."""
-    try:
-        info = await link.describe()
-    except ServiceUnavailable:
-        if link.info is None:
-            raise
-        info = link.info
-    return pb.ModelDescription(
-        name=info.model,
-        architecture=info.architecture,
-        parameters=info.parameters,
-        weight_bytes=info.weight_bytes,
-        vocab_size=info.vocab_size,
-        vocab_fingerprint=info.vocab_fingerprint,
-        max_positions=info.max_positions,
-        device=info.device,
-        dtype=info.dtype,
-        arena_tokens=info.arena_tokens,
-        arena_tokens_used=info.arena_tokens_used,
     )

@@ -160,9 +160,17 @@ class Link(Generic[RequestT, ResponseT]):
             raise ServiceUnavailable(error.details() or error.code().name) from None
 
     async def describe(self) -> pb.ServiceInfoResponse:
-        """Fresh figures of the service; raises ``ServiceUnavailable``."""
-        async with self.endpoint.channel() as channel:
-            return await self._ask_info(channel)
+        """The service now; as last known where it does not answer.
+
+        Raises ``ServiceUnavailable`` where it never did.
+        """
+        try:
+            async with self.endpoint.channel() as channel:
+                return await self._ask_info(channel)
+        except ServiceUnavailable:
+            if self.info is None:
+                raise
+            return self.info
 
     async def run(self) -> None:
         """Keeps the link up until cancelled or closed."""
@@ -210,7 +218,7 @@ class Link(Generic[RequestT, ResponseT]):
         self._call = self._stub(channel).Rounds(metadata=self.endpoint.metadata)
         self.failure = None
         self.up = True
-        log.info("%s service at %s: %s", self.role, self.endpoint.target, info.model)
+        log.info("%s service at %s: %s", self.role, self.endpoint.target, info.model.name)
         self._changed(True, "")
 
     async def _ask_info(self, channel: grpc.aio.Channel) -> pb.ServiceInfoResponse:

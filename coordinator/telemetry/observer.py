@@ -16,6 +16,7 @@ from outrider.coordinator.telemetry.recent_rounds import RoundsKept
 from outrider.coordinator.telemetry.records import LinkRecord, RequestRecord, RoundRecord
 from outrider.coordinator.telemetry.span_attributes import mode_of
 from outrider.coordinator.telemetry.tracing import Tracing
+from outrider.shared.core.model_facts import model_name
 from outrider.shared.process.logs import fields
 from outrider.shared.telemetry.setup import Telemetry
 
@@ -121,7 +122,7 @@ class TelemetryObserver:
             running=runtime.driver.running,
             waiting=runtime.driver.waiting,
             link=self._link(),
-            model=model_name(runtime.base.model),
+            model=model_name(runtime.base.model.name),
             ceiling=self._ceiling,
         )
 
@@ -129,31 +130,7 @@ class TelemetryObserver:
         runtime = self._runtime
         base = runtime.base
         draft = runtime.draft_link.info if runtime.draft_link is not None else None
-        return rate_ceiling(base, draft, tokens, k)
-
-
-def rate_ceiling(base: Any, draft: Any, tokens: float, k: float) -> float | None:
-    """Tokens per second that memory allows at ``tokens`` and mean ``k`` per round.
-
-    ``base`` and ``draft`` are ``ServiceInfoResponse``; None where the memory's speed is unknown.
-    """
-    speed: float = base.memory_bandwidth
-    if not speed:
-        return None
-    if draft is None or not k:
-        return ceiling.shared_device(base.weight_bytes, 0, speed, tokens, 0)
-    if draft.device == base.device or not draft.memory_bandwidth:
-        together: float = base.weight_bytes + k * draft.weight_bytes
-        return tokens * speed / together
-    # Two devices: drafting can hide behind verifying, and the slower of the two decides.
-    verify: float = base.weight_bytes / speed
-    drafting: float = k * draft.weight_bytes / draft.memory_bandwidth
-    return tokens / max(verify, drafting)
-
-
-def model_name(path: str) -> str:
-    """A model's name without the folders of this machine, which are nobody's business."""
-    return path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", ".")) else path
+        return ceiling.rate_ceiling(base, draft, tokens, k)
 
 
 def _line(record: RequestRecord) -> dict[str, Any]:

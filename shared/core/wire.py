@@ -25,7 +25,7 @@ from outrider.shared.core.types import (
     VerifyItem,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the round protocol; coordinator and services must agree."""
 
 

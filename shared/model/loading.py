@@ -11,12 +11,13 @@ import torch
 
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import LayerKind, Storage, shared_pools
 from outrider.shared.model.hf.loading import choose_dtype, load_model
 from outrider.shared.model.llama.checkpoint import LlamaForCausalLM, load_plain
 from outrider.shared.model.llama.runner import LlamaRunner, why_not
 from outrider.shared.model.locate import model_path
-from outrider.shared.model.runner import ModelFacts, Runner
+from outrider.shared.model.runner import Runner
 from outrider.shared.model.vocabulary import fingerprint
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(
-        model=name,
+        name=name,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=_weight_bytes(model),

@@ -13,26 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.arena import Arena, Extent
 from outrider.shared.kv.storage import Storage
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a model is; ``weight_bytes`` counts shared storage once."""
-
-    model: str
-    architecture: str
-    parameters: int
-    weight_bytes: int
-    vocab_size: int
-    vocab_fingerprint: str
-    max_positions: int
-    device: str
-    dtype: str
-    eos_token_ids: tuple[int, ...]
-    runner: str
 
 
 @dataclass(slots=True)

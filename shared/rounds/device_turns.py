@@ -37,7 +37,7 @@ def turns_of(session: Any, doorbell: Doorbell | None, kind: type[TurnsT]) -> Ite
     if doorbell is None or doorbell.device is None:
         raise NotOnDevice("draft and verifier share no device memory")
     if not hasattr(engine.runner, "turns"):
-        raise NotOnDevice(f"the runner {engine.info().runner!r} takes no turns by itself")
+        raise NotOnDevice(f"the runner {engine.info().facts.runner!r} takes no turns by itself")
     if not engine.lock.acquire(blocking=False):
         raise NotOnDevice("another coordinator's round is running")
     try:

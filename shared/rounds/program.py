@@ -154,4 +154,4 @@ def _show(
     if config.telemetry.profile or (telemetry is not None and telemetry.metering):
         from outrider.shared.model.bandwidth import read_bandwidth
 
-        servicer.memory_bandwidth = read_bandwidth(engine.info().device)
+        servicer.memory_bandwidth = read_bandwidth(engine.info().facts.device)

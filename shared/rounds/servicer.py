@@ -19,6 +19,7 @@ import grpc
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode, SequenceRefused, ServiceUnavailable
+from outrider.shared.core.model_facts import EngineInfo, write_description
 from outrider.shared.core.resident_memory import resident_bytes
 from outrider.shared.core.traceparent import stepped
 from outrider.shared.core.types import OpenSequence, Refusal, RoundResult
@@ -45,7 +46,7 @@ class Engine(Protocol):
     """What serves the rounds: ``DraftEngine`` or ``VerifyEngine``."""
 
     def connect(self) -> Any: ...
-    def info(self) -> Any: ...
+    def info(self) -> EngineInfo: ...
 
 
 Seen = Callable[[Any, Sequence[Any], RoundResult[Any], float, float], None]
@@ -186,21 +187,10 @@ class RoundsServicer:
         return pb.ServiceInfoResponse(
             version=metadata.version("outrider"),
             protocol=wire.PROTOCOL,
-            model=info.model,
-            architecture=info.architecture,
-            parameters=info.parameters,
-            weight_bytes=info.weight_bytes,
-            vocab_size=info.vocab_size,
-            vocab_fingerprint=info.vocab_fingerprint,
-            max_positions=info.max_positions,
-            device=info.device,
-            dtype=info.dtype,
-            arena_tokens=info.arena_tokens,
-            arena_tokens_used=info.arena_tokens_used,
+            model=write_description(info),
             arena_tokens_largest_free=info.arena_tokens_largest_free,
             sequences=info.sequences,
             max_k=info.max_k,
-            eos_token_ids=info.eos_token_ids,
             streams=streams,
             resident_bytes=resident_bytes(),
             memory_bandwidth=self.memory_bandwidth,

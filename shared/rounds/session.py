@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefused
+from outrider.shared.core.model_facts import EngineInfo
 from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
 from outrider.shared.kv.arena import Extent
 from outrider.shared.model.runner import Runner, Span
@@ -43,28 +44,6 @@ class Item(Protocol):
 
 ItemT = TypeVar("ItemT", bound=Item)
 AnswerT = TypeVar("AnswerT")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """Describes an engine and its arena, now. Token counts are slots of the arena."""
-
-    model: str
-    architecture: str
-    parameters: int
-    weight_bytes: int
-    vocab_size: int
-    vocab_fingerprint: str
-    max_positions: int
-    device: str
-    dtype: str
-    arena_tokens: int
-    arena_tokens_used: int
-    arena_tokens_largest_free: int
-    sequences: int
-    max_k: int
-    eos_token_ids: tuple[int, ...]
-    runner: str
 
 
 @dataclass(slots=True)
@@ -100,24 +79,14 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
 
     def info(self) -> EngineInfo:
         """The engine as it is now; takes no lock, so that it answers during a round."""
-        facts, arena = self.runner.facts, self.runner.arena
+        arena = self.runner.arena
         return EngineInfo(
-            model=facts.model,
-            architecture=facts.architecture,
-            parameters=facts.parameters,
-            weight_bytes=facts.weight_bytes,
-            vocab_size=facts.vocab_size,
-            vocab_fingerprint=facts.vocab_fingerprint,
-            max_positions=facts.max_positions,
-            device=facts.device,
-            dtype=facts.dtype,
+            self.runner.facts,
             arena_tokens=arena.tokens,
             arena_tokens_used=arena.used,
             arena_tokens_largest_free=arena.largest_free,
             sequences=self.sequences,
             max_k=self.max_k,
-            eos_token_ids=facts.eos_token_ids,
-            runner=facts.runner,
         )
 
     @abstractmethod

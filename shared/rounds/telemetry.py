@@ -14,6 +14,7 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from outrider.shared.core.errors import RefusalCode
+from outrider.shared.core.model_facts import EngineInfo
 from outrider.shared.core.types import RoundResult
 from outrider.shared.telemetry.setup import Telemetry
 from outrider.shared.telemetry.spans import parse_traceparent
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 class ServiceTelemetry:
     """Sees the rounds of one service; ``name`` is "draft" or "verify", and that of its spans."""
 
-    def __init__(self, telemetry: Telemetry, name: str, info: Callable[[], Any]) -> None:
+    def __init__(self, telemetry: Telemetry, name: str, info: Callable[[], EngineInfo]) -> None:
         """``info`` is ``Engine.info``, asked when metrics are collected."""
         self._spans = telemetry.spans
         self._name = name
@@ -38,7 +39,7 @@ class ServiceTelemetry:
         self._model = instruments.counter("outrider.service.model.time")
         self._rows = instruments.counter("outrider.service.rows")
         self._refusals = instruments.counter("outrider.service.refusals")
-        gauges: dict[str, Callable[[Any], float]] = {
+        gauges: dict[str, Callable[[EngineInfo], float]] = {
             "outrider.service.sequences": lambda one: one.sequences,
             "outrider.arena.tokens.limit": lambda one: one.arena_tokens,
             "outrider.arena.tokens.used": lambda one: one.arena_tokens_used,
@@ -99,12 +100,12 @@ class ServiceTelemetry:
         )
 
 
-def occupancy(info: Any) -> float:
+def occupancy(info: EngineInfo) -> float:
     """Share of the arena that is reserved."""
     return info.arena_tokens_used / info.arena_tokens if info.arena_tokens else 0.0
 
 
-def fragmentation(info: Any) -> float:
+def fragmentation(info: EngineInfo) -> float:
     """Share of the free slots that the largest free extent does not have."""
     free = info.arena_tokens - info.arena_tokens_used
     return 1.0 - info.arena_tokens_largest_free / free if free > 0 else 0.0

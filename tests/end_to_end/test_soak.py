@@ -45,11 +45,11 @@ async def state(target: str) -> dict[str, int]:
         async with grpc.aio.insecure_channel(f"unix:{folder}/{name}") as channel:
             for _ in range(100):
                 info = await make(channel).Info(internal.ServiceInfoRequest())
-                if info.arena_tokens_used == 0 and info.sequences == 0:
+                if info.model.arena_tokens_used == 0 and info.sequences == 0:
                     break
                 await asyncio.sleep(0.05)
             found |= {
-                f"{name} arena tokens": info.arena_tokens_used,
+                f"{name} arena tokens": info.model.arena_tokens_used,
                 f"{name} sequences": info.sequences,
                 f"{name} streams": info.streams,
                 f"{name} memory": info.resident_bytes,

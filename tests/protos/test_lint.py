@@ -34,6 +34,7 @@ def test_protos_pass_buf_lint(tmp_path: Path) -> None:
 
     # The exceptions leave the linter its teeth: an enum without the unspecified zero is refused.
     shutil.copy(ROOT / "buf.yaml", tmp_path)
+    shutil.copytree(ROOT / ".buf", tmp_path / ".buf", symlinks=True)
     shutil.copytree(ROOT / "protos", tmp_path / "protos", ignore=shutil.ignore_patterns("*.py*"))
     broken = tmp_path / "protos" / "speculation.proto"
     broken.write_text(broken.read_text().replace("RULE_UNSPECIFIED = 0", "RULE_NONE = 0"))

@@ -10,7 +10,7 @@ from outrider.coordinator.bench.plots import drawing
 def draw_step(figures: dict[str, Any]) -> dict[str, Any]:
     """Part of a file name -> figure, of the steps of one model process."""
     model = figures["model"]
-    name = f"{model['model'].removeprefix('planted:')}, {model['runner']} runner"
+    name = f"{model['name'].removeprefix('planted:')}, {model['runner']} runner"
     found = {"share": _share(figures, name)}
     if figures.get("parts"):
         found["operations"] = _operations(figures, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from outrider.coordinator.bench.workload import Run, Workload
@@ -44,14 +44,8 @@ class InProcess:
 
     def describe(self) -> dict[str, dict[str, object]]:
         """Both models, as the plain study describes them."""
-        fields = {"name": "model"} | {
-            name: name for name in ("architecture", "parameters", "weight_bytes", "device", "dtype")
-        }
-        made = {}
-        for name, role in (("base", "verify"), ("draft", "draft")):
-            info = self._engines[role].info()
-            made[name] = {ours: getattr(info, theirs) for ours, theirs in fields.items()}
-        return made
+        roles = {"base": "verify", "draft": "draft"}
+        return {name: asdict(self._engines[role].info().facts) for name, role in roles.items()}
 
     def run(self, workload: Workload, prompts: Sequence[Sequence[int]], k: int) -> Run:
         """All prompts of the workload, one after the other; ids in place of text."""

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         parts = _parts(runner, args) if type(runner).__name__ == "CudaRunner" else []
     facts = runner.facts
     print(
-        f"{facts.model} ({facts.architecture}) on {device}, {facts.dtype}, runner {facts.runner}; "
+        f"{facts.name} ({facts.architecture}) on {device}, {facts.dtype}, runner {facts.runner}; "
         f"{_step_bytes(runner) / 1e9:.3f} GB read per step, copy bandwidth "
         f"{bandwidth / 1e12:.3f} TB/s; K up to {largest}\n"
     )

@@ -20,6 +20,7 @@ from outrider.kernels.attention_shapes import need
 from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
+from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.core.types import Decoding, Rule, SparseRow
 from outrider.shared.kv.storage import Storage
 from outrider.shared.link.device.mailbox import DeviceMailbox
@@ -42,7 +43,7 @@ from outrider.shared.model.cuda.turns.stream import CudaStream, Stream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns
 from outrider.shared.model.cuda.weights import weights_of
 from outrider.shared.model.llama.runner import LlamaRunner
-from outrider.shared.model.runner import ModelFacts, Span
+from outrider.shared.model.runner import Span
 
 TurnsT = TypeVar("TurnsT", bound=Turns)
 # Scratch memory of attention at most; a batch that needs more is forwarded in several passes.

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.arena import Extent
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.hf.cache import ArenaCache
 from outrider.shared.model.hf.packed_cache import PackedCache, register
 from outrider.shared.model.packing import pack
-from outrider.shared.model.runner import ModelFacts, Runner, Span
+from outrider.shared.model.runner import Runner, Span
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.attention import attend, fold_mask
 from outrider.shared.model.llama.linear import Products, RmsNorm, fuse
 from outrider.shared.model.packing import PackedSpan, pack
-from outrider.shared.model.runner import ModelFacts, Runner, Span
+from outrider.shared.model.runner import Runner, Span
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 
 from outrider.coordinator.bench.studies import telemetry_cost
-from outrider.coordinator.telemetry.observer import TelemetryObserver, model_name, rate_ceiling
+from outrider.coordinator.telemetry.observer import TelemetryObserver
 from outrider.coordinator.telemetry.recent_rounds import MOST_REQUESTS, RoundsKept
 from outrider.coordinator.telemetry.records import (
     LinkRecord,
@@ -184,39 +184,6 @@ def test_kept_rounds_are_bounded() -> None:
     assert kept.get("r0") is None
     assert kept.get(f"r{3 * MOST_REQUESTS - 1}") is not None
     assert kept._rounds == MOST_REQUESTS
-
-
-class Info:
-    """What ``rate_ceiling`` reads of a service."""
-
-    def __init__(self, weights: float, speed: float, device: str = "cpu") -> None:
-        self.weight_bytes, self.memory_bandwidth, self.device = weights, speed, device
-
-
-@pytest.mark.parametrize(
-    ("draft", "tokens", "k", "wanted"),
-    [
-        # By hand: T_v = 0.1 s, T_d = 0.01 s.
-        (None, 1.0, 0.0, 10.0),
-        (Info(1, 100), 3.0, 4.0, 3 / (0.1 + 0.04)),
-        (Info(1, 100, "cuda:1"), 3.0, 4.0, 3 / 0.1),
-        (Info(1, 10, "cuda:1"), 3.0, 4.0, 3 / 0.4),
-    ],
-)
-def test_ceiling_by_hand(draft: Any, tokens: float, k: float, wanted: float) -> None:
-    assert rate_ceiling(Info(10, 100), draft, tokens, k) == pytest.approx(wanted)
-
-
-def test_ceiling_is_unknown_without_the_memorys_speed() -> None:
-    assert rate_ceiling(Info(10, 0), None, 1.0, 0.0) is None
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [("/home/x/models/llama", "llama"), ("org/model", "org/model"), ("base", "base")],
-)
-def test_model_names_hold_no_folders_of_the_machine(path: str, name: str) -> None:
-    assert model_name(path) == name
 
 
 def test_two_thousand_rounds_a_second_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:

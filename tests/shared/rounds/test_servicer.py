@@ -19,6 +19,7 @@ from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared.config.schema import ModelConfig, ServeConfig
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode
+from outrider.shared.core.model_facts import read_description
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.model.loading import load_runner
 from outrider.shared.process.grpc_server import Server
@@ -153,12 +154,14 @@ def test_rounds_info_describes_model_and_arena(service: Any, role: str) -> None:
     stream.ask(open=[opened(1, capacity=100)])
     info = one.info()
     assert info.protocol == wire.PROTOCOL
-    assert info.architecture == "LlamaForCausalLM"
-    assert (info.vocab_size, len(info.vocab_fingerprint)) == (320, 64)
+    model = info.model
+    assert read_description(model) == one.engine.runner.facts
+    assert (model.architecture, model.runner) == ("LlamaForCausalLM", "llama")
+    assert (model.vocab_size, len(model.vocab_fingerprint)) == (320, 64)
     assert (info.sequences, info.streams, info.max_k) == (1, 1, 8)
-    assert 100 <= info.arena_tokens_used < info.arena_tokens
-    assert info.parameters * 4 == info.weight_bytes
-    assert list(info.eos_token_ids) == [0]
+    assert 100 <= model.arena_tokens_used < model.arena_tokens
+    assert model.parameters * 4 == model.weight_bytes
+    assert list(model.eos_token_ids) == [0]
     assert info.resident_bytes > 1 << 20
     stream.ask(goodbye=True)
 
@@ -174,7 +177,7 @@ def test_rounds_goodbye_frees_without_a_word(
         stream.ask(goodbye=True)
         assert list(stream.call) == [], "the service ends the stream after its answer"
         assert stream.call.code() is grpc.StatusCode.OK
-        assert one.settled().arena_tokens_used == 0
+        assert one.settled().model.arena_tokens_used == 0
     assert not [r for r in caplog.records if "goodbye" in r.getMessage()]
 
 
@@ -196,7 +199,7 @@ def test_rounds_an_end_without_goodbye_frees_and_is_logged(
         else:
             channel.close()
         info = one.settled()
-        assert (info.sequences, info.arena_tokens_used, info.streams) == (0, 0, 0)
+        assert (info.sequences, info.model.arena_tokens_used, info.streams) == (0, 0, 0)
         channel.close()
     assert any("ended without goodbye" in r.getMessage() for r in caplog.records)
 
@@ -219,7 +222,7 @@ def test_rounds_streams_own_their_sequences(service: Any, role: str) -> None:
 def test_rounds_close_is_looked_at_before_open_before_items(service: Any, role: str) -> None:
     one = service(role)
     stream = one.stream()
-    total = one.info().arena_tokens
+    total = one.info().model.arena_tokens
     assert not stream.ask(open=[opened(1, capacity=total - 80)]).errors
     answer = stream.ask([ITEMS[role](2)], close=[1], open=[opened(2, capacity=total - 80)])
     assert not answer.errors
@@ -264,7 +267,7 @@ def test_rounds_are_unavailable_while_loading(service: Any, role: str) -> None:
     with pytest.raises(grpc.RpcError, match="still loading"):
         one.info()
     one.servicer.attach(one.engine)
-    assert one.info().vocab_size == 320
+    assert one.info().model.vocab_size == 320
 
 
 @both
@@ -293,5 +296,5 @@ def test_rounds_many_streams_leave_nothing_behind(service: Any, role: str) -> No
         else:
             stream.call.cancel()
     info = one.settled()
-    assert (info.sequences, info.arena_tokens_used, info.streams) == (0, 0, 0)
-    assert info.arena_tokens_largest_free == info.arena_tokens
+    assert (info.sequences, info.model.arena_tokens_used, info.streams) == (0, 0, 0)
+    assert info.arena_tokens_largest_free == info.model.arena_tokens

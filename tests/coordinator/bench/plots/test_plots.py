@@ -38,7 +38,7 @@ ARENA = {
 STEP = {
     "hardware": MACHINE,
     "device": "Some GPU",
-    "model": {"model": "planted:tiny", "runner": "cuda", "dtype": "bfloat16"},
+    "model": {"name": "planted:tiny", "runner": "cuda", "dtype": "bfloat16"},
     "copy_bandwidth": 4e12,
     "figures": [
         {"kind": kind, "sequences": count, "rows": rows, "seconds": 0.002, "share": share}

@@ -1,0 +1,60 @@
+"""What a model is, told once: from where it is loaded to Info, profile and report.
+
+``ModelFacts`` and the message ``ModelDescription`` name the same things alike; the message adds
+how full the arena is. A new fact is a field of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from outrider.protos import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is; ``weight_bytes`` counts shared storage once."""
+
+    name: str
+    architecture: str
+    parameters: int
+    weight_bytes: int
+    vocab_size: int
+    vocab_fingerprint: str
+    max_positions: int
+    device: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    runner: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A model with its arena, now. Token counts are slots of the arena."""
+
+    facts: ModelFacts
+    arena_tokens: int
+    arena_tokens_used: int
+    arena_tokens_largest_free: int
+    sequences: int
+    max_k: int
+
+
+def write_description(info: EngineInfo) -> pb.ModelDescription:
+    """The model of ``info`` as a message."""
+    return pb.ModelDescription(
+        **asdict(info.facts),
+        arena_tokens=info.arena_tokens,
+        arena_tokens_used=info.arena_tokens_used,
+    )
+
+
+def read_description(message: pb.ModelDescription) -> ModelFacts:
+    """What ``message`` says of the model itself."""
+    found = (getattr(message, one.name) for one in fields(ModelFacts))
+    return ModelFacts(*(one if isinstance(one, str | int | float) else tuple(one) for one in found))
+
+
+def model_name(path: str) -> str:
+    """A model's name without the folders of this machine, which are nobody's business."""
+    return path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", ".")) else path
