@@ -145,6 +145,18 @@ def test_rows_have_no_circle() -> None:
     TopologicalSorter(MAY_IMPORT_WITHIN).prepare()
 
 
+def test_bench_is_imported_by_the_command_line_alone() -> None:
+    bench, own = "outrider.coordinator.bench", ("coordinator/bench/", "coordinator/cli/")
+    importers = {
+        str(path.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for path in sources(package)
+        if any(f"{name}.".startswith(f"{bench}.") for name in imported(path))
+    }
+    assert {name for name in importers if not name.startswith(own)} == set()
+    assert importers - {name for name in importers if name.startswith(own[0])}
+
+
 def test_imports_use_the_namespace() -> None:
     for package in MAY_IMPORT:
         for path in sources(package):

@@ -9,13 +9,16 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outrider.coordinator.bench import hardware, tables
-from outrider.coordinator.bench.workload import Run, Workload, measure, summary
 from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outrider.coordinator.bench.workload import Run, Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, target: str) -> int:
     """Measures the coordinator at ``target`` and prints a table; returns the exit status."""
+    from outrider.coordinator.bench.workload import measure
+
     workload = _workload(arguments)
     figures = asyncio.run(
         measure(target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup)
@@ -67,6 +72,7 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
             f"--concurrency: got {arguments.concurrency}; with --in-process it must be 1"
         )
     from outrider.coordinator.bench.studies.in_process import InProcess
+    from outrider.coordinator.bench.workload import summary
     from outrider.coordinator.requests.text import tokenizer
 
     workload = _workload(arguments)
@@ -90,6 +96,8 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
+    from outrider.coordinator.bench.workload import Workload
+
     return Workload(
         prompts=prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,

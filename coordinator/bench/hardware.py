@@ -10,8 +10,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
-
 _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton", "numpy")
 
 
@@ -49,6 +47,8 @@ def read_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:
     A decode step reads every weight once, so weight bytes over this is the shortest step
     one thread could take if no cache held any of them.
     """
+    import numpy as np
+
     data = np.ones(size // 8, dtype=np.float64)
     best = float("inf")
     for _ in range(repeats):

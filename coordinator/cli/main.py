@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,9 +62,7 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outrider", description="Speculative decoding as separate services."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"outrider {metadata.version('outrider')}"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_serve(commands)
@@ -223,6 +220,15 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 # --- parts -------------------------------------------------------------------------------------
+
+
+class _Version(argparse.Action):
+    """argparse's own wants the text before anybody has asked for it; reading it is not free."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        parser.exit(message=f"outrider {metadata.version('outrider')}\n")
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

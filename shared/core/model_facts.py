@@ -7,6 +7,7 @@ how full the arena is. A new fact is a field of each.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from outrider.protos import generation_pb2 as pb
 
@@ -51,8 +52,8 @@ def write_description(info: EngineInfo) -> pb.ModelDescription:
 
 def read_description(message: pb.ModelDescription) -> ModelFacts:
     """What ``message`` says of the model itself."""
-    found = (getattr(message, one.name) for one in fields(ModelFacts))
-    return ModelFacts(*(one if isinstance(one, str | int | float) else tuple(one) for one in found))
+    found: dict[str, Any] = {one.name: getattr(message, one.name) for one in fields(ModelFacts)}
+    return ModelFacts(**found | {"eos_token_ids": tuple(message.eos_token_ids)})
 
 
 def model_name(path: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
-from importlib import metadata
 
 # Where gRPC's older poller serves a connection, the thread that waits for a completion reads
 # the socket itself; with the event engine a second thread reads and wakes the first. Measured
@@ -20,6 +19,8 @@ _GRPC_BEFORE = (1, 85)
 
 def before_grpc(environment: MutableMapping[str, str] | None = None) -> None:
     """Chooses gRPC's poller; call before ``import grpc``."""
+    from importlib import metadata  # takes longer than most commands otherwise do
+
     env = os.environ if environment is None else environment
     try:
         version = tuple(int(part) for part in metadata.version("grpcio").split(".")[:2])
