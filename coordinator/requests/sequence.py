@@ -16,7 +16,7 @@ from outrider.shared.core.types import Decoding, OpenSequence, Rule
 
 
 @dataclass(slots=True)
-class Held:
+class ServiceState:
     """What one service holds of one sequence."""
 
     open: bool = False
@@ -50,8 +50,8 @@ class Sequence:
     acceptance: Acceptance
     statistics: Statistics
     log: list[int] = field(default_factory=list)
-    draft: Held = field(default_factory=Held)
-    verify: Held = field(default_factory=Held)
+    draft: ServiceState = field(default_factory=ServiceState)
+    verify: ServiceState = field(default_factory=ServiceState)
     parent: Sequence | None = None
     """The sample that takes in the prompt for this one too."""
     children: list[Sequence] = field(default_factory=list)
@@ -85,10 +85,10 @@ class Sequence:
         """
         return any(not child.verify.open and child.output.finish is None for child in self.children)
 
-    def may_open(self, held: Held) -> bool:
-        """Whether the service of ``held`` has it, or what it shares, or there is none to share."""
-        donor = self._donor(held)
-        return held.open or donor is None or donor.length >= self.prefix_len
+    def may_open(self, state: ServiceState) -> bool:
+        """Whether the service of ``state`` has it, or what it shares, or there is none to share."""
+        donor = self._donor(state)
+        return state.open or donor is None or donor.length >= self.prefix_len
 
     @property
     def capacity(self) -> int:
@@ -115,43 +115,43 @@ class Sequence:
         """Whether its rule needs the draft's distributions beside the proposed tokens."""
         return self.decoding.rule is Rule.REJECTION
 
-    def base_len(self, held: Held) -> int:
-        """Where the next message to the service of ``held`` begins, in tokens of the log.
+    def base_len(self, state: ServiceState) -> int:
+        """Where the next message to the service of ``state`` begins, in tokens of the log.
 
         The pending token is always sent.
         """
-        return min(self._known(held), len(self.log) - 1)
+        return min(self._known(state), len(self.log) - 1)
 
-    def _known(self, held: Held) -> int:
+    def _known(self, state: ServiceState) -> int:
         """Tokens whose KV the service has, or will have when the sequence is opened."""
-        return held.length if held.open else self._inherited(held)
+        return state.length if state.open else self._inherited(state)
 
-    def _inherited(self, held: Held) -> int:
+    def _inherited(self, state: ServiceState) -> int:
         """Tokens whose KV there is for it before it is opened: the parent's prompt, or none."""
-        donor = self._donor(held)
+        donor = self._donor(state)
         return self.prefix_len if donor is not None and donor.length >= self.prefix_len else 0
 
-    def opening(self, held: Held) -> OpenSequence:
-        """The message that opens it on the service of ``held``, under a new epoch.
+    def opening(self, state: ServiceState) -> OpenSequence:
+        """The message that opens it on the service of ``state``, under a new epoch.
 
         With the prompt's KV of the sample that shares it, where that is there.
         """
-        held.epoch += 1
-        held.open = True
-        held.length = self._inherited(held)
+        state.epoch += 1
+        state.open = True
+        state.length = self._inherited(state)
         return OpenSequence(
             self.sequence_id,
-            held.epoch,
+            state.epoch,
             self.capacity,
             self.decoding,
-            self.parent.sequence_id if self.parent is not None and held.length else None,
-            held.length,
+            self.parent.sequence_id if self.parent is not None and state.length else None,
+            state.length,
         )
 
-    def _donor(self, held: Held) -> Held | None:
-        """What the service of ``held`` holds of the parent, if the parent still runs there."""
+    def _donor(self, state: ServiceState) -> ServiceState | None:
+        """What the service of ``state`` holds of the parent, if the parent still runs there."""
         parent = self.parent
         if parent is None or parent.output.finish is not None:
             return None
-        donor = parent.verify if held is self.verify else parent.draft
+        donor = parent.verify if state is self.verify else parent.draft
         return None if donor.blocked or donor.given_up else donor

@@ -38,7 +38,7 @@ PROBE_SOON, PROBE_LATE = 32, 4096
 
 
 @dataclass(slots=True)
-class Lane:
+class Speculable:
     """What the controller has to know of one sequence."""
 
     acceptance: Acceptance
@@ -78,12 +78,12 @@ class Speculation:
             return fixed > 0
         return self._k > 0 or self._probing > 0
 
-    def choose(self, lanes: Sequence[Lane]) -> list[int]:
+    def choose(self, sequences: Sequence[Speculable]) -> list[int]:
         """K for each sequence of the next round."""
         self._round += 1
-        adaptive = [lane for lane in lanes if lane.fixed is None and lane.limit > 0]
-        k = self._adaptive_k(lanes, adaptive) if adaptive else 0
-        return [self._own_k(lane, k) for lane in lanes]
+        adaptive = [one for one in sequences if one.fixed is None and one.limit > 0]
+        k = self._adaptive_k(sequences, adaptive) if adaptive else 0
+        return [self._own_k(one, k) for one in sequences]
 
     def observe(
         self, batch: int, k: int, rows: int, draft_seconds: float, verify_seconds: float
@@ -100,78 +100,78 @@ class Speculation:
 
     # --- the choice --------------------------------------------------------------------------
 
-    def _adaptive_k(self, lanes: Sequence[Lane], adaptive: Sequence[Lane]) -> int:
-        top = min(self.max_k, max(lane.limit for lane in adaptive))
+    def _adaptive_k(self, sequences: Sequence[Speculable], adaptive: Sequence[Speculable]) -> int:
+        top = min(self.max_k, max(one.limit for one in adaptive))
         if self._probing > 0:
             self._probing -= 1
             if self._probing == 0:
-                self._end_probe(lanes, top)
-            return min(max(1, self._probe_k(lanes, top)), top)
-        key = (len(lanes), len(adaptive))
+                self._end_probe(sequences, top)
+            return min(max(1, self._probe_k(sequences, top)), top)
+        key = (len(sequences), len(adaptive))
         if self._round >= self._decide_at or key != self._key:
             self._key = key
             self._decide_at = self._round + HOLD
-            self._k = self._best(lanes, top)
+            self._k = self._best(sequences, top)
         if self._k == 0:
-            return self._maybe_probe(lanes, top)
+            return self._maybe_probe(sequences, top)
         if self._round >= self._explore_at:
             self._explore_at = self._round + EXPLORE
-            return self._neighbour(lanes, top)
+            return self._neighbour(sequences, top)
         return min(self._k, top)
 
-    def _best(self, lanes: Sequence[Lane], top: int) -> int:
-        costs = self._costs.get(_bucket(len(lanes)))
+    def _best(self, sequences: Sequence[Speculable], top: int) -> int:
+        costs = self._costs.get(_bucket(len(sequences)))
         if costs is None:
-            costs = self._nearest(len(lanes))
+            costs = self._nearest(len(sequences))
         if costs is None:
             self._decide_at = self._round + 1
             return START_K
-        untried = self._untried(costs, lanes, top)
+        untried = self._untried(costs, sequences, top)
         if untried is not None:
             self._decide_at = self._round + 1
             return untried
         # Far beyond what was tried, times and chances are guesses: go there step by step.
         top = min(top, max(START_K, costs.draft.largest) + STEP)
-        rates = [self._rate(costs, lanes, k) for k in range(top + 1)]
+        rates = [self._rate(costs, sequences, k) for k in range(top + 1)]
         best = max(range(top + 1), key=lambda k: rates[k])
         current = min(self._k, top)
         chosen = best if rates[best] > MARGIN * rates[current] else current
         # Speculation has to beat plain decoding, not only to be no worse than it was.
         return chosen if chosen and rates[chosen] > rates[0] else 0 if chosen else best
 
-    def _untried(self, costs: Costs, lanes: Sequence[Lane], top: int) -> int | None:
+    def _untried(self, costs: Costs, sequences: Sequence[Speculable], top: int) -> int | None:
         """A K that anchors the curves and has not been measured well enough."""
         for k in (START_K, 0, 1):
             if k <= top:
-                point = costs.verify.point(_rounded(self._rows(lanes, k)))
+                point = costs.verify.point(_rounded(self._rows(sequences, k)))
                 if point is None or point.tries < 2:
                     return k
         return None
 
-    def _rate(self, costs: Costs, lanes: Sequence[Lane], k: int) -> float:
+    def _rate(self, costs: Costs, sequences: Sequence[Speculable], k: int) -> float:
         """Tokens per second expected at ``k``."""
         tokens = 0.0
         longest = 0
-        for lane in lanes:
-            own = self._own_k(lane, k)
+        for one in sequences:
+            own = self._own_k(one, k)
             longest = max(longest, own)
-            tokens += 1.0 + sum(lane.acceptance.survival(own))
-        verify = costs.verify_seconds(self._rows(lanes, k))
+            tokens += 1.0 + sum(one.acceptance.survival(own))
+        verify = costs.verify_seconds(self._rows(sequences, k))
         if not verify:
             return 0.0
         return tokens / (costs.draft_seconds(longest) + verify)
 
-    def _own_k(self, lane: Lane, k: int) -> int:
-        wanted = k if lane.fixed is None else lane.fixed
+    def _own_k(self, one: Speculable, k: int) -> int:
+        wanted = k if one.fixed is None else one.fixed
         # Comparisons rather than min and max: this runs for every sequence of every round.
         if wanted > self.max_k:
             wanted = self.max_k
-        if wanted > lane.limit:
-            wanted = lane.limit
+        if wanted > one.limit:
+            wanted = one.limit
         return wanted if wanted > 0 else 0
 
-    def _rows(self, lanes: Sequence[Lane], k: int) -> int:
-        return sum(self._own_k(lane, k) + 1 for lane in lanes)
+    def _rows(self, sequences: Sequence[Speculable], k: int) -> int:
+        return sum(self._own_k(one, k) + 1 for one in sequences)
 
     def _nearest(self, batch: int) -> Costs | None:
         bucket = _bucket(batch)
@@ -181,21 +181,21 @@ class Speculation:
 
     # --- trying things -----------------------------------------------------------------------
 
-    def _neighbour(self, lanes: Sequence[Lane], top: int) -> int:
+    def _neighbour(self, sequences: Sequence[Speculable], top: int) -> int:
         """The neighbour of K whose times are the oldest, where they are old; else K itself."""
-        costs = self._costs.get(_bucket(len(lanes)))
+        costs = self._costs.get(_bucket(len(sequences)))
         if costs is None:
             return min(self._k, top)
         oldest, chosen = self._round - STALE, min(self._k, top)
         for k in (self._k + 1, self._k - 1, self._k + 2, 0):
             if 0 <= k <= top:
-                point = costs.verify.point(_rounded(self._rows(lanes, k)))
+                point = costs.verify.point(_rounded(self._rows(sequences, k)))
                 seen = -STALE if point is None else point.seen_at
                 if seen < oldest:
                     oldest, chosen = seen, k
         return chosen
 
-    def _maybe_probe(self, lanes: Sequence[Lane], top: int) -> int:
+    def _maybe_probe(self, sequences: Sequence[Speculable], top: int) -> int:
         if self._probe_at == 0:
             self._probe_at = self._round + PROBE_SOON
         if self._round < self._probe_at or top < 1:
@@ -203,27 +203,27 @@ class Speculation:
         self._probing = PROBE_ROUNDS
         return 0  # one round's notice lets the draft catch up in the background
 
-    def _probe_k(self, lanes: Sequence[Lane], top: int) -> int:
+    def _probe_k(self, sequences: Sequence[Speculable], top: int) -> int:
         """The most promising K > 0."""
-        costs = self._costs.get(_bucket(len(lanes)))
+        costs = self._costs.get(_bucket(len(sequences)))
         if costs is None or top < 1:
             return 1
-        return max(range(1, top + 1), key=lambda k: self._rate(costs, lanes, k))
+        return max(range(1, top + 1), key=lambda k: self._rate(costs, sequences, k))
 
-    def _end_probe(self, lanes: Sequence[Lane], top: int) -> None:
-        self._k = self._best(lanes, top)
+    def _end_probe(self, sequences: Sequence[Speculable], top: int) -> None:
+        self._k = self._best(sequences, top)
         self._decide_at = self._round + HOLD
-        self._probe_at = 0 if self._k else self._round + self._probe_gap(lanes, top)
+        self._probe_at = 0 if self._k else self._round + self._probe_gap(sequences, top)
 
-    def _probe_gap(self, lanes: Sequence[Lane], top: int) -> int:
+    def _probe_gap(self, sequences: Sequence[Speculable], top: int) -> int:
         """Rounds until the next probe, so that what probes lose stays within their share."""
-        costs = self._costs.get(_bucket(len(lanes)))
-        k = self._probe_k(lanes, top)
+        costs = self._costs.get(_bucket(len(sequences)))
+        k = self._probe_k(sequences, top)
         if costs is None:
             return PROBE_SOON
-        plain, probed = self._rate(costs, lanes, 0), self._rate(costs, lanes, k)
-        seconds = costs.verify_seconds(self._rows(lanes, 0))
-        tried = costs.verify_seconds(self._rows(lanes, k))
+        plain, probed = self._rate(costs, sequences, 0), self._rate(costs, sequences, k)
+        seconds = costs.verify_seconds(self._rows(sequences, 0))
+        tried = costs.verify_seconds(self._rows(sequences, k))
         if not (plain and probed and seconds and tried):
             return PROBE_SOON
         # A probing round emits probed * its time; plain decoding would have done so in less.

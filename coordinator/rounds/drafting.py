@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from outrider.coordinator.requests.sequence import Held
 from outrider.coordinator.requests.sequence import Sequence as Seq
+from outrider.coordinator.requests.sequence import ServiceState
 from outrider.coordinator.services.connection import DraftLink
 from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
@@ -27,7 +27,7 @@ LAG = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class DraftOffer:
     """One sequence's proposal."""
 
     tokens: list[int]
@@ -36,7 +36,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DraftAsked:
     """One sequence of a draft message."""
 
     sequence: Seq
@@ -49,18 +49,18 @@ class Asked:
 class Proposals:
     """What the draft offered in one round, by sequence id."""
 
-    by_id: dict[int, Offer] = field(default_factory=dict)
+    by_id: dict[int, DraftOffer] = field(default_factory=dict)
     timing: ServiceTiming = NOT_ASKED
     clean: bool = True
     """Whether its time says what proposing costs: no prompt rows were taken along."""
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class DraftGrant:
     """A grant that the draft has been given."""
 
     answer: asyncio.Future[pb.DraftResponse]
-    asked: dict[int, Asked]
+    asked: dict[int, DraftAsked]
 
 
 class Drafting:
@@ -86,8 +86,8 @@ class Drafting:
 
     def usable(self, sequence: Seq) -> bool:
         """Whether the draft can serve this sequence."""
-        held = sequence.draft
-        return not (held.given_up or held.blocked) and sequence.may_open(held)
+        state = sequence.draft
+        return not (state.given_up or state.blocked) and sequence.may_open(state)
 
     def select(self, sequences: Iterable[Seq]) -> set[Seq]:
         """Those near enough to the log to have a proposal without a long wait."""
@@ -143,28 +143,28 @@ class Drafting:
                 tokens = list(proposal.tokens)
                 if self._sound(proposal, tokens, found):
                     found.sequence.draft.strikes = 0
-                    made.by_id[proposal.sequence_id] = Offer(tokens, proposal.rows)
+                    made.by_id[proposal.sequence_id] = DraftOffer(tokens, proposal.rows)
         self._absorb(response, asked)
         return made
 
     def lacking(self, sequence: Seq) -> bool:
         """Whether the draft has to be brought nearer to the log before it proposes."""
-        held = sequence.draft
-        return not held.open or len(sequence.log) - held.length > LAG
+        state = sequence.draft
+        return not state.open or len(sequence.log) - state.length > LAG
 
     async def grant(
         self, wanted: Sequence[tuple[Seq, int]], grant: pb.Grant, traceparent: str
-    ) -> Granted:
+    ) -> DraftGrant:
         """Has the draft run rounds by itself; raises ``ServiceUnavailable``."""
         link = self._link
         assert link is not None
         request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent, grant=grant)
         asked, _ = self._fill(request, wanted)
-        return Granted(
+        return DraftGrant(
             await link.send(request, lambda answer: self._came_late(answer, asked)), asked
         )
 
-    async def granted(self, granted: Granted, *, wait: bool = True) -> int:
+    async def granted(self, granted: DraftGrant, *, wait: bool = True) -> int:
         """The verifier ended the grant: the draft says so too, at once or late.
 
         Without ``wait`` it is late where it has not said so yet. Returns the rounds that it
@@ -194,22 +194,22 @@ class Drafting:
         if link is None or not link.up or link.waiting:
             return
         request: pb.DraftRequest | None = None
-        asked: dict[int, Asked] = {}
+        asked: dict[int, DraftAsked] = {}
         budget = self._chunk
-        # Asked of all first: a prompt that this very message brings can't be shared in it.
+        # DraftAsked of all first: a prompt that this very message brings can't be shared in it.
         for sequence in [one for one in sequences if self.usable(one)]:
-            held = sequence.draft
+            state = sequence.draft
             n = len(sequence.log)
             if budget <= 0:
                 break
-            if held.open and n - held.length <= LAG:
+            if state.open and n - state.length <= LAG:
                 continue
             if request is None:
                 request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
                 self._fill_close(request)
-            upto = min(n, sequence.base_len(held) + budget)
+            upto = min(n, sequence.base_len(state) + budget)
             budget -= self._append(request, sequence, upto, 0)
-            asked[sequence.sequence_id] = Asked(sequence, n, 0)
+            asked[sequence.sequence_id] = DraftAsked(sequence, n, 0)
         if request is not None:
             await self._send_and_absorb(request, asked)
 
@@ -242,40 +242,40 @@ class Drafting:
         self._blocked.clear()
         self._late = False
         for sequence in sequences:
-            held = sequence.draft
-            held.lose()
-            held.blocked = held.given_up = False
-            held.strikes = 0
+            state = sequence.draft
+            state.lose()
+            state.blocked = state.given_up = False
+            state.strikes = 0
 
     # --- parts of a message ------------------------------------------------------------------
 
     def _fill(
         self, request: pb.DraftRequest, wanted: Iterable[tuple[Seq, int]]
-    ) -> tuple[dict[int, Asked], int]:
+    ) -> tuple[dict[int, DraftAsked], int]:
         """Adds all that are ``wanted``; returns them by id, and the most rows of one."""
         self._fill_close(request)
-        asked: dict[int, Asked] = {}
+        asked: dict[int, DraftAsked] = {}
         most = 0
         for sequence, k in wanted:
             n = len(sequence.log)
             most = max(most, self._append(request, sequence, n, k))
-            asked[sequence.sequence_id] = Asked(sequence, n, k)
+            asked[sequence.sequence_id] = DraftAsked(sequence, n, k)
         return asked, most
 
     def _append(self, request: pb.DraftRequest, sequence: Seq, upto: int, k: int) -> int:
         """Adds the item that brings the draft to ``log[:upto]``; returns its rows."""
-        held = sequence.draft
-        if not held.open:
-            request.open.append(write_open(sequence.opening(held)))
-        base = min(held.length, upto - 1)
+        state = sequence.draft
+        if not state.open:
+            request.open.append(write_open(sequence.opening(state)))
+        base = min(state.length, upto - 1)
         request.items.add(
             sequence_id=sequence.sequence_id,
-            epoch=held.epoch,
+            epoch=state.epoch,
             base_len=base,
             append=sequence.log[base:upto],
             k=k,
         )
-        held.length = upto
+        state.length = upto
         return upto - base
 
     def _fill_close(self, request: pb.DraftRequest) -> None:
@@ -285,7 +285,9 @@ class Drafting:
 
     # --- answers -----------------------------------------------------------------------------
 
-    async def _send_and_absorb(self, request: pb.DraftRequest, asked: dict[int, Asked]) -> None:
+    async def _send_and_absorb(
+        self, request: pb.DraftRequest, asked: dict[int, DraftAsked]
+    ) -> None:
         """Sends a message whose answer nobody waits for."""
         assert self._link is not None
         try:
@@ -314,11 +316,11 @@ class Drafting:
             future.set_result(None)
             self._late = True
 
-    def _came_late(self, answer: pb.DraftResponse, asked: dict[int, Asked]) -> None:
+    def _came_late(self, answer: pb.DraftResponse, asked: dict[int, DraftAsked]) -> None:
         self._late = False
         self._absorb(answer, asked)
 
-    def _sound(self, proposal: pb.Proposal, tokens: list[int], asked: Asked) -> bool:
+    def _sound(self, proposal: pb.Proposal, tokens: list[int], asked: DraftAsked) -> bool:
         """A draft may be wrong about tokens, but not about what it was asked."""
         return (
             proposal.epoch == asked.sequence.draft.epoch
@@ -328,31 +330,31 @@ class Drafting:
             and len(proposal.rows) == (len(tokens) if asked.sequence.needs_rows else 0)
         )
 
-    def _absorb(self, response: pb.DraftResponse, asked: dict[int, Asked]) -> None:
+    def _absorb(self, response: pb.DraftResponse, asked: dict[int, DraftAsked]) -> None:
         for error in response.errors:
             found = asked.get(error.sequence_id)
             if found is not None and found.sequence.draft.epoch == error.epoch:
                 self._refused(found.sequence, found.sequence.draft, error)
 
-    def _refused(self, sequence: Seq, held: Held, error: pb.SequenceError) -> None:
-        if not held.open:
+    def _refused(self, sequence: Seq, state: ServiceState, error: pb.SequenceError) -> None:
+        if not state.open:
             return  # an item behind an open that was refused, or a sequence that is over
         code = int(error.code)
         if code == RefusalCode.KV_MISSING:
-            held.length = min(held.length, error.held_len)
+            state.length = min(state.length, error.held_len)
         elif code == RefusalCode.NO_CAPACITY:
-            held.lose()
-            held.blocked = True
+            state.lose()
+            state.blocked = True
             self._blocked.add(sequence)
             return
         else:
-            held.lose()
+            state.lose()
             if code in (RefusalCode.INVALID, RefusalCode.MODEL):
                 self._close.append(sequence.sequence_id)
-            held.given_up = code == RefusalCode.INVALID
-        held.strikes += 1
-        if held.strikes >= MOST_STRIKES:
-            held.given_up = True
+            state.given_up = code == RefusalCode.INVALID
+        state.strikes += 1
+        if state.strikes >= MOST_STRIKES:
+            state.given_up = True
 
 
 def _expire(future: asyncio.Future[Any]) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.drafting import Drafting, Granted, Offer, Proposals
-from outrider.coordinator.rounds.scheduler import Plan
-from outrider.coordinator.rounds.verifying import Judged, Verifying
+from outrider.coordinator.rounds.drafting import DraftGrant, Drafting, DraftOffer, Proposals
+from outrider.coordinator.rounds.scheduler import RoundPlan
+from outrider.coordinator.rounds.verifying import Verdicts, Verifying
 from outrider.coordinator.services.mailbox_setup import Introduction
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
@@ -30,10 +30,10 @@ class FreeRun:
     """One grant that runs."""
 
     grant: pb.Grant
-    plan: Plan[Sequence]
+    plan: RoundPlan[Sequence]
     ks: list[int]
     traceparent: str
-    drafted: Granted | None
+    drafted: DraftGrant | None
     wake: Callable[[], None]
     reports: deque[pb.VerifyResponse | None] = field(default_factory=deque)
     sequences: dict[int, Sequence] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class FreeRound:
     """One round of a grant, as a round of the coordinator's own would be."""
 
     step: int
-    judged: Judged
+    verdicts: Verdicts
     proposals: Proposals
     started_ns: int
     finished_ns: int
@@ -98,7 +98,7 @@ class FreeRunning:
         self._patience = draft_patience
         self._ids = itertools.count(1)
 
-    def possible(self, plan: Plan[Sequence], ks: list[int]) -> bool:
+    def possible(self, plan: RoundPlan[Sequence], ks: list[int]) -> bool:
         """Whether the sequences of ``plan``, with these Ks, can go on without messages."""
         if not self._rounds or plan.prefill or not self._verifying.grants:
             return False
@@ -113,7 +113,7 @@ class FreeRunning:
         )
 
     async def start(
-        self, plan: Plan[Sequence], ks: list[int], traceparent: str, wake: Callable[[], None]
+        self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str, wake: Callable[[], None]
     ) -> FreeRun | None:
         """Grants rounds; ``wake`` is called with each report. None where a service is away."""
         wanted = [(seq, k) for seq, k in zip(plan.decode, ks, strict=True) if k]
@@ -168,18 +168,18 @@ class FreeRunning:
         run.steps += 1
         if run.drafted is not None:
             self._drafting.touch()
-        judged = self._verifying.free_round(run.sequences, response)
+        verdicts = self._verifying.free_round(run.sequences, response)
         proposals = Proposals(
             {
-                one.sequence_id: Offer(list(one.tokens), ())
+                one.sequence_id: DraftOffer(list(one.tokens), ())
                 for one in response.free.proposals
                 if one.tokens
             }
         )
-        self._time(run, response, judged, proposals)
-        started = run.last_ns or proposals.timing.sent_ns or judged.timing.sent_ns
-        run.last_ns = judged.timing.answered_ns
-        return FreeRound(response.free.step, judged, proposals, started, run.last_ns)
+        self._time(run, response, verdicts, proposals)
+        started = run.last_ns or proposals.timing.sent_ns or verdicts.timing.sent_ns
+        run.last_ns = verdicts.timing.answered_ns
+        return FreeRound(response.free.step, verdicts, proposals, started, run.last_ns)
 
     async def steer(self, run: FreeRun, ks: list[int]) -> None:
         """Changes K where it should, and sees to it that the rounds do not run out."""
@@ -263,7 +263,7 @@ class FreeRunning:
             self._introduction.lost(end.message)
 
     def _time(
-        self, run: FreeRun, response: pb.VerifyResponse, judged: Judged, proposals: Proposals
+        self, run: FreeRun, response: pb.VerifyResponse, verdicts: Verdicts, proposals: Proposals
     ) -> None:
         """The exchanges as the services saw them; they share this host's clock."""
         free, timing = response.free, response.timing
@@ -282,6 +282,6 @@ class FreeRunning:
                 free.draft.service_seconds,
                 free.draft.rows,
             )
-        judged.timing = ServiceTiming(
+        verdicts.timing = ServiceTiming(
             sent, answered, timing.model_seconds, timing.service_seconds, timing.rows
         )

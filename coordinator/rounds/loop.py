@@ -23,7 +23,7 @@ from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import FreeRun
 from outrider.coordinator.rounds.round import Outcome, Pipeline
-from outrider.coordinator.rounds.scheduler import Plan, Scheduler
+from outrider.coordinator.rounds.scheduler import RoundPlan, Scheduler
 from outrider.coordinator.rounds.verifying import Verifying, never_fits
 from outrider.coordinator.services.connection import DraftLink, VerifyLink
 from outrider.coordinator.telemetry.records import (
@@ -163,7 +163,7 @@ class Driver:
         finally:
             self._fail_all(ServiceUnavailable("the coordinator is shutting down"))
 
-    async def _round(self, plan: Plan[Sequence]) -> None:
+    async def _round(self, plan: RoundPlan[Sequence]) -> None:
         started_ns = self._last_ns or self._clock()
         run: FreeRun | None = None
         try:
@@ -248,9 +248,9 @@ class Driver:
     def _homeless_for(sequence: Sequence) -> float:
         """Seconds since a sequence that ran was first refused room after a failure."""
         now = time.monotonic()
-        held = sequence.verify
-        held.full_since = now if held.full_since is None else held.full_since
-        return now - held.full_since
+        state = sequence.verify
+        state.full_since = now if state.full_since is None else state.full_since
+        return now - state.full_since
 
     async def _idle(self) -> None:
         """Nothing can run: tell the services what to free and wait."""
@@ -344,5 +344,5 @@ class Driver:
             self._observer.link(LinkRecord(service, up, self._clock(), reason, sequences))
 
     @staticmethod
-    def _sequences_of(plan: Plan[Sequence]) -> list[Sequence]:
+    def _sequences_of(plan: RoundPlan[Sequence]) -> list[Sequence]:
         return [*plan.decode, *(sequence for sequence, _ in plan.prefill)]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.drafting import Proposals
-from outrider.coordinator.rounds.scheduler import Plan
-from outrider.coordinator.rounds.verifying import Judged
+from outrider.coordinator.rounds.scheduler import RoundPlan
+from outrider.coordinator.rounds.verifying import Verdicts
 from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, SequenceRound
 from outrider.shared.core.errors import OutriderError
 
 
 def round_record(
     number: int,
-    plan: Plan[Sequence],
+    plan: RoundPlan[Sequence],
     ks: list[int],
     proposals: Proposals,
-    judged: Judged,
+    verdicts: Verdicts,
     *,
     traceparent: str,
     started_ns: int,
@@ -25,7 +25,7 @@ def round_record(
 ) -> RoundRecord:
     """The record of a round; to be made before the next one is committed."""
     asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, ks, strict=True)}
-    answered = {one.sequence.sequence_id: (one, verdict) for one, verdict in judged.verdicts}
+    answered = {one.sequence.sequence_id: (one, verdict) for one, verdict in verdicts.given}
     made = []
     for seq in (*plan.decode, *(seq for seq, _ in plan.prefill)):
         key = seq.sequence_id
@@ -52,7 +52,7 @@ def round_record(
                 rollback=proposed - accepted if found is not None else 0,
                 verify_epoch=seq.verify.epoch,
                 draft_epoch=seq.draft.epoch,
-                refused=judged.refusals.get(key, 0),
+                refused=verdicts.refusals.get(key, 0),
             )
         )
     return RoundRecord(
@@ -61,11 +61,11 @@ def round_record(
         started_ns=started_ns,
         finished_ns=finished_ns,
         draft=proposals.timing,
-        verify=judged.timing,
+        verify=verdicts.timing,
         sequences=tuple(made),
         waiting=waiting,
         link=link,
-        lost="verify" if judged.lost else "",
+        lost="verify" if verdicts.lost else "",
     )
 
 

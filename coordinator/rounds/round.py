@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds import recording
-from outrider.coordinator.rounds.choose_k import Lane, Speculation
+from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.drafting import Drafting, Proposals
 from outrider.coordinator.rounds.granted import FreeRound, FreeRun, FreeRunning
-from outrider.coordinator.rounds.scheduler import Plan
-from outrider.coordinator.rounds.verifying import Asked, Judged, Prepared, Verifying
+from outrider.coordinator.rounds.scheduler import RoundPlan
+from outrider.coordinator.rounds.verifying import Prepared, Verdicts, VerifyAsked, Verifying
 from outrider.coordinator.telemetry.records import Observer, RoundRecord, WallClock
 from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
@@ -74,13 +74,13 @@ class Pipeline:
         self._round = 0
         self._reflect: Callable[[], None] | None = None
 
-    def choose(self, plan: Plan[Sequence]) -> list[int]:
+    def choose(self, plan: RoundPlan[Sequence]) -> list[int]:
         """K for each sequence of ``plan.decode``; to be asked once a round."""
         return self._choose(plan.decode)
 
     async def round(
         self,
-        plan: Plan[Sequence],
+        plan: RoundPlan[Sequence],
         ks: list[int],
         started_ns: int,
         meanwhile: Callable[[], None],
@@ -107,16 +107,16 @@ class Pipeline:
             meanwhile()
             await self._drafting.catch_up(self._behind(plan, proposals), traceparent)
 
-        judged = await self._verifying.verify(message[0], proposals.by_id, beside)
+        verdicts = await self._verifying.verify(message[0], proposals.by_id, beside)
         # COMMIT
-        outcome = Outcome(full=judged.full, failed=judged.failed, lost=judged.lost)
-        for asked, verdict in judged.verdicts:
+        outcome = Outcome(full=verdicts.full, failed=verdicts.failed, lost=verdicts.lost)
+        for asked, verdict in verdicts.given:
             self._commit(outcome, asked, verdict, started_ns)
         finished_ns = self._clock()
-        self._account(judged, proposals, started_ns, finished_ns)
+        self._account(verdicts, proposals, started_ns, finished_ns)
 
         def reflect() -> None:
-            self._learn(plan, proposals, judged)
+            self._learn(plan, proposals, verdicts)
             if observer.enabled:
                 self._records(
                     recording.round_record(
@@ -124,7 +124,7 @@ class Pipeline:
                         plan,
                         ks,
                         proposals,
-                        judged,
+                        verdicts,
                         traceparent=traceparent,
                         started_ns=started_ns,
                         finished_ns=finished_ns,
@@ -139,7 +139,7 @@ class Pipeline:
     # --- rounds that the services run by themselves ------------------------------------------
 
     async def grant(
-        self, plan: Plan[Sequence], ks: list[int], wake: Callable[[], None]
+        self, plan: RoundPlan[Sequence], ks: list[int], wake: Callable[[], None]
     ) -> FreeRun | None:
         """Grants rounds where that is possible and nothing else is to be done beside them."""
         if not self._free.possible(plan, ks) or self._must_catch_up(plan):
@@ -155,12 +155,12 @@ class Pipeline:
         done = self._free.take(run)
         if done is None:
             return Outcome(lost=run.lost)
-        judged = done.judged
-        outcome = Outcome(full=judged.full, failed=judged.failed)
-        for asked, verdict in judged.verdicts:
+        verdicts = done.verdicts
+        outcome = Outcome(full=verdicts.full, failed=verdicts.failed)
+        for asked, verdict in verdicts.given:
             self._commit(outcome, asked, verdict, done.started_ns)
-        self._account(judged, done.proposals, done.started_ns, done.finished_ns)
-        self._learn(run.plan, done.proposals, judged)
+        self._account(verdicts, done.proposals, done.started_ns, done.finished_ns)
+        self._learn(run.plan, done.proposals, verdicts)
         self._note(run, done, waiting)
         return outcome
 
@@ -180,7 +180,7 @@ class Pipeline:
                 run.plan,
                 run.ks,
                 done.proposals,
-                done.judged,
+                done.verdicts,
                 traceparent=traceparent,
                 started_ns=done.started_ns,
                 finished_ns=done.finished_ns,
@@ -200,7 +200,7 @@ class Pipeline:
         else:
             await self._free.steer(run, ks)
 
-    def _must_catch_up(self, plan: Plan[Sequence]) -> bool:
+    def _must_catch_up(self, plan: RoundPlan[Sequence]) -> bool:
         """Whether the draft is to take in what it lacks, which messages do beside the rounds."""
         drafting = self._drafting
         return any(
@@ -218,8 +218,8 @@ class Pipeline:
         now = self._clock()
         for step in range(run.steps, begun):
             # Begun and not reported: a service may have made its part of the trace.
-            judged = Judged(lost=run.lost)
-            self._note(run, FreeRound(step, judged, Proposals(), run.last_ns or now, now), 0)
+            verdicts = Verdicts(lost=run.lost)
+            self._note(run, FreeRound(step, verdicts, Proposals(), run.last_ns or now, now), 0)
 
     def reflect(self) -> None:
         """Learns from the last round and makes its record, once; off the critical path.
@@ -241,10 +241,13 @@ class Pipeline:
         else:
             near = set()
         return self._speculation.choose(
-            [Lane(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k) for seq in decode]
+            [
+                Speculable(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k)
+                for seq in decode
+            ]
         )
 
-    def _behind(self, plan: Plan[Sequence], proposals: Proposals) -> list[Sequence]:
+    def _behind(self, plan: RoundPlan[Sequence], proposals: Proposals) -> list[Sequence]:
         """Sequences whose draft may catch up while the verifier works."""
         if not self._drafting.available:
             return []
@@ -260,7 +263,9 @@ class Pipeline:
 
     # --- COMMIT ------------------------------------------------------------------------------
 
-    def _commit(self, outcome: Outcome, asked: Asked, verdict: pb.Verdict, started_ns: int) -> None:
+    def _commit(
+        self, outcome: Outcome, asked: VerifyAsked, verdict: pb.Verdict, started_ns: int
+    ) -> None:
         seq = asked.sequence
         outcome.progressed = True
         if not seq.statistics.admitted_ns:
@@ -289,36 +294,36 @@ class Pipeline:
         if finish is not None:
             outcome.finished.append(seq)
 
-    def _learn(self, plan: Plan[Sequence], proposals: Proposals, judged: Judged) -> None:
+    def _learn(self, plan: RoundPlan[Sequence], proposals: Proposals, verdicts: Verdicts) -> None:
         """Tells the controller how the proposals fared, and what the round took where that says
         something of decoding."""
-        for asked, verdict in judged.verdicts:
+        for asked, verdict in verdicts.given:
             if asked.proposed:
                 asked.sequence.acceptance.observe(len(asked.proposed), verdict.num_accepted)
-        if plan.prefill or judged.lost or not plan.decode or not proposals.clean:
+        if plan.prefill or verdicts.lost or not plan.decode or not proposals.clean:
             return
         self._speculation.observe(
             len(plan.decode),
             max((len(one.tokens) for one in proposals.by_id.values()), default=0),
-            judged.timing.rows,
+            verdicts.timing.rows,
             proposals.timing.seconds,
-            judged.timing.seconds,
+            verdicts.timing.seconds,
         )
 
     def _account(
-        self, judged: Judged, proposals: Proposals, started_ns: int, finished_ns: int
+        self, verdicts: Verdicts, proposals: Proposals, started_ns: int, finished_ns: int
     ) -> None:
         seconds = (finished_ns - started_ns) / 1e9
-        for asked, verdict in judged.verdicts:
+        for asked, verdict in verdicts.given:
             statistics = asked.sequence.statistics
             # The round that wrote the first token belongs to the prefill phase.
             if verdict.HasField("next_token") and statistics.rounds > 1:
                 statistics.spent(
-                    seconds, proposals.timing.model_seconds, judged.timing.model_seconds
+                    seconds, proposals.timing.model_seconds, verdicts.timing.model_seconds
                 )
 
 
-def _request_ids(plan: Plan[Sequence]) -> list[str]:
+def _request_ids(plan: RoundPlan[Sequence]) -> list[str]:
     ids = dict.fromkeys(seq.request.request_id for seq in plan.decode)
     ids.update(dict.fromkeys(seq.request.request_id for seq, _ in plan.prefill))
     return list(ids)

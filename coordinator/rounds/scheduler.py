@@ -36,7 +36,7 @@ SequenceT = TypeVar("SequenceT", bound=Schedulable)
 
 
 @dataclass(slots=True)
-class Plan(Generic[SequenceT]):
+class RoundPlan(Generic[SequenceT]):
     """One round."""
 
     decode: list[SequenceT] = field(default_factory=list)
@@ -129,11 +129,11 @@ class Scheduler(Generic[SequenceT]):
         self._full = False
         return everything
 
-    def plan(self) -> Plan[SequenceT]:
+    def plan(self) -> RoundPlan[SequenceT]:
         """Admits what fits and lays out the next round; an empty plan when nothing can run."""
         while self._waiting and not self._full and len(self._running) < self._max_running:
             self._running[self._waiting.popleft()] = None
-        made: Plan[SequenceT] = Plan()
+        made: RoundPlan[SequenceT] = RoundPlan()
         budget = self._chunk
         for sequence in self._running:
             if not sequence.ready:

@@ -8,8 +8,8 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.drafting import Offer
-from outrider.coordinator.rounds.scheduler import Plan
+from outrider.coordinator.rounds.drafting import DraftOffer
+from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.services.connection import VerifyLink
 from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
@@ -28,7 +28,7 @@ NO_ITEM = pb.VerifyItem()
 
 
 @dataclass(slots=True)
-class Asked:
+class VerifyAsked:
     """One sequence of a verify message."""
 
     sequence: Sequence
@@ -47,15 +47,15 @@ class Prepared:
     """A verify message that lacks only the proposals."""
 
     request: pb.VerifyRequest
-    asked: dict[int, Asked]
+    asked: dict[int, VerifyAsked]
     """By sequence id."""
 
 
 @dataclass(slots=True)
-class Judged:
+class Verdicts:
     """What the verifier did with one round."""
 
-    verdicts: list[tuple[Asked, pb.Verdict]] = field(default_factory=list)
+    given: list[tuple[VerifyAsked, pb.Verdict]] = field(default_factory=list)
     full: list[Sequence] = field(default_factory=list)
     """No room for these now."""
     failed: list[tuple[Sequence, OutriderError]] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Verifying:
         """Whether the verifier runs rounds by itself."""
         return self._link.info is not None and self._link.info.grants
 
-    def prepare(self, plan: Plan[Sequence], traceparent: str = "") -> Prepared:
+    def prepare(self, plan: RoundPlan[Sequence], traceparent: str = "") -> Prepared:
         """Builds the message of a round; there is time for it while the draft works."""
         made = Prepared(pb.VerifyRequest(traceparent=traceparent), {})
         for sequence in plan.decode:
@@ -98,9 +98,9 @@ class Verifying:
     async def verify(
         self,
         prepared: Prepared,
-        offers: dict[int, Offer],
+        offers: dict[int, DraftOffer],
         meanwhile: Callable[[], Awaitable[None]],
-    ) -> Judged:
+    ) -> Verdicts:
         """Sends the round and reads the verdicts; ``meanwhile`` runs while the verifier works."""
         link = self._link
         request, asked = prepared.request, prepared.asked
@@ -111,7 +111,7 @@ class Verifying:
             one.item.proposal.extend(offer.tokens)
             if offer.rows:
                 one.item.rows.extend(offer.rows)
-        judged = Judged()
+        verdicts = Verdicts()
         sent = self._clock()
         try:
             request.round = link.next_number()
@@ -119,25 +119,25 @@ class Verifying:
             await meanwhile()
             response = await future
         except ServiceUnavailable:
-            judged.lost = True
-            return judged
+            verdicts.lost = True
+            return verdicts
         timing = response.timing
-        judged.timing = ServiceTiming(
+        verdicts.timing = ServiceTiming(
             sent, self._clock(), timing.model_seconds, timing.service_seconds, timing.rows
         )
         for verdict in response.verdicts:
             found = asked.get(verdict.sequence_id)
             if found is not None and found.sequence.verify.epoch == verdict.epoch:
-                self._verdict(judged, found, verdict)
+                self._verdict(verdicts, found, verdict)
         for error in response.errors:
             found = asked.get(error.sequence_id)
             if found is not None and found.sequence.verify.epoch == error.epoch:
-                self._refused(judged, found, error)
-        return judged
+                self._refused(verdicts, found, error)
+        return verdicts
 
     async def grant(
         self,
-        plan: Plan[Sequence],
+        plan: RoundPlan[Sequence],
         grant: pb.Grant,
         traceparent: str,
         each: Callable[[pb.VerifyResponse | None], None],
@@ -155,19 +155,19 @@ class Verifying:
         """Changes or ends the grant."""
         await self._link.tell(pb.VerifyRequest(round=self._link.next_number(), change=change))
 
-    def free_round(self, sequences: dict[int, Sequence], response: pb.VerifyResponse) -> Judged:
+    def free_round(self, sequences: dict[int, Sequence], response: pb.VerifyResponse) -> Verdicts:
         """What one round of a grant did to those of ``sequences`` that still run."""
-        judged = Judged()
+        verdicts = Verdicts()
         offered = {one.sequence_id: one for one in response.free.proposals}
         for verdict in response.verdicts:
             asked = _asked(sequences, offered, verdict.sequence_id, verdict.epoch)
             if asked is not None:
-                self._verdict(judged, asked, verdict)
+                self._verdict(verdicts, asked, verdict)
         for error in response.errors:
             asked = _asked(sequences, offered, error.sequence_id, error.epoch)
             if asked is not None:
-                self._refused(judged, asked, error)
-        return judged
+                self._refused(verdicts, asked, error)
+        return verdicts
 
     async def flush(self) -> None:
         """Sends what is to be closed, when no other message will carry it."""
@@ -195,19 +195,19 @@ class Verifying:
     # --- parts of a message ------------------------------------------------------------------
 
     def _append(self, made: Prepared, sequence: Sequence, upto: int) -> None:
-        held = sequence.verify
-        if not held.open:
-            made.request.open.append(write_open(sequence.opening(held)))
+        state = sequence.verify
+        if not state.open:
+            made.request.open.append(write_open(sequence.opening(state)))
         n = len(sequence.log)
-        base = min(held.length, upto - 1)
+        base = min(state.length, upto - 1)
         item = made.request.items.add(
             sequence_id=sequence.sequence_id,
-            epoch=held.epoch,
+            epoch=state.epoch,
             base_len=base,
             append=sequence.log[base:upto],
             extend_only=upto < n,
         )
-        made.asked[sequence.sequence_id] = Asked(sequence, n, upto, upto - base, item)
+        made.asked[sequence.sequence_id] = VerifyAsked(sequence, n, upto, upto - base, item)
 
     def _fill_close(self, request: pb.VerifyRequest) -> None:
         if self._close:
@@ -216,7 +216,7 @@ class Verifying:
 
     # --- answers -----------------------------------------------------------------------------
 
-    def _verdict(self, judged: Judged, one: Asked, verdict: pb.Verdict) -> None:
+    def _verdict(self, verdicts: Verdicts, one: VerifyAsked, verdict: pb.Verdict) -> None:
         """Checks a verdict against what was asked and notes what the verifier now holds."""
         sequence = one.sequence
         accepted = verdict.num_accepted
@@ -225,7 +225,7 @@ class Verifying:
         wanted = one.upto + accepted + chosen
         if verdict.committed_len != wanted or accepted > proposed or chosen != (one.upto == one.n):
             self._give_up(
-                judged,
+                verdicts,
                 sequence,
                 OutriderError(
                     f"the verify service broke the protocol: committed_len "
@@ -237,43 +237,43 @@ class Verifying:
         sequence.verify.length = one.upto + accepted
         sequence.verify.strikes = 0
         sequence.verify.full_since = None
-        judged.verdicts.append((one, verdict))
+        verdicts.given.append((one, verdict))
 
-    def _refused(self, judged: Judged, one: Asked, error: pb.SequenceError) -> None:
+    def _refused(self, verdicts: Verdicts, one: VerifyAsked, error: pb.SequenceError) -> None:
         sequence = one.sequence
-        held = sequence.verify
+        state = sequence.verify
         code = int(error.code)
-        if not held.open:
+        if not state.open:
             return  # an item behind an open that was refused
-        judged.refusals[sequence.sequence_id] = code
+        verdicts.refusals[sequence.sequence_id] = code
         log.debug("verify refused sequence %d: %s", sequence.sequence_id, error.message)
         if code == RefusalCode.NO_CAPACITY:
-            held.lose()
-            judged.full.append(sequence)
+            state.lose()
+            verdicts.full.append(sequence)
             return
         if code == RefusalCode.KV_MISSING:
-            held.length = min(held.length, error.held_len)
+            state.length = min(state.length, error.held_len)
         elif code in (RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH):
-            held.lose()
+            state.lose()
         else:
             message = f"the base model could not go on: {error.message}"
-            self._give_up(judged, sequence, OutriderError(message))
+            self._give_up(verdicts, sequence, OutriderError(message))
             return
-        held.strikes += 1
-        if held.strikes >= MOST_STRIKES:
+        state.strikes += 1
+        if state.strikes >= MOST_STRIKES:
             self._give_up(
-                judged,
+                verdicts,
                 sequence,
                 OutriderError(f"the verify service refuses the sequence: {error.message}"),
             )
 
-    def _give_up(self, judged: Judged, sequence: Sequence, error: OutriderError) -> None:
-        judged.failed.append((sequence, error))
+    def _give_up(self, verdicts: Verdicts, sequence: Sequence, error: OutriderError) -> None:
+        verdicts.failed.append((sequence, error))
 
 
 def _asked(
     sequences: dict[int, Sequence], offered: dict[int, pb.Proposal], key: int, epoch: int
-) -> Asked | None:
+) -> VerifyAsked | None:
     """What a free-running round did for a sequence; None for one that is over."""
     sequence, offer = sequences.get(key), offered.get(key)
     if sequence is None or offer is None or not sequence.verify.open:
@@ -283,7 +283,7 @@ def _asked(
     if sequence.output.finish is not None:
         return None  # over by the client's will: its log stands still, the rounds did not yet
     n = len(sequence.log)
-    return Asked(sequence, n, n, 1 + len(offer.tokens), NO_ITEM, list(offer.tokens))
+    return VerifyAsked(sequence, n, n, 1 + len(offer.tokens), NO_ITEM, list(offer.tokens))
 
 
 def never_fits(sequence: Sequence, arena_tokens: int) -> CapacityError:

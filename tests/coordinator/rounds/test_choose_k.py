@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance
-from outrider.coordinator.rounds.choose_k import Lane, Speculation
+from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.costs import Curve
 
 
@@ -62,7 +62,7 @@ def run(
     ways = [Acceptance(control.acceptance) for _ in range(batch)]
     tokens, seconds, chosen = 0, 0.0, []
     for number in range(rounds):
-        ks = control.choose([Lane(way, 100, fixed) for way in ways])
+        ks = control.choose([Speculable(way, 100, fixed) for way in ways])
         counts = [accepted(rng, k, alpha(number)) for k in ks]
         for way, k, count in zip(ways, ks, counts, strict=True):
             way.observe(k, count)
@@ -146,18 +146,18 @@ def test_speculation_fixed_k_is_kept_and_limits_hold() -> None:
     for _ in range(200):
         ks = control.choose(
             [
-                Lane(way, 100, 5),
-                Lane(way, 2, 5),
-                Lane(way, 0, 5),
-                Lane(way, -1, 3),
-                Lane(way, 3, None),
+                Speculable(way, 100, 5),
+                Speculable(way, 2, 5),
+                Speculable(way, 0, 5),
+                Speculable(way, -1, 3),
+                Speculable(way, 3, None),
             ]
         )
         assert ks[:4] == [5, 2, 0, 0]
         assert 0 <= ks[4] <= 3
         control.observe(5, max(ks), sum(ks) + 5, 1e-3, 5e-3)
     control.max_k = 3  # a service came back with less
-    assert control.choose([Lane(way, 100, 5)]) == [3]
+    assert control.choose([Speculable(way, 100, 5)]) == [3]
 
 
 def test_speculation_plain_requests_never_want_the_draft() -> None:

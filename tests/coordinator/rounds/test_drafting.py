@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.rounds.drafting import Drafting, Granted
+from outrider.coordinator.rounds.drafting import DraftGrant, Drafting
 from outrider.protos import speculation_pb2 as pb
 
 
@@ -35,7 +35,7 @@ def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
             happens(drafting)
 
         answer.add_done_callback(at_once)  # runs before whoever waits for the answer runs on
-        assert await drafting.granted(Granted(answer, {})) == 0
+        assert await drafting.granted(DraftGrant(answer, {})) == 0
         assert given_up == [True]
         assert drafting.available
 

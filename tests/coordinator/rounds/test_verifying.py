@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from outrider.coordinator.requests.sequence import Held
+from outrider.coordinator.requests.sequence import ServiceState
 from outrider.coordinator.requests.text.stopping import Finish, FinishReason
 from outrider.coordinator.rounds.verifying import Verifying
 from outrider.protos import speculation_pb2 as pb
@@ -15,7 +15,7 @@ def sequence() -> Any:
     return SimpleNamespace(
         sequence_id=4,
         log=[7] * 10,
-        verify=Held(open=True, epoch=1, length=9),
+        verify=ServiceState(open=True, epoch=1, length=9),
         output=SimpleNamespace(finish=None),
     )
 
@@ -38,13 +38,13 @@ def test_verifying_takes_reports_one_after_the_other() -> None:
     verifying = Verifying(None)  # type: ignore[arg-type]
     for proposed, accepted in ((4, 2), (4, 0), (0, 0)):
         n = len(own.log)
-        judged = verifying.free_round({4: own}, report(n, proposed, accepted))
-        assert len(judged.verdicts) == 1 and not judged.failed
+        verdicts = verifying.free_round({4: own}, report(n, proposed, accepted))
+        assert len(verdicts.given) == 1 and not verdicts.failed
         own.log += [3] * (accepted + 1)
         assert own.verify.length == n + accepted
     # A report that does not follow is told, and is that sequence's end.
-    judged = verifying.free_round({4: own}, report(len(own.log) + 1, 4, 0))
-    assert not judged.verdicts and len(judged.failed) == 1
+    verdicts = verifying.free_round({4: own}, report(len(own.log) + 1, 4, 0))
+    assert not verdicts.given and len(verdicts.failed) == 1
 
 
 def test_verifying_passes_over_rounds_of_a_sequence_that_is_over_by_the_clients_will() -> None:
@@ -53,5 +53,5 @@ def test_verifying_passes_over_rounds_of_a_sequence_that_is_over_by_the_clients_
     own.output.finish = Finish(FinishReason.DEADLINE)
     # The grant goes on for a round or two: the log does not, so the later ones can't follow it.
     for committed_len in (10, 12, 13):
-        judged = verifying.free_round({4: own}, report(committed_len, 4, 1))
-        assert not judged.verdicts and not judged.failed
+        verdicts = verifying.free_round({4: own}, report(committed_len, 4, 1))
+        assert not verdicts.given and not verdicts.failed
