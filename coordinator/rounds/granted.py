@@ -1,4 +1,4 @@
-"""Free-running rounds: the services run by themselves, and this follows them.
+"""Granted rounds: the services run by themselves, and this follows them.
 
 A grant gives both services the same sequences. They hand proposals and verdicts to each other
 through the mailbox, and the verifier reports each round over its stream, so the token log is
@@ -19,14 +19,14 @@ from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.drafting import DraftGrant, Drafting, DraftOffer, Proposals
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Verdicts, Verifying
-from outrider.coordinator.services.mailbox_setup import Introduction
+from outrider.coordinator.services.mailbox_setup import MailboxSetup
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import ServiceUnavailable
 
 
 @dataclass(slots=True)
-class FreeRun:
+class GrantRun:
     """One grant that runs."""
 
     grant: pb.Grant
@@ -66,7 +66,7 @@ class FreeRun:
 
 
 @dataclass(slots=True)
-class FreeRound:
+class GrantedRound:
     """One round of a grant, as a round of the coordinator's own would be."""
 
     step: int
@@ -76,14 +76,14 @@ class FreeRound:
     finished_ns: int
 
 
-class FreeRunning:
+class GrantedRounds:
     """Grants rounds and reads the reports."""
 
     def __init__(
         self,
         drafting: Drafting,
         verifying: Verifying,
-        introduction: Introduction,
+        mailbox_setup: MailboxSetup,
         *,
         clock: WallClock,
         rounds: int,
@@ -92,7 +92,7 @@ class FreeRunning:
         """``rounds``: how many are granted at a time; 0: none ever."""
         self._drafting = drafting
         self._verifying = verifying
-        self._introduction = introduction
+        self._mailbox_setup = mailbox_setup
         self._clock = clock
         self._rounds = rounds
         self._patience = draft_patience
@@ -106,7 +106,7 @@ class FreeRunning:
             return False
         drafted = [seq for seq, k in zip(plan.decode, ks, strict=True) if k]
         return not drafted or (
-            self._introduction.mailbox != 0
+            self._mailbox_setup.mailbox != 0
             and self._drafting.available
             and not any(self._drafting.lacking(seq) for seq in drafted)
             and self._fits(len(plan.decode), max(ks), drafted)
@@ -114,12 +114,12 @@ class FreeRunning:
 
     async def start(
         self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str, wake: Callable[[], None]
-    ) -> FreeRun | None:
+    ) -> GrantRun | None:
         """Grants rounds; ``wake`` is called with each report. None where a service is away."""
         wanted = [(seq, k) for seq, k in zip(plan.decode, ks, strict=True) if k]
         grant = pb.Grant(
             id=next(self._ids),
-            mailbox=self._introduction.mailbox if wanted else 0,
+            mailbox=self._mailbox_setup.mailbox if wanted else 0,
             rounds=self._rounds,
             patience_seconds=self._patience,
             sequences=[
@@ -130,11 +130,11 @@ class FreeRunning:
                 )
                 for seq, k in zip(plan.decode, ks, strict=True)
             ],
-            on_device=self._introduction.on_device
+            on_device=self._mailbox_setup.on_device
             and all(ks)
             and not any(seq.by_host for seq in plan.decode),
         )
-        run = FreeRun(grant, plan, list(ks), traceparent, None, wake, left=self._rounds)
+        run = GrantRun(grant, plan, list(ks), traceparent, None, wake, left=self._rounds)
         run.sequences = {seq.sequence_id: seq for seq in plan.decode}
         try:
             if wanted:
@@ -147,13 +147,13 @@ class FreeRunning:
         return run
 
     @staticmethod
-    def link(run: FreeRun) -> str:
+    def link(run: GrantRun) -> str:
         """How the grant's proposals travel."""
         if run.drafted is None:
             return "grpc"
         return "cuda-ipc" if run.grant.on_device else "shm"
 
-    def take(self, run: FreeRun) -> FreeRound | None:
+    def take(self, run: GrantRun) -> GrantedRound | None:
         """The next round that was reported; None where the report held none, or there is none."""
         response = run.reports.popleft()
         if response is None:
@@ -168,7 +168,7 @@ class FreeRunning:
         run.steps += 1
         if run.drafted is not None:
             self._drafting.touch()
-        verdicts = self._verifying.free_round(run.sequences, response)
+        verdicts = self._verifying.granted_round(run.sequences, response)
         proposals = Proposals(
             {
                 one.sequence_id: DraftOffer(list(one.tokens), ())
@@ -179,9 +179,9 @@ class FreeRunning:
         self._time(run, response, verdicts, proposals)
         started = run.last_ns or proposals.timing.sent_ns or verdicts.timing.sent_ns
         run.last_ns = verdicts.timing.answered_ns
-        return FreeRound(response.free.step, verdicts, proposals, started, run.last_ns)
+        return GrantedRound(response.free.step, verdicts, proposals, started, run.last_ns)
 
-    async def steer(self, run: FreeRun, ks: list[int]) -> None:
+    async def steer(self, run: GrantRun, ks: list[int]) -> None:
         """Changes K where it should, and sees to it that the rounds do not run out."""
         if run.over or run.revoked:
             return
@@ -200,13 +200,13 @@ class FreeRunning:
                 pb.GrantChange(id=run.grant.id, rounds=self._rounds, ks=run.ks if changed else ())
             )
 
-    async def revoke(self, run: FreeRun) -> None:
+    async def revoke(self, run: GrantRun) -> None:
         """Ends the grant after the round that runs."""
         if not (run.over or run.revoked):
             run.revoked = True
             await self._verifying.change(pb.GrantChange(id=run.grant.id))
 
-    async def finish(self, run: FreeRun) -> int:
+    async def finish(self, run: GrantRun) -> int:
         """The verifier is done with the grant, or lost: sees to the draft.
 
         Returns the rounds that were begun, which may be more than were reported.
@@ -226,7 +226,7 @@ class FreeRunning:
     # --- parts -----------------------------------------------------------------------------------
 
     def _fits(self, sequences: int, k: int, drafted: list[Sequence]) -> bool:
-        limits = self._introduction.limits
+        limits = self._mailbox_setup.limits
         return (
             sequences <= limits.max_sequences
             and k <= limits.max_k
@@ -248,22 +248,22 @@ class FreeRunning:
             mine.sequences.extend(grant.sequences)
         return mine
 
-    async def _abandon(self, run: FreeRun) -> None:
+    async def _abandon(self, run: GrantRun) -> None:
         """No verifier will tell the draft of the end."""
         if run.drafted is not None:
             await self._drafting.change(pb.GrantChange(id=run.grant.id))
 
-    def _note_end(self, run: FreeRun, end: pb.GrantEnd) -> None:
+    def _note_end(self, run: GrantRun, end: pb.GrantEnd) -> None:
         run.failed = end.reason in (pb.GRANT_END_REASON_PEER, pb.GRANT_END_REASON_LATE)
         # Late word of a mailbox that has been replaced says nothing of the new one.
         if (
             end.reason == pb.GRANT_END_REASON_PEER
-            and run.grant.mailbox == self._introduction.mailbox
+            and run.grant.mailbox == self._mailbox_setup.mailbox
         ):
-            self._introduction.lost(end.message)
+            self._mailbox_setup.lost(end.message)
 
     def _time(
-        self, run: FreeRun, response: pb.VerifyResponse, verdicts: Verdicts, proposals: Proposals
+        self, run: GrantRun, response: pb.VerifyResponse, verdicts: Verdicts, proposals: Proposals
     ) -> None:
         """The exchanges as the services saw them; they share this host's clock."""
         free, timing = response.free, response.timing

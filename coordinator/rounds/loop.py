@@ -21,7 +21,7 @@ from outrider.coordinator.requests.validation import GenerationRequest
 from outrider.coordinator.rounds import recording
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
-from outrider.coordinator.rounds.granted import FreeRun
+from outrider.coordinator.rounds.granted import GrantRun
 from outrider.coordinator.rounds.round import Outcome, Pipeline
 from outrider.coordinator.rounds.scheduler import RoundPlan, Scheduler
 from outrider.coordinator.rounds.verifying import Verifying, never_fits
@@ -165,7 +165,7 @@ class Driver:
 
     async def _round(self, plan: RoundPlan[Sequence]) -> None:
         started_ns = self._last_ns or self._clock()
-        run: FreeRun | None = None
+        run: GrantRun | None = None
         try:
             ks = self._pipeline.choose(plan)
             if len(plan.decode) == self._scheduler.admitted:
@@ -193,14 +193,14 @@ class Driver:
             self._last_ns = 0
             await asyncio.sleep(RETRY_SECONDS if outcome.full else 0)
 
-    async def _follow(self, run: FreeRun) -> None:
+    async def _follow(self, run: GrantRun) -> None:
         """Takes in the rounds that the services run by themselves, until they end."""
         while not run.over:
             await self._wake.wait()
             self._wake.clear()
             ended = False
             while run.reports:
-                outcome = self._pipeline.free_round(run, self._scheduler.waiting)
+                outcome = self._pipeline.take_report(run, self._scheduler.waiting)
                 self._settle(outcome)
                 ended = ended or bool(outcome.finished or outcome.failed or outcome.full)
             if ended or self._ended or self._regrant or self._scheduler.admits:
@@ -211,7 +211,7 @@ class Driver:
         await self._pipeline.finish(run)
         self._last_ns = self._clock()
 
-    async def _end(self, run: FreeRun) -> None:
+    async def _end(self, run: GrantRun) -> None:
         """Ends rounds of which nothing is wanted any more."""
         await self._pipeline.revoke(run)
         while not run.over:

@@ -20,7 +20,7 @@ from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds import recording
 from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.drafting import Drafting, Proposals
-from outrider.coordinator.rounds.granted import FreeRound, FreeRun, FreeRunning
+from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Prepared, Verdicts, VerifyAsked, Verifying
 from outrider.coordinator.telemetry.records import Observer, RoundRecord, WallClock
@@ -57,7 +57,7 @@ class Pipeline:
         drafting: Drafting,
         verifying: Verifying,
         speculation: Speculation,
-        free: FreeRunning,
+        granted: GrantedRounds,
         *,
         observer: Observer,
         clock: WallClock,
@@ -67,7 +67,7 @@ class Pipeline:
         self._drafting = drafting
         self._verifying = verifying
         self._speculation = speculation
-        self._free = free
+        self._granted = granted
         self._observer = observer
         self._clock = clock
         self._records = records
@@ -140,19 +140,19 @@ class Pipeline:
 
     async def grant(
         self, plan: RoundPlan[Sequence], ks: list[int], wake: Callable[[], None]
-    ) -> FreeRun | None:
+    ) -> GrantRun | None:
         """Grants rounds where that is possible and nothing else is to be done beside them."""
-        if not self._free.possible(plan, ks) or self._must_catch_up(plan):
+        if not self._granted.possible(plan, ks) or self._must_catch_up(plan):
             return None
         self.reflect()
         traceparent = ""
         if self._observer.enabled:
             traceparent = self._observer.traceparent(self._round + 1, _request_ids(plan))
-        return await self._free.start(plan, ks, traceparent, wake)
+        return await self._granted.start(plan, ks, traceparent, wake)
 
-    def free_round(self, run: FreeRun, waiting: int) -> Outcome:
+    def take_report(self, run: GrantRun, waiting: int) -> Outcome:
         """Commits what the next report of ``run`` tells."""
-        done = self._free.take(run)
+        done = self._granted.take(run)
         if done is None:
             return Outcome(lost=run.lost)
         verdicts = done.verdicts
@@ -164,8 +164,8 @@ class Pipeline:
         self._note(run, done, waiting)
         return outcome
 
-    def _note(self, run: FreeRun, done: FreeRound, waiting: int) -> None:
-        """Makes the record of one free-running round."""
+    def _note(self, run: GrantRun, done: GrantedRound, waiting: int) -> None:
+        """Makes the record of one granted round."""
         self._round += 1
         number, observer = self._round, self._observer
         if not observer.enabled:
@@ -185,20 +185,20 @@ class Pipeline:
                 started_ns=done.started_ns,
                 finished_ns=done.finished_ns,
                 waiting=waiting,
-                link=self._free.link(run),
+                link=self._granted.link(run),
             )
         )
 
-    async def steer(self, run: FreeRun) -> None:
+    async def steer(self, run: GrantRun) -> None:
         """Has the rounds of ``run`` go on as they should, or end."""
         plan = run.plan
         if run.over or run.revoked:
             return
         ks = self._choose(plan.decode)
         if self._must_catch_up(plan):
-            await self._free.revoke(run)
+            await self._granted.revoke(run)
         else:
-            await self._free.steer(run, ks)
+            await self._granted.steer(run, ks)
 
     def _must_catch_up(self, plan: RoundPlan[Sequence]) -> bool:
         """Whether the draft is to take in what it lacks, which messages do beside the rounds."""
@@ -208,18 +208,18 @@ class Pipeline:
             for seq in self._behind(plan, Proposals())
         )
 
-    async def revoke(self, run: FreeRun) -> None:
+    async def revoke(self, run: GrantRun) -> None:
         """Ends ``run`` after the round that it is in."""
-        await self._free.revoke(run)
+        await self._granted.revoke(run)
 
-    async def finish(self, run: FreeRun) -> None:
+    async def finish(self, run: GrantRun) -> None:
         """The verifier has ended ``run``, or is lost."""
-        begun = await self._free.finish(run)
+        begun = await self._granted.finish(run)
         now = self._clock()
         for step in range(run.steps, begun):
             # Begun and not reported: a service may have made its part of the trace.
             verdicts = Verdicts(lost=run.lost)
-            self._note(run, FreeRound(step, verdicts, Proposals(), run.last_ns or now, now), 0)
+            self._note(run, GrantedRound(step, verdicts, Proposals(), run.last_ns or now, now), 0)
 
     def reflect(self) -> None:
         """Learns from the last round and makes its record, once; off the critical path.

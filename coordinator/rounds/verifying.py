@@ -155,7 +155,9 @@ class Verifying:
         """Changes or ends the grant."""
         await self._link.tell(pb.VerifyRequest(round=self._link.next_number(), change=change))
 
-    def free_round(self, sequences: dict[int, Sequence], response: pb.VerifyResponse) -> Verdicts:
+    def granted_round(
+        self, sequences: dict[int, Sequence], response: pb.VerifyResponse
+    ) -> Verdicts:
         """What one round of a grant did to those of ``sequences`` that still run."""
         verdicts = Verdicts()
         offered = {one.sequence_id: one for one in response.free.proposals}
@@ -274,7 +276,7 @@ class Verifying:
 def _asked(
     sequences: dict[int, Sequence], offered: dict[int, pb.Proposal], key: int, epoch: int
 ) -> VerifyAsked | None:
-    """What a free-running round did for a sequence; None for one that is over."""
+    """What a granted round did for a sequence; None for one that is over."""
     sequence, offer = sequences.get(key), offered.get(key)
     if sequence is None or offer is None or not sequence.verify.open:
         return None

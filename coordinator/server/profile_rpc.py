@@ -42,7 +42,7 @@ async def answer(runtime: Any, request_id: str) -> pb.ProfileResponse:
         raise UnknownRequest(f"request_id: got {request_id!r}, which is not a recent request")
     response = _response(kept)
     response.coordinator_resident_bytes = resident_bytes()
-    response.link = runtime.introduction.link
+    response.link = runtime.mailbox_setup.link
     response.base.CopyFrom(await _service(runtime.verify_link))
     if runtime.draft_link is not None and runtime.draft_link.info is not None:
         response.draft.CopyFrom(await _service(runtime.draft_link))

@@ -14,13 +14,13 @@ from outrider.coordinator.requests.text.tokenizer import Tokenizer, load
 from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
-from outrider.coordinator.rounds.granted import FreeRunning
+from outrider.coordinator.rounds.granted import GrantedRounds
 from outrider.coordinator.rounds.loop import Driver
 from outrider.coordinator.rounds.round import Pipeline
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying
 from outrider.coordinator.services.connection import DraftLink, Endpoint, Link, VerifyLink
-from outrider.coordinator.services.mailbox_setup import Introduction
+from outrider.coordinator.services.mailbox_setup import MailboxSetup
 from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRecord, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos.generation_pb2 import ModelDescription
@@ -41,7 +41,7 @@ class Runtime:
         config: CoordinatorConfig,
         *,
         driver: Driver,
-        introduction: Introduction,
+        mailbox_setup: MailboxSetup,
         verify_link: VerifyLink,
         draft_link: DraftLink | None,
         tokenizer: Tokenizer | None,
@@ -51,7 +51,7 @@ class Runtime:
     ) -> None:
         self.config = config
         self.driver = driver
-        self.introduction = introduction
+        self.mailbox_setup = mailbox_setup
         self.verify_link = verify_link
         self.draft_link = draft_link
         self.tokenizer = tokenizer
@@ -104,12 +104,12 @@ async def running(
 
     def verify_changed(up: bool, reason: str) -> None:
         if driver is not None:
-            introduction.changed()
+            mailbox_setup.changed()
             driver.verify_changed(up, reason)
 
     def draft_changed(up: bool, reason: str) -> None:
         if driver is not None:
-            introduction.changed()
+            mailbox_setup.changed()
             driver.draft_changed(up, reason)
 
     def check_verify(info: pb.ServiceInfoResponse) -> None:
@@ -132,7 +132,7 @@ async def running(
             check=check_draft,
             changed=draft_changed,
         )
-    introduction = Introduction(config, verify_link, draft_link)
+    mailbox_setup = MailboxSetup(config, verify_link, draft_link)
     try:
         async with asyncio.TaskGroup() as tasks:
             # Cancelled one by one at the end, so that leaving the block is not an error.
@@ -144,7 +144,7 @@ async def running(
                     background.append(tasks.create_task(draft_link.run(), name="draft link"))
                     progress("connecting to the draft model")
                     await _draft_reached(draft_link, config.draft_start_seconds)
-                    await introduction.first()
+                    await mailbox_setup.first()
                 assert verify_link.info is not None
                 progress("loading the tokenizer")
                 tokenizer = await asyncio.to_thread(
@@ -159,10 +159,10 @@ async def running(
                     vocab_size=verify_link.info.model.vocab_size,
                 )
                 verifying = Verifying(verify_link)
-                free = FreeRunning(
+                granted = GrantedRounds(
                     drafting,
                     verifying,
-                    introduction,
+                    mailbox_setup,
                     clock=clock,
                     rounds=config.free_rounds,
                     draft_patience=config.draft_patience_seconds,
@@ -177,7 +177,7 @@ async def running(
                         drafting,
                         verifying,
                         speculation,
-                        free,
+                        granted,
                         observer=observer,
                         clock=clock,
                         records=records.append,
@@ -194,12 +194,12 @@ async def running(
                     records=records,
                 )
                 driver.limit_k()
-                background.append(tasks.create_task(introduction.run(), name="introduction"))
+                background.append(tasks.create_task(mailbox_setup.run(), name="mailbox setup"))
                 background.append(tasks.create_task(driver.run(), name="rounds"))
                 yield Runtime(
                     config,
                     driver=driver,
-                    introduction=introduction,
+                    mailbox_setup=mailbox_setup,
                     verify_link=verify_link,
                     draft_link=draft_link,
                     tokenizer=tokenizer,

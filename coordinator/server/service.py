@@ -87,8 +87,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             default_max_new_tokens=limits.default_max_new_tokens,
             running=coordinator.driver.running,
             waiting=coordinator.driver.waiting,
-            link=coordinator.introduction.link,
-            link_reason=coordinator.introduction.reason,
+            link=coordinator.mailbox_setup.link,
+            link_reason=coordinator.mailbox_setup.reason,
         )
         if len(services) > 1:
             response.draft.CopyFrom(services[1].model)

@@ -23,7 +23,7 @@ STEADY_SECONDS = 10.0
 """A mailbox that was lost sooner is not arranged again as readily."""
 
 
-class Introduction:
+class MailboxSetup:
     """Keeps a mailbox open between the services while both are there, if one is wanted."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Introduction:
 
     async def first(self) -> None:
         """Tries once; raises ``ConfigError`` where the link was asked for by name and failed."""
-        await self._introduce()
+        await self._set_up()
         wanted = self._wanted in ("shm", "cuda-ipc")
         if wanted and self._both_up and self.link != self._wanted:
             raise ConfigError(f"link = {self._wanted!r} can't be had: {self.reason}")
@@ -83,7 +83,7 @@ class Introduction:
                 pause = FIRST_PAUSE
             while not self.mailbox and self._both_up and self._possible():
                 await asyncio.sleep(pause)
-                await self._introduce()
+                await self._set_up()
                 pause = min(2 * pause, LAST_PAUSE)
 
     @property
@@ -115,7 +115,7 @@ class Introduction:
                 return False
         return True
 
-    async def _introduce(self) -> None:
+    async def _set_up(self) -> None:
         draft = self._draft_link
         if self.mailbox or draft is None or not self._both_up or not self._possible():
             return

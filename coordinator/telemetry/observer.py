@@ -112,7 +112,7 @@ class TelemetryObserver:
             log.exception("telemetry failed")
 
     def _link(self) -> str:
-        return "grpc" if self._runtime is None else str(self._runtime.introduction.link)
+        return "grpc" if self._runtime is None else str(self._runtime.mailbox_setup.link)
 
     def _now(self) -> Now:
         runtime = self._runtime

@@ -38,7 +38,7 @@ class Inside(NoObserver):
 
     @property
     def mailbox(self) -> int:
-        return int(self.runtime.introduction.mailbox)
+        return int(self.runtime.mailbox_setup.mailbox)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -200,7 +200,7 @@ def test_free_running_mailbox_that_nobody_knows_is_replaced(
 
     async def run() -> None:
         async with client_of(base, draft, inside, link="shm") as client:
-            inside.runtime.introduction.mailbox = 77
+            inside.runtime.mailbox_setup.mailbox = 77
             assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
             info = await client.info()
             assert (info.link, info.link_reason) == ("grpc", "mailbox 77 is not mapped here")

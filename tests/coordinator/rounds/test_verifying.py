@@ -38,12 +38,12 @@ def test_verifying_takes_reports_one_after_the_other() -> None:
     verifying = Verifying(None)  # type: ignore[arg-type]
     for proposed, accepted in ((4, 2), (4, 0), (0, 0)):
         n = len(own.log)
-        verdicts = verifying.free_round({4: own}, report(n, proposed, accepted))
+        verdicts = verifying.granted_round({4: own}, report(n, proposed, accepted))
         assert len(verdicts.given) == 1 and not verdicts.failed
         own.log += [3] * (accepted + 1)
         assert own.verify.length == n + accepted
     # A report that does not follow is told, and is that sequence's end.
-    verdicts = verifying.free_round({4: own}, report(len(own.log) + 1, 4, 0))
+    verdicts = verifying.granted_round({4: own}, report(len(own.log) + 1, 4, 0))
     assert not verdicts.given and len(verdicts.failed) == 1
 
 
@@ -53,5 +53,5 @@ def test_verifying_passes_over_rounds_of_a_sequence_that_is_over_by_the_clients_
     own.output.finish = Finish(FinishReason.DEADLINE)
     # The grant goes on for a round or two: the log does not, so the later ones can't follow it.
     for committed_len in (10, 12, 13):
-        verdicts = verifying.free_round({4: own}, report(committed_len, 4, 1))
+        verdicts = verifying.granted_round({4: own}, report(committed_len, 4, 1))
         assert not verdicts.given and not verdicts.failed
