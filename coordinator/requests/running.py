@@ -16,7 +16,7 @@ from outrider.protos import generation_pb2 as pb
 
 
 class Job:
-    """The samples of one request. The driver ends them, the client's call drains them."""
+    """The samples of one request. The round loop ends them, the client's call drains them."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Job:
             sample.output.end(finish)
 
     def close(self, sample: Sequence) -> None:
-        """The driver is done with a sample: its statistics are final."""
+        """The round loop is done with a sample: its statistics are final."""
         self._over.add(sample.sample_index)
         self.changed.set()
 

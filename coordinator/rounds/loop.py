@@ -22,7 +22,7 @@ from outrider.coordinator.rounds import recording
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantRun
-from outrider.coordinator.rounds.round import Outcome, Pipeline
+from outrider.coordinator.rounds.round import Outcome, RoundRunner
 from outrider.coordinator.rounds.scheduler import RoundPlan, Scheduler
 from outrider.coordinator.rounds.verifying import Verifying, never_fits
 from outrider.coordinator.services.connection import DraftLink, VerifyLink
@@ -41,14 +41,14 @@ RETRY_SECONDS = 0.05
 """Pause before room is asked for again that nobody here can free."""
 
 
-class Driver:
+class RoundLoop:
     """Runs all requests over the links."""
 
     def __init__(
         self,
         *,
         scheduler: Scheduler[Sequence],
-        pipeline: Pipeline,
+        rounds: RoundRunner,
         drafting: Drafting,
         verifying: Verifying,
         speculation: Speculation,
@@ -62,10 +62,10 @@ class Driver:
     ) -> None:
         """``patience``: seconds that requests wait for a verifier that is away.
 
-        ``records`` is where the pipeline leaves the records of rounds.
+        ``records`` is where ``rounds`` leaves what is to be told of each.
         """
         self._scheduler = scheduler
-        self._pipeline = pipeline
+        self._rounds = rounds
         self._drafting = drafting
         self._verifying = verifying
         self._speculation = speculation
@@ -167,14 +167,14 @@ class Driver:
         started_ns = self._last_ns or self._clock()
         run: GrantRun | None = None
         try:
-            ks = self._pipeline.choose(plan)
+            ks = self._rounds.choose(plan)
             if len(plan.decode) == self._scheduler.admitted:
                 self._regrant = False
-                run = await self._pipeline.grant(plan, ks, self._wake.set)
+                run = await self._rounds.grant(plan, ks, self._wake.set)
             if run is not None:
                 await self._follow(run)
                 return
-            outcome = await self._pipeline.round(
+            outcome = await self._rounds.round(
                 plan, ks, started_ns, self._hand_over, self._scheduler.waiting
             )
         except Exception as error:
@@ -200,25 +200,25 @@ class Driver:
             self._wake.clear()
             ended = False
             while run.reports:
-                outcome = self._pipeline.take_report(run, self._scheduler.waiting)
+                outcome = self._rounds.take_report(run, self._scheduler.waiting)
                 self._settle(outcome)
                 ended = ended or bool(outcome.finished or outcome.failed or outcome.full)
             if ended or self._ended or self._regrant or self._scheduler.admits:
-                await self._pipeline.revoke(run)
+                await self._rounds.revoke(run)
             else:
-                await self._pipeline.steer(run)
+                await self._rounds.steer(run)
             self._hand_over()
-        await self._pipeline.finish(run)
+        await self._rounds.finish(run)
         self._last_ns = self._clock()
 
     async def _end(self, run: GrantRun) -> None:
         """Ends rounds of which nothing is wanted any more."""
-        await self._pipeline.revoke(run)
+        await self._rounds.revoke(run)
         while not run.over:
             await self._wake.wait()
             self._wake.clear()
             run.drop()
-        await self._pipeline.finish(run)
+        await self._rounds.finish(run)
 
     def _settle(self, outcome: Outcome) -> None:
         for sequence in outcome.admitted:
@@ -333,7 +333,7 @@ class Driver:
 
     def _hand_over(self) -> None:
         """Gives records to the observer; called while the verifier works, or nobody does."""
-        self._pipeline.reflect()
+        self._rounds.reflect()
         while self._records:
             self._observer.round(self._records.popleft())
         while self._ends:

@@ -38,7 +38,7 @@ BASE = public.TOKEN_ORIGIN_BASE
 
 @dataclass(slots=True)
 class Outcome:
-    """What a round leaves for the driver to do."""
+    """What a round leaves for the loop to do."""
 
     finished: list[Sequence] = field(default_factory=list)
     full: list[Sequence] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Outcome:
     lost: bool = False
 
 
-class Pipeline:
+class RoundRunner:
     """Runs rounds over the two services."""
 
     def __init__(
@@ -224,7 +224,7 @@ class Pipeline:
     def reflect(self) -> None:
         """Learns from the last round and makes its record, once; off the critical path.
 
-        The next round does it while the verifier works, the driver when there is none.
+        The next round does it while the verifier works, the loop when there is none.
         """
         if self._reflect is not None:
             reflect, self._reflect = self._reflect, None

@@ -15,8 +15,8 @@ from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRounds
-from outrider.coordinator.rounds.loop import Driver
-from outrider.coordinator.rounds.round import Pipeline
+from outrider.coordinator.rounds.loop import RoundLoop
+from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying
 from outrider.coordinator.services.connection import DraftLink, Endpoint, Link, VerifyLink
@@ -40,7 +40,7 @@ class Runtime:
         self,
         config: CoordinatorConfig,
         *,
-        driver: Driver,
+        loop: RoundLoop,
         mailbox_setup: MailboxSetup,
         verify_link: VerifyLink,
         draft_link: DraftLink | None,
@@ -50,7 +50,7 @@ class Runtime:
         observer: Observer,
     ) -> None:
         self.config = config
-        self.driver = driver
+        self.loop = loop
         self.mailbox_setup = mailbox_setup
         self.verify_link = verify_link
         self.draft_link = draft_link
@@ -100,17 +100,17 @@ async def running(
     """
     observer = NoObserver() if observer is None else observer
     clock = WallClock()
-    driver: Driver | None = None
+    loop: RoundLoop | None = None
 
     def verify_changed(up: bool, reason: str) -> None:
-        if driver is not None:
+        if loop is not None:
             mailbox_setup.changed()
-            driver.verify_changed(up, reason)
+            loop.verify_changed(up, reason)
 
     def draft_changed(up: bool, reason: str) -> None:
-        if driver is not None:
+        if loop is not None:
             mailbox_setup.changed()
-            driver.draft_changed(up, reason)
+            loop.draft_changed(up, reason)
 
     def check_verify(info: pb.ServiceInfoResponse) -> None:
         if verify_link.info is not None:
@@ -167,13 +167,13 @@ async def running(
                     rounds=config.free_rounds,
                     draft_patience=config.draft_patience_seconds,
                 )
-                driver = Driver(
+                loop = RoundLoop(
                     scheduler=Scheduler[Sequence](
                         max_running=config.max_running,
                         max_waiting=config.max_waiting,
                         prefill_chunk=config.prefill_chunk,
                     ),
-                    pipeline=Pipeline(
+                    rounds=RoundRunner(
                         drafting,
                         verifying,
                         speculation,
@@ -193,12 +193,12 @@ async def running(
                     patience=config.verify_patience_seconds,
                     records=records,
                 )
-                driver.limit_k()
+                loop.limit_k()
                 background.append(tasks.create_task(mailbox_setup.run(), name="mailbox setup"))
-                background.append(tasks.create_task(driver.run(), name="rounds"))
+                background.append(tasks.create_task(loop.run(), name="rounds"))
                 yield Runtime(
                     config,
-                    driver=driver,
+                    loop=loop,
                     mailbox_setup=mailbox_setup,
                     verify_link=verify_link,
                     draft_link=draft_link,

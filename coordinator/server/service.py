@@ -48,8 +48,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         checked = await self._validate(request, _traceparent(context))
         if self._runtime.observer.follows:
             self._runtime.observer.request_started(checked.request_id, checked.traceparent)
-        driver = self._runtime.driver
-        job = driver.submit(checked, arrived_ns)
+        loop = self._runtime.loop
+        job = loop.submit(checked, arrived_ns)
         deadline = self._arm_deadline(job, context)
         try:
             while not job.done:
@@ -59,7 +59,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
                     await context.write(message)
                 if job.error is not None:
                     raise job.error
-                pace = min(WRITE_SECONDS * driver.running, MOST_PACE)
+                pace = min(WRITE_SECONDS * loop.running, MOST_PACE)
                 if pace > LEAST_PACE and not job.done:
                     await asyncio.sleep(pace)  # what comes meanwhile is sent as one delta
         finally:
@@ -67,7 +67,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             # round.
             if deadline is not None:
                 deadline.cancel()
-            driver.end(job, FinishReason.CANCELLED)
+            loop.end(job, FinishReason.CANCELLED)
         if _past_deadline(job):
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline passed")
 
@@ -85,8 +85,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             default_k=coordinator.speculation.k if limits.default_k is None else limits.default_k,
             max_k=limits.max_k,
             default_max_new_tokens=limits.default_max_new_tokens,
-            running=coordinator.driver.running,
-            waiting=coordinator.driver.waiting,
+            running=coordinator.loop.running,
+            waiting=coordinator.loop.waiting,
             link=coordinator.mailbox_setup.link,
             link_reason=coordinator.mailbox_setup.reason,
         )
@@ -116,7 +116,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             return None
         margin = min(0.05, 0.1 * remaining)
         return asyncio.get_running_loop().call_later(
-            max(0.0, remaining - margin), self._runtime.driver.end, job, FinishReason.DEADLINE
+            max(0.0, remaining - margin), self._runtime.loop.end, job, FinishReason.DEADLINE
         )
 
 

@@ -119,8 +119,8 @@ class TelemetryObserver:
         if runtime is None:
             return Now()
         return Now(
-            running=runtime.driver.running,
-            waiting=runtime.driver.waiting,
+            running=runtime.loop.running,
+            waiting=runtime.loop.waiting,
             link=self._link(),
             model=model_name(runtime.base.model.name),
             ceiling=self._ceiling,
