@@ -15,7 +15,7 @@ from typing import Any
 
 from outrider.coordinator.requests.sequence import Sequence as Seq
 from outrider.coordinator.requests.sequence import ServiceState
-from outrider.coordinator.services.connection import DraftLink
+from outrider.coordinator.services.connection import DraftConnection
 from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import RefusalCode, ServiceUnavailable
@@ -67,10 +67,10 @@ class Drafting:
     """Talks to the draft service."""
 
     def __init__(
-        self, link: DraftLink | None, *, chunk: int, patience: float, vocab_size: int
+        self, connection: DraftConnection | None, *, chunk: int, patience: float, vocab_size: int
     ) -> None:
         """``chunk``: rows taken in per message; ``patience``: seconds to wait for proposals."""
-        self._link = link
+        self._connection = connection
         self._chunk = chunk
         self._patience = patience
         self._vocab_size = vocab_size
@@ -82,7 +82,7 @@ class Drafting:
     @property
     def available(self) -> bool:
         """Whether proposals can be asked for now."""
-        return self._link is not None and self._link.up and not self._late
+        return self._connection is not None and self._connection.up and not self._late
 
     def usable(self, sequence: Seq) -> bool:
         """Whether the draft can serve this sequence."""
@@ -113,16 +113,16 @@ class Drafting:
         ``meanwhile`` is called once, while the draft works if it does.
         """
         made = Proposals()
-        link = self._link
-        if not wanted or link is None or not self.available:
+        connection = self._connection
+        if not wanted or connection is None or not self.available:
             meanwhile()
             return made
-        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+        request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
         asked, most = self._fill(request, wanted)
         made.clean = most <= LAG
         sent = self._clock()
         try:
-            future = await link.send(request, lambda answer: self._came_late(answer, asked))
+            future = await connection.send(request, lambda answer: self._came_late(answer, asked))
         except ServiceUnavailable:
             meanwhile()
             return made
@@ -156,12 +156,14 @@ class Drafting:
         self, wanted: Sequence[tuple[Seq, int]], grant: pb.Grant, traceparent: str
     ) -> DraftGrant:
         """Has the draft run rounds by itself; raises ``ServiceUnavailable``."""
-        link = self._link
-        assert link is not None
-        request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent, grant=grant)
+        connection = self._connection
+        assert connection is not None
+        request = pb.DraftRequest(
+            round=connection.next_number(), traceparent=traceparent, grant=grant
+        )
         asked, _ = self._fill(request, wanted)
         return DraftGrant(
-            await link.send(request, lambda answer: self._came_late(answer, asked)), asked
+            await connection.send(request, lambda answer: self._came_late(answer, asked)), asked
         )
 
     async def granted(self, granted: DraftGrant, *, wait: bool = True) -> int:
@@ -180,18 +182,20 @@ class Drafting:
 
     async def change(self, change: pb.GrantChange) -> None:
         """Changes or ends the draft's grant from here; the verifier's word is the usual way."""
-        if self._link is not None:
-            await self._link.tell(pb.DraftRequest(round=self._link.next_number(), change=change))
+        if self._connection is not None:
+            await self._connection.tell(
+                pb.DraftRequest(round=self._connection.next_number(), change=change)
+            )
 
     def touch(self) -> None:
         """The verifier had proposals: the draft is alive."""
-        if self._link is not None:
-            self._link.touch()
+        if self._connection is not None:
+            self._connection.touch()
 
     async def catch_up(self, sequences: Iterable[Seq], traceparent: str = "") -> None:
         """Sends one chunk of what the draft lacks, without waiting for the answer."""
-        link = self._link
-        if link is None or not link.up or link.waiting:
+        connection = self._connection
+        if connection is None or not connection.up or connection.waiting:
             return
         request: pb.DraftRequest | None = None
         asked: dict[int, DraftAsked] = {}
@@ -205,7 +209,7 @@ class Drafting:
             if state.open and n - state.length <= LAG:
                 continue
             if request is None:
-                request = pb.DraftRequest(round=link.next_number(), traceparent=traceparent)
+                request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
                 self._fill_close(request)
             upto = min(n, sequence.base_len(state) + budget)
             budget -= self._append(request, sequence, upto, 0)
@@ -215,10 +219,10 @@ class Drafting:
 
     async def flush(self) -> None:
         """Sends what is to be closed, when no other message will carry it."""
-        link = self._link
-        if link is None or not link.up or not self._close:
+        connection = self._connection
+        if connection is None or not connection.up or not self._close:
             return
-        request = pb.DraftRequest(round=link.next_number())
+        request = pb.DraftRequest(round=connection.next_number())
         self._fill_close(request)
         await self._send_and_absorb(request, {})
 
@@ -289,9 +293,11 @@ class Drafting:
         self, request: pb.DraftRequest, asked: dict[int, DraftAsked]
     ) -> None:
         """Sends a message whose answer nobody waits for."""
-        assert self._link is not None
+        assert self._connection is not None
         try:
-            future = await self._link.send(request, lambda answer: self._absorb(answer, asked))
+            future = await self._connection.send(
+                request, lambda answer: self._absorb(answer, asked)
+            )
         except ServiceUnavailable:
             return
         _expire(future)

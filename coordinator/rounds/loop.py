@@ -25,9 +25,9 @@ from outrider.coordinator.rounds.granted import GrantRun
 from outrider.coordinator.rounds.round import Outcome, RoundRunner
 from outrider.coordinator.rounds.scheduler import RoundPlan, Scheduler
 from outrider.coordinator.rounds.verifying import Verifying, never_fits
-from outrider.coordinator.services.connection import DraftLink, VerifyLink
+from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
 from outrider.coordinator.telemetry.records import (
-    LinkRecord,
+    ConnectionRecord,
     Observer,
     RequestRecord,
     RoundRecord,
@@ -42,7 +42,7 @@ RETRY_SECONDS = 0.05
 
 
 class RoundLoop:
-    """Runs all requests over the links."""
+    """Runs all requests over the two services."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class RoundLoop:
         drafting: Drafting,
         verifying: Verifying,
         speculation: Speculation,
-        verify_link: VerifyLink,
-        draft_link: DraftLink | None,
+        verify_connection: VerifyConnection,
+        draft_connection: DraftConnection | None,
         tokenizer: Tokenizer | None,
         observer: Observer,
         clock: WallClock,
@@ -69,8 +69,8 @@ class RoundLoop:
         self._drafting = drafting
         self._verifying = verifying
         self._speculation = speculation
-        self._verify_link = verify_link
-        self._draft_link = draft_link
+        self._verify_connection = verify_connection
+        self._draft_connection = draft_connection
         self._tokenizer = tokenizer
         self._observer = observer
         self._clock = clock
@@ -116,32 +116,32 @@ class RoundLoop:
         self._ended.extend(sample for sample in job.samples if sample in self._jobs)
         self._wake.set()
 
-    # --- called from the links -------------------------------------------------------------------
+    # --- called from the connections -------------------------------------------------------------
 
     def verify_changed(self, up: bool, reason: str) -> None:
-        """The link to the verifier came up or went away."""
+        """The connection to the verifier came up or went away."""
         if not up:
             running = self._scheduler.running
             self._verifying.lost(running)
-            self._note_link("verify", up, reason, len(running))
+            self._note_connection("verify", up, reason, len(running))
             if self._away_since is None:
                 self._away_since = time.monotonic()
         else:
             self._away_since = None
-            self._note_link("verify", up, reason, 0)
+            self._note_connection("verify", up, reason, 0)
             self.limit_k()
         self._regrant = True
         self._scheduler.retry()
         self._wake.set()
 
     def draft_changed(self, up: bool, reason: str) -> None:
-        """The link to the draft came up or went away."""
+        """The connection to the draft came up or went away."""
         running = self._scheduler.running
         if not up:
             self._drafting.lost(running)
         else:
             self.limit_k()
-        self._note_link("draft", up, reason, 0 if up else len(running))
+        self._note_connection("draft", up, reason, 0 if up else len(running))
         self._regrant = True
         self._wake.set()
 
@@ -152,7 +152,7 @@ class RoundLoop:
         try:
             while True:
                 self._reap()
-                if not self._verify_link.up:
+                if not self._verify_connection.up:
                     await self._wait_for_verifier()
                     continue
                 plan = self._scheduler.plan()
@@ -229,7 +229,7 @@ class RoundLoop:
             self._finish(sequence, error)
         # The last refused goes back first, so that the queue keeps its order.
         for sequence in reversed(outcome.full):
-            info = self._verify_link.info
+            info = self._verify_connection.info
             if info is not None and sequence.capacity > info.model.arena_tokens:
                 self._finish(sequence, never_fits(sequence, info.model.arena_tokens))
             elif not sequence.statistics.admitted_ns:
@@ -319,7 +319,7 @@ class RoundLoop:
         return since is not None and time.monotonic() - since >= self._patience
 
     def _away(self) -> ServiceUnavailable:
-        failure = self._verify_link.failure
+        failure = self._verify_connection.failure
         reason = f": {failure}" if failure is not None else ""
         return ServiceUnavailable(f"the base model's service is away{reason}")
 
@@ -327,7 +327,9 @@ class RoundLoop:
 
     def limit_k(self) -> None:
         limits = [
-            link.info.max_k for link in (self._verify_link, self._draft_link) if link and link.info
+            one.info.max_k
+            for one in (self._verify_connection, self._draft_connection)
+            if one and one.info
         ]
         self._speculation.max_k = min([self._speculation.limit, *limits])
 
@@ -339,9 +341,11 @@ class RoundLoop:
         while self._ends:
             self._observer.request(self._ends.popleft())
 
-    def _note_link(self, service: str, up: bool, reason: str, sequences: int) -> None:
+    def _note_connection(self, service: str, up: bool, reason: str, sequences: int) -> None:
         if self._observer.follows:
-            self._observer.link(LinkRecord(service, up, self._clock(), reason, sequences))
+            self._observer.connection(
+                ConnectionRecord(service, up, self._clock(), reason, sequences)
+            )
 
     @staticmethod
     def _sequences_of(plan: RoundPlan[Sequence]) -> list[Sequence]:

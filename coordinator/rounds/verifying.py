@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.drafting import DraftOffer
 from outrider.coordinator.rounds.scheduler import RoundPlan
-from outrider.coordinator.services.connection import VerifyLink
+from outrider.coordinator.services.connection import VerifyConnection
 from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import (
@@ -64,26 +64,26 @@ class Verdicts:
     """Codes by sequence id, for the record."""
     timing: ServiceTiming = NOT_ASKED
     lost: bool = False
-    """The link broke: nothing is known of the round."""
+    """The connection broke: nothing is known of the round."""
 
 
 class Verifying:
     """Talks to the verify service."""
 
-    def __init__(self, link: VerifyLink) -> None:
-        self._link = link
+    def __init__(self, connection: VerifyConnection) -> None:
+        self._connection = connection
         self._close: list[int] = []
         self._clock = WallClock()
 
     @property
     def up(self) -> bool:
         """Whether the verifier is there."""
-        return self._link.up
+        return self._connection.up
 
     @property
     def grants(self) -> bool:
         """Whether the verifier runs rounds by itself."""
-        return self._link.info is not None and self._link.info.grants
+        return self._connection.info is not None and self._connection.info.grants
 
     def prepare(self, plan: RoundPlan[Sequence], traceparent: str = "") -> Prepared:
         """Builds the message of a round; there is time for it while the draft works."""
@@ -102,7 +102,7 @@ class Verifying:
         meanwhile: Callable[[], Awaitable[None]],
     ) -> Verdicts:
         """Sends the round and reads the verdicts; ``meanwhile`` runs while the verifier works."""
-        link = self._link
+        connection = self._connection
         request, asked = prepared.request, prepared.asked
         for key, offer in offers.items():
             one = asked[key]
@@ -114,8 +114,8 @@ class Verifying:
         verdicts = Verdicts()
         sent = self._clock()
         try:
-            request.round = link.next_number()
-            future = await link.send(request)
+            request.round = connection.next_number()
+            future = await connection.send(request)
             await meanwhile()
             response = await future
         except ServiceUnavailable:
@@ -144,16 +144,18 @@ class Verifying:
     ) -> None:
         """Has the verifier run rounds by itself; raises ``ServiceUnavailable``.
 
-        ``each`` is told of every answer, and by None of the link's loss.
+        ``each`` is told of every answer, and by None of the connection's loss.
         """
         request = self.prepare(plan, traceparent).request
-        request.round = self._link.next_number()
+        request.round = self._connection.next_number()
         request.grant.CopyFrom(grant)
-        await self._link.send(request, each=each)
+        await self._connection.send(request, each=each)
 
     async def change(self, change: pb.GrantChange) -> None:
         """Changes or ends the grant."""
-        await self._link.tell(pb.VerifyRequest(round=self._link.next_number(), change=change))
+        await self._connection.tell(
+            pb.VerifyRequest(round=self._connection.next_number(), change=change)
+        )
 
     def granted_round(
         self, sequences: dict[int, Sequence], response: pb.VerifyResponse
@@ -173,11 +175,11 @@ class Verifying:
 
     async def flush(self) -> None:
         """Sends what is to be closed, when no other message will carry it."""
-        if self._close and self._link.up:
-            request = pb.VerifyRequest(round=self._link.next_number())
+        if self._close and self._connection.up:
+            request = pb.VerifyRequest(round=self._connection.next_number())
             self._fill_close(request)
             try:
-                await self._link.send(request)
+                await self._connection.send(request)
             except ServiceUnavailable:
                 return
 

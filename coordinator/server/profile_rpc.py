@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from outrider.coordinator.services.connection import DraftLink, VerifyLink
+from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
 from outrider.coordinator.telemetry.recent_rounds import Kept, RoundsKept
 from outrider.coordinator.telemetry.records import RoundRecord, SequenceRound, ServiceTiming
 from outrider.protos import generation_pb2 as pb
@@ -43,9 +43,9 @@ async def answer(runtime: Any, request_id: str) -> pb.ProfileResponse:
     response = _response(kept)
     response.coordinator_resident_bytes = resident_bytes()
     response.link = runtime.mailbox_setup.link
-    response.base.CopyFrom(await _service(runtime.verify_link))
-    if runtime.draft_link is not None and runtime.draft_link.info is not None:
-        response.draft.CopyFrom(await _service(runtime.draft_link))
+    response.base.CopyFrom(await _service(runtime.verify_connection))
+    if runtime.draft_connection is not None and runtime.draft_connection.info is not None:
+        response.draft.CopyFrom(await _service(runtime.draft_connection))
     return response
 
 
@@ -94,8 +94,8 @@ def _exchange(timing: ServiceTiming) -> pb.ExchangeProfile | None:
     )
 
 
-async def _service(link: VerifyLink | DraftLink) -> pb.ServiceProfile:
-    info = await link.describe()
+async def _service(connection: VerifyConnection | DraftConnection) -> pb.ServiceProfile:
+    info = await connection.describe()
     return pb.ServiceProfile(
         model=info.model,
         arena_tokens_largest_free=info.arena_tokens_largest_free,

@@ -1,4 +1,4 @@
-"""The coordinator put together: links, tokenizer, limits and the round loop."""
+"""The coordinator put together: connections, tokenizer, limits and the round loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from outrider.coordinator.rounds.loop import RoundLoop
 from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying
-from outrider.coordinator.services.connection import DraftLink, Endpoint, Link, VerifyLink
+from outrider.coordinator.services.connection import (
+    Connection,
+    DraftConnection,
+    Endpoint,
+    VerifyConnection,
+)
 from outrider.coordinator.services.mailbox_setup import MailboxSetup
 from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRecord, WallClock
 from outrider.protos import speculation_pb2 as pb
@@ -42,8 +47,8 @@ class Runtime:
         *,
         loop: RoundLoop,
         mailbox_setup: MailboxSetup,
-        verify_link: VerifyLink,
-        draft_link: DraftLink | None,
+        verify_connection: VerifyConnection,
+        draft_connection: DraftConnection | None,
         tokenizer: Tokenizer | None,
         speculation: Speculation,
         clock: WallClock,
@@ -52,8 +57,8 @@ class Runtime:
         self.config = config
         self.loop = loop
         self.mailbox_setup = mailbox_setup
-        self.verify_link = verify_link
-        self.draft_link = draft_link
+        self.verify_connection = verify_connection
+        self.draft_connection = draft_connection
         self.tokenizer = tokenizer
         self.speculation = speculation
         self.clock = clock
@@ -62,7 +67,7 @@ class Runtime:
     @property
     def base(self) -> pb.ServiceInfoResponse:
         """The base's service as it was when last reached."""
-        info = self.verify_link.info
+        info = self.verify_connection.info
         assert info is not None  # the runtime starts with it
         return info
 
@@ -113,52 +118,54 @@ async def running(
             loop.draft_changed(up, reason)
 
     def check_verify(info: pb.ServiceInfoResponse) -> None:
-        if verify_link.info is not None:
-            check_same_base(verify_link.info.model, info.model)
+        if verify_connection.info is not None:
+            check_same_base(verify_connection.info.model, info.model)
 
     def check_draft(info: pb.ServiceInfoResponse) -> None:
-        if verify_link.info is not None:
-            check_vocabulary(verify_link.info.model, info.model)
+        if verify_connection.info is not None:
+            check_vocabulary(verify_connection.info.model, info.model)
 
-    verify_link: VerifyLink = Link(
+    verify_connection: VerifyConnection = Connection(
         _endpoint(config, "verify", config.base_target, config.verify_timeout_seconds),
         check=check_verify,
         changed=verify_changed,
     )
-    draft_link: DraftLink | None = None
+    draft_connection: DraftConnection | None = None
     if config.draft_target is not None:
-        draft_link = Link(
+        draft_connection = Connection(
             _endpoint(config, "draft", config.draft_target, config.draft_timeout_seconds),
             check=check_draft,
             changed=draft_changed,
         )
-    mailbox_setup = MailboxSetup(config, verify_link, draft_link)
+    mailbox_setup = MailboxSetup(config, verify_connection, draft_connection)
     try:
         async with asyncio.TaskGroup() as tasks:
             # Cancelled one by one at the end, so that leaving the block is not an error.
-            background = [tasks.create_task(verify_link.run(), name="verify link")]
+            background = [tasks.create_task(verify_connection.run(), name="verify connection")]
             try:
                 progress("connecting to the base model")
-                await _reached(verify_link, config.start_timeout_seconds)
-                if draft_link is not None:
-                    background.append(tasks.create_task(draft_link.run(), name="draft link"))
+                await _reached(verify_connection, config.start_timeout_seconds)
+                if draft_connection is not None:
+                    background.append(
+                        tasks.create_task(draft_connection.run(), name="draft connection")
+                    )
                     progress("connecting to the draft model")
-                    await _draft_reached(draft_link, config.draft_start_seconds)
+                    await _draft_reached(draft_connection, config.draft_start_seconds)
                     await mailbox_setup.first()
-                assert verify_link.info is not None
+                assert verify_connection.info is not None
                 progress("loading the tokenizer")
                 tokenizer = await asyncio.to_thread(
-                    load_tokenizer, config.tokenizer, verify_link.info.model
+                    load_tokenizer, config.tokenizer, verify_connection.info.model
                 )
                 speculation = Speculation(config.max_k)
                 records: deque[RoundRecord] = deque()
                 drafting = Drafting(
-                    draft_link,
+                    draft_connection,
                     chunk=config.prefill_chunk,
                     patience=config.draft_patience_seconds,
-                    vocab_size=verify_link.info.model.vocab_size,
+                    vocab_size=verify_connection.info.model.vocab_size,
                 )
-                verifying = Verifying(verify_link)
+                verifying = Verifying(verify_connection)
                 granted = GrantedRounds(
                     drafting,
                     verifying,
@@ -185,8 +192,8 @@ async def running(
                     drafting=drafting,
                     verifying=verifying,
                     speculation=speculation,
-                    verify_link=verify_link,
-                    draft_link=draft_link,
+                    verify_connection=verify_connection,
+                    draft_connection=draft_connection,
                     tokenizer=tokenizer,
                     observer=observer,
                     clock=clock,
@@ -200,19 +207,19 @@ async def running(
                     config,
                     loop=loop,
                     mailbox_setup=mailbox_setup,
-                    verify_link=verify_link,
-                    draft_link=draft_link,
+                    verify_connection=verify_connection,
+                    draft_connection=draft_connection,
                     tokenizer=tokenizer,
                     speculation=speculation,
                     clock=clock,
                     observer=observer,
                 )
             finally:
-                for task in background[2:] if draft_link is not None else background[1:]:
+                for task in background[2:] if draft_connection is not None else background[1:]:
                     task.cancel()
-                await verify_link.close()
-                if draft_link is not None:
-                    await draft_link.close()
+                await verify_connection.close()
+                if draft_connection is not None:
+                    await draft_connection.close()
                 for task in background:
                     task.cancel()
     except BaseExceptionGroup as group:
@@ -280,24 +287,25 @@ def _endpoint(config: CoordinatorConfig, role: str, target: str, timeout: float)
     )
 
 
-async def _reached(link: VerifyLink | DraftLink, seconds: float) -> None:
-    """Waits for the link to come up; raises what keeps it down."""
+async def _reached(connection: VerifyConnection | DraftConnection, seconds: float) -> None:
+    """Waits for the connection to come up; raises what keeps it down."""
     try:
         async with asyncio.timeout(seconds):
-            while not link.up:
-                if isinstance(link.failure, ConfigError):
-                    raise link.failure
+            while not connection.up:
+                if isinstance(connection.failure, ConfigError):
+                    raise connection.failure
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:
-        raise link.failure or ServiceUnavailable(
-            f"the {link.role} service at {link.endpoint.target} did not answer in {seconds:g} s"
+        raise connection.failure or ServiceUnavailable(
+            f"the {connection.role} service at {connection.endpoint.target} did not answer "
+            f"in {seconds:g} s"
         ) from None
 
 
-async def _draft_reached(link: DraftLink, seconds: float) -> None:
+async def _draft_reached(connection: DraftConnection, seconds: float) -> None:
     """Gives the draft a moment; without it rounds run all the same. A mismatch is an error."""
     try:
-        await _reached(link, seconds)
+        await _reached(connection, seconds)
     except ConfigError:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.text.stopping import FinishReason
 from outrider.coordinator.server import profile_rpc, runtime
 from outrider.coordinator.server.runtime import Runtime
-from outrider.coordinator.services.connection import DraftLink, VerifyLink
+from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
 from outrider.coordinator.telemetry.records import Observer
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
@@ -75,10 +75,10 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         """Describes models, limits and links; figures of the arena are fresh."""
         coordinator = self._runtime
         limits = coordinator.limits
-        links: list[VerifyLink | DraftLink] = [coordinator.verify_link]
-        if coordinator.draft_link is not None and coordinator.draft_link.up:
-            links.append(coordinator.draft_link)
-        services = await asyncio.gather(*(link.describe() for link in links))
+        connections: list[VerifyConnection | DraftConnection] = [coordinator.verify_connection]
+        if coordinator.draft_connection is not None and coordinator.draft_connection.up:
+            connections.append(coordinator.draft_connection)
+        services = await asyncio.gather(*(connection.describe() for connection in connections))
         response = pb.InfoResponse(
             version=metadata.version("outrider"),
             base=services[0].model,
@@ -157,7 +157,7 @@ async def _mirror_health(server: AioServer, coordinator: Runtime, stop: asyncio.
     """Until ``stop``: healthy while the base is there."""
     healthy = True
     while not stop.is_set():
-        up = coordinator.verify_link.up
+        up = coordinator.verify_connection.up
         if up != healthy:
             healthy = up
             await server.serving(up)

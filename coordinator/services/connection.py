@@ -1,7 +1,7 @@
-"""Links to the model services: one persistent stream of rounds each, kept up in the background.
+"""Connections to the model services: a persistent stream of rounds each, kept up in the background.
 
-A link is *up* while its stream is open and the service passed the checks. Whatever ends the
-stream (error, clean end, no answer in time), the link goes down at once: every answer that was
+A connection is *up* while its stream is open and the service passed the checks. Whatever ends
+the stream (error, clean end, no answer in time), it goes down at once: every answer that was
 awaited fails with ``ServiceUnavailable``, what the service held counts as gone, and connecting
 is tried again until it works. Only ``close`` says goodbye; a service treats any other end as an
 abort and frees what the stream held.
@@ -69,7 +69,7 @@ class _Waiting(Generic[ResponseT]):
     each: Callable[[ResponseT | None], None] | None
 
 
-class Link(Generic[RequestT, ResponseT]):
+class Connection(Generic[RequestT, ResponseT]):
     """The stream of rounds to one service."""
 
     def __init__(
@@ -81,14 +81,14 @@ class Link(Generic[RequestT, ResponseT]):
     ) -> None:
         """``check`` raises ``ConfigError`` for a service that can't be used.
 
-        ``changed(up, reason)`` is called when the link came up or went down.
+        ``changed(up, reason)`` is called when the connection came up or went down.
         """
         self.endpoint = endpoint
         self.up = False
         self.info: pb.ServiceInfoResponse | None = None
         """Of the service as it was when last reached."""
         self.failure: OutriderError | None = None
-        """Why the link is down, when it is."""
+        """Why the connection is down, when it is."""
         self._check = check
         self._changed = changed
         self._call: Any = None
@@ -122,8 +122,8 @@ class Link(Generic[RequestT, ResponseT]):
 
         Whoever will not wait for ever may settle the future himself; the answer then goes to
         ``late``. ``each`` is told of every answer to a grant, the last of which settles the
-        future, and of the link's loss by None. Returns when the message is on its way. Not for
-        concurrent use.
+        future, and of the connection's loss by None. Returns when the message is on its way.
+        Not for concurrent use.
         """
         call = self._call
         if not self.up or call is None:
@@ -137,7 +137,7 @@ class Link(Generic[RequestT, ResponseT]):
         return future
 
     async def tell(self, request: RequestT) -> None:
-        """Sends what is not answered: a change to a grant. A link that is away is no error."""
+        """Sends what is not answered: a change to a grant. Being away is no error."""
         if self._call is not None:
             try:
                 await self._call.write(request)
@@ -173,7 +173,7 @@ class Link(Generic[RequestT, ResponseT]):
             return self.info
 
     async def run(self) -> None:
-        """Keeps the link up until cancelled or closed."""
+        """Keeps the connection up until cancelled or closed."""
         backoff = FIRST_BACKOFF
         while not self._closing:
             try:
@@ -186,7 +186,7 @@ class Link(Generic[RequestT, ResponseT]):
             except grpc.aio.AioRpcError as error:
                 self._failed(ServiceUnavailable(_reason(error)))
             finally:
-                self._down("the link was closed" if self._closing else "the stream ended")
+                self._down("the connection was closed" if self._closing else "the stream ended")
             if not self._closing:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, LAST_BACKOFF)
@@ -313,8 +313,8 @@ class Link(Generic[RequestT, ResponseT]):
         return kind(round=self.next_number(), goodbye=True)
 
 
-DraftLink = Link[pb.DraftRequest, pb.DraftResponse]
-VerifyLink = Link[pb.VerifyRequest, pb.VerifyResponse]
+DraftConnection = Connection[pb.DraftRequest, pb.DraftResponse]
+VerifyConnection = Connection[pb.VerifyRequest, pb.VerifyResponse]
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 
-from outrider.coordinator.services.connection import DraftLink, VerifyLink
+from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import CoordinatorConfig
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable
@@ -27,10 +27,13 @@ class MailboxSetup:
     """Keeps a mailbox open between the services while both are there, if one is wanted."""
 
     def __init__(
-        self, config: CoordinatorConfig, verify_link: VerifyLink, draft_link: DraftLink | None
+        self,
+        config: CoordinatorConfig,
+        verify_connection: VerifyConnection,
+        draft_connection: DraftConnection | None,
     ) -> None:
-        self._verify_link = verify_link
-        self._draft_link = draft_link
+        self._verify_connection = verify_connection
+        self._draft_connection = draft_connection
         self._wanted = config.link
         self.limits = pb.OfferMailboxRequest(
             max_sequences=config.max_running,
@@ -88,8 +91,8 @@ class MailboxSetup:
 
     @property
     def _both_up(self) -> bool:
-        draft = self._draft_link
-        return self._verify_link.up and draft is not None and draft.up
+        draft = self._draft_connection
+        return self._verify_connection.up and draft is not None and draft.up
 
     @property
     def _on_one_device(self) -> bool:
@@ -97,8 +100,8 @@ class MailboxSetup:
         takes turns by itself. Two devices are left to who asks by name."""
         if self._wanted != "auto":
             return self._wanted == "cuda-ipc"
-        links = (self._verify_link, self._draft_link)
-        found = {one.info.device_uuid if one and one.info else "" for one in links}
+        connections = (self._verify_connection, self._draft_connection)
+        found = {one.info.device_uuid if one and one.info else "" for one in connections}
         return len(found) == 1 and "" not in found
 
     def _possible(self) -> bool:
@@ -116,13 +119,13 @@ class MailboxSetup:
         return True
 
     async def _set_up(self) -> None:
-        draft = self._draft_link
+        draft = self._draft_connection
         if self.mailbox or draft is None or not self._both_up or not self._possible():
             return
         request = pb.OfferMailboxRequest(on_device=self._on_one_device)
         request.MergeFrom(self.limits)
         try:
-            offer = await self._verify_link.ask("OfferMailbox", request)
+            offer = await self._verify_connection.ask("OfferMailbox", request)
             mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
         except ServiceUnavailable as error:
             if str(error) != self.reason:

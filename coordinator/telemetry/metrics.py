@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.attributes import OPERATION, PROVIDER
-from outrider.coordinator.telemetry.records import LinkRecord, RequestRecord, RoundRecord
+from outrider.coordinator.telemetry.records import ConnectionRecord, RequestRecord, RoundRecord
 from outrider.shared.telemetry.metrics import Instruments
 
 WINDOW = 256
@@ -122,7 +122,7 @@ class Metering:
                 per_token = (end - first) / 1e9 / (record.completion_tokens - 1)
                 self._per_token.record(per_token, attributes)
 
-    def link(self, record: LinkRecord) -> None:
+    def connection(self, record: ConnectionRecord) -> None:
         """Notes a service that was lost or came back."""
         if self._up.get(record.service, True) and not record.up:
             self._failovers.add(1, record.service)

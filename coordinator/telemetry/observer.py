@@ -13,7 +13,7 @@ from typing import Any
 from outrider.coordinator.telemetry import ceiling, phases
 from outrider.coordinator.telemetry.metrics import Metering, Now
 from outrider.coordinator.telemetry.recent_rounds import RoundsKept
-from outrider.coordinator.telemetry.records import LinkRecord, RequestRecord, RoundRecord
+from outrider.coordinator.telemetry.records import ConnectionRecord, RequestRecord, RoundRecord
 from outrider.coordinator.telemetry.span_attributes import mode_of
 from outrider.coordinator.telemetry.tracing import Tracing
 from outrider.shared.core.model_facts import model_name
@@ -39,12 +39,12 @@ class TelemetryObserver:
         self.follows = True
 
     def attach(self, runtime: Any) -> None:
-        """``runtime`` is up: what it knows of models and links is of use here."""
+        """``runtime`` is up: what it knows of models and services is of use here."""
         self._runtime = runtime
         if self._metering is not None:
-            services = {"verify": runtime.verify_link.up}
-            if runtime.draft_link is not None:
-                services["draft"] = runtime.draft_link.up
+            services = {"verify": runtime.verify_connection.up}
+            if runtime.draft_connection is not None:
+                services["draft"] = runtime.draft_connection.up
             self._metering.attached(services)
 
     def traceparent(self, round_number: int, request_ids: Sequence[str]) -> str:
@@ -69,9 +69,9 @@ class TelemetryObserver:
         """A sample is over."""
         self._guarded(self._request, record)
 
-    def link(self, record: LinkRecord) -> None:
+    def connection(self, record: ConnectionRecord) -> None:
         """A service was lost or came back."""
-        self._guarded(self._link_changed, record)
+        self._guarded(self._connection_changed, record)
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -99,10 +99,10 @@ class TelemetryObserver:
                 level, "request %s", record.reason.lower(), extra=fields(context, **_line(record))
             )
 
-    def _link_changed(self, record: LinkRecord) -> None:
-        self._tracing.link(record)
+    def _connection_changed(self, record: ConnectionRecord) -> None:
+        self._tracing.connection(record)
         if self._metering is not None:
-            self._metering.link(record)
+            self._metering.connection(record)
 
     def _guarded(self, call: Callable[[Any], None], record: Any) -> None:
         try:
@@ -129,7 +129,7 @@ class TelemetryObserver:
     def _ceiling(self, tokens: float, k: float) -> float | None:
         runtime = self._runtime
         base = runtime.base
-        draft = runtime.draft_link.info if runtime.draft_link is not None else None
+        draft = runtime.draft_connection.info if runtime.draft_connection is not None else None
         return ceiling.rate_ceiling(base, draft, tokens, k)
 
 

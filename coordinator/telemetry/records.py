@@ -1,4 +1,4 @@
-"""What the coordinator tells its observer: one record a round, one a request, one a link event.
+"""What the coordinator tells its observer: a record of each round, request, and lost connection.
 
 Records are made from numbers that the round has at hand and are handed over while the next
 round is already on its way, so whoever consumes them (traces, metrics, the profile) adds
@@ -137,8 +137,8 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkRecord:
-    """A link to a service came up or went away."""
+class ConnectionRecord:
+    """A connection to a service came up or went away."""
 
     service: str
     """"draft" or "verify"."""
@@ -155,7 +155,7 @@ class Observer(Protocol):
     enabled: bool
     """False: no record of a round is built at all."""
     follows: bool
-    """False: requests and links are not told either."""
+    """False: requests and connections are not told either."""
 
     def attach(self, runtime: Any) -> None:
         """The coordinator is up; ``runtime`` is the ``Runtime``."""
@@ -175,8 +175,8 @@ class Observer(Protocol):
     def request(self, record: RequestRecord) -> None:
         """A sample is over."""
 
-    def link(self, record: LinkRecord) -> None:
-        """A link changed."""
+    def connection(self, record: ConnectionRecord) -> None:
+        """A connection changed."""
 
 
 class NoObserver:
@@ -204,5 +204,5 @@ class NoObserver:
     def request(self, record: RequestRecord) -> None:
         """Ignored."""
 
-    def link(self, record: LinkRecord) -> None:
+    def connection(self, record: ConnectionRecord) -> None:
         """Ignored."""

@@ -11,7 +11,7 @@ from typing import Any
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.attributes import OPERATION, PROVIDER
 from outrider.coordinator.telemetry.records import (
-    LinkRecord,
+    ConnectionRecord,
     RequestRecord,
     RoundRecord,
     SequenceRound,
@@ -112,7 +112,7 @@ def of_sequences(sequences: Sequence[SequenceRound]) -> dict[str, int]:
     }
 
 
-def of_failover(record: LinkRecord) -> dict[str, Any]:
+def of_failover(record: ConnectionRecord) -> dict[str, Any]:
     """What a lost service's event and span say."""
     return {
         "outrider.service": record.service,

@@ -30,7 +30,7 @@ from opentelemetry.trace import SpanKind
 from outrider.coordinator.telemetry import phases, span_attributes
 from outrider.coordinator.telemetry.attributes import OPERATION
 from outrider.coordinator.telemetry.records import (
-    LinkRecord,
+    ConnectionRecord,
     RequestRecord,
     RoundRecord,
     SequenceRound,
@@ -70,7 +70,7 @@ class Tracing:
         self._model = model
         self._requests: OrderedDict[str, _Request] = OrderedDict()
         self._rounds: OrderedDict[int, tuple[str, TraceContext]] = OrderedDict()
-        self._down: dict[str, LinkRecord] = {}
+        self._down: dict[str, ConnectionRecord] = {}
 
     def begin(self, request_id: str, traceparent: str) -> TraceContext:
         """A request starts; ``traceparent`` is the client's. Decides whether it is traced."""
@@ -203,11 +203,11 @@ class Tracing:
             error=record.error or None,
         )
 
-    def link(self, record: LinkRecord) -> None:
+    def connection(self, record: ConnectionRecord) -> None:
         """A service was lost or came back: an event on every traced request, then a span each."""
         lost = self._down.pop(record.service, None)
         if not record.up:
-            # The first loss counts: the link may report more while it is down.
+            # The first loss counts: the connection may report more while it is down.
             self._down[record.service] = lost or record
             name, attributes = "outrider.failover", span_attributes.of_failover(record)
         elif lost is not None:

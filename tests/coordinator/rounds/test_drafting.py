@@ -25,8 +25,8 @@ def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
     happens: Callable[[Drafting], None],
 ) -> None:
     async def run() -> None:
-        link: Any = SimpleNamespace(up=True)
-        drafting = Drafting(link, chunk=8, patience=0.01, vocab_size=10)
+        connection: Any = SimpleNamespace(up=True)
+        drafting = Drafting(connection, chunk=8, patience=0.01, vocab_size=10)
         answer: asyncio.Future[pb.DraftResponse] = asyncio.get_running_loop().create_future()
         given_up = []
 

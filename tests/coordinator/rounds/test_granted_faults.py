@@ -142,9 +142,9 @@ def test_free_running_service_that_hangs_in_a_grant_is_given_up(
             await until(lambda: inside.mailbox != first)
             if victim == "verify":
                 # Nobody waits with it: the draft is told, and says so.
-                draft_link = inside.runtime.draft_link
-                assert draft_link is not None
-                await until(lambda: draft_link.up and not draft_link.waiting)
+                draft_connection = inside.runtime.draft_connection
+                assert draft_connection is not None
+                await until(lambda: draft_connection.up and not draft_connection.waiting)
             toy.hold = None
             gate.set()
             assert (await call).only.ids == fakes.plain(PROMPT, 300)

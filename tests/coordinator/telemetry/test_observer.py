@@ -16,7 +16,7 @@ from outrider.coordinator.bench.studies import telemetry_cost
 from outrider.coordinator.telemetry.observer import TelemetryObserver
 from outrider.coordinator.telemetry.recent_rounds import MOST_REQUESTS, RoundsKept
 from outrider.coordinator.telemetry.records import (
-    LinkRecord,
+    ConnectionRecord,
     RequestRecord,
     RoundRecord,
     SequenceRound,
@@ -149,7 +149,7 @@ def test_failover_is_told_once_and_only_to_requests_that_run(observer: Any) -> N
     seen.request_started("r", "")
     run(seen, 2, sequence("r"))
     for at, up in [(10, False), (11, False), (12, True), (13, True)]:
-        seen.link(LinkRecord("draft", up, at, "gone" if not up else "", 3))
+        seen.connection(ConnectionRecord("draft", up, at, "gone" if not up else "", 3))
     seen.request(ended("r"))
     spans = exporter.get_finished_spans()
     (failover,) = [one for one in spans if one.name == "failover"]

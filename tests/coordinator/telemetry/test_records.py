@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outrider.coordinator.telemetry.records import (
-    LinkRecord,
+    ConnectionRecord,
     NoObserver,
     RequestRecord,
     RoundRecord,
@@ -29,7 +29,7 @@ class Notes(NoObserver):
     def __init__(self) -> None:
         self.rounds: list[RoundRecord] = []
         self.requests: list[RequestRecord] = []
-        self.links: list[LinkRecord] = []
+        self.connections: list[ConnectionRecord] = []
         self.started: list[tuple[str, str]] = []
         self.contexts: dict[int, str] = {}
 
@@ -50,8 +50,8 @@ class Notes(NoObserver):
     def request(self, record: RequestRecord) -> None:
         self.requests.append(record)
 
-    def link(self, record: LinkRecord) -> None:
-        self.links.append(record)
+    def connection(self, record: ConnectionRecord) -> None:
+        self.connections.append(record)
 
 
 @pytest.mark.parametrize("link", ["grpc", "shm"])
@@ -129,7 +129,7 @@ def test_records_tell_of_lost_and_returned_services(
             assert (await call).only.finished
 
     asyncio.run(run())
-    told = [(record.service, record.up, record.sequences) for record in notes.links]
+    told = [(record.service, record.up, record.sequences) for record in notes.connections]
     assert ("verify", False, 1) in told
     assert ("verify", True, 0) in told
     # One sequence, opened anew under a higher epoch.
