@@ -8,14 +8,14 @@ from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import draft, signed
-from outrider.shared.model.cuda.turns.stream import Stream
+from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
 
 
 class DraftTurns(Turns):
     """The draft's turns: follow the verdicts, then propose."""
 
-    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: Stream) -> None:
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
         super().__init__(parts, mailbox, stream)
         device, steps = parts.device, max(parts.max_k, 1)
         self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)

@@ -8,14 +8,14 @@ from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
-from outrider.shared.model.cuda.turns.stream import Stream
+from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
 
 
 class VerifyTurns(Turns):
     """The verifier's turns: take the proposals, forward, judge, settle."""
 
-    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: Stream) -> None:
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
         super().__init__(parts, mailbox, stream)
         device = parts.device
         self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)

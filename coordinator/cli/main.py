@@ -26,7 +26,7 @@ SERVICES = {"draft": "draft", "verify": "base"}
 """Services that are programs of their own, with their section of the configuration."""
 
 
-class Interrupted(BaseException):
+class CommandInterrupted(BaseException):
     """A signal asked the command to stop; ``status`` is the exit status it asks for."""
 
     def __init__(self, number: int) -> None:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         return int(args.run(args))
-    except Interrupted as stop:
+    except CommandInterrupted as stop:
         return stop.status
     except BrokenPipeError:
         # Whoever read our output has gone; the interpreter must not complain at exit either.
@@ -272,12 +272,12 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _interruptible() -> None:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into ``Interrupted``; clean-up is left in peace."""
+    """The first SIGINT, SIGTERM or SIGHUP raises ``CommandInterrupted``; clean-up has peace."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(one, signal.SIG_IGN)
-        raise Interrupted(number)
+        raise CommandInterrupted(number)
 
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, handle)

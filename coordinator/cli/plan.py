@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench.models.shapes import SHAPES, Shape
+from outrider.coordinator.bench.models.shapes import SHAPES, ModelShape
 from outrider.coordinator.telemetry.ceiling import expected_tokens
 from outrider.shared.core.errors import ConfigError
 
@@ -73,7 +73,7 @@ class Model:
     """A model's size. ``weights``: bytes held, ``step_bytes``: of them read per step."""
 
     name: str
-    shape: Shape
+    shape: ModelShape
     tied: bool
 
     @property
@@ -227,7 +227,7 @@ def _from_config(name: str, fields: Mapping[str, Any]) -> Model:
     kind = fields.get("model_type")
     if kind == "gpt2":
         hidden, heads = fields["n_embd"], fields["n_head"]
-        shape = Shape(
+        shape = ModelShape(
             "gpt2", hidden, fields["n_layer"], heads, heads, hidden // heads,
             fields.get("n_inner") or 4 * hidden, fields["vocab_size"],
             fields.get("n_positions", 1024),
@@ -238,7 +238,7 @@ def _from_config(name: str, fields: Mapping[str, Any]) -> Model:
             f"model: {name} is a {kind}; plan knows llama, mistral, qwen2, qwen3 and gpt2"
         )
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    shape = Shape(
+    shape = ModelShape(
         "llama", hidden, fields["num_hidden_layers"], heads,
         fields.get("num_key_value_heads") or heads, fields.get("head_dim") or hidden // heads,
         fields["intermediate_size"], fields["vocab_size"],

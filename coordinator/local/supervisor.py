@@ -29,7 +29,7 @@ YOUNG = 30.0
 
 
 @dataclass(slots=True)
-class Part:
+class SupervisedPart:
     """One supervised service."""
 
     name: str
@@ -50,7 +50,7 @@ class Supervisor:
         self._config = config
         self._environment = environment
         self._events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, SupervisedPart] = {}
         self._stopping = False
         self._said_ready = False
 
@@ -60,7 +60,7 @@ class Supervisor:
         names = ["base", *(["draft"] if config.draft.enabled else []), "coordinator"]
         try:
             for name in names:
-                self._parts[name] = Part(name, self._start(name), time.monotonic())
+                self._parts[name] = SupervisedPart(name, self._start(name), time.monotonic())
             while not self._stopping:
                 status = self._step()
                 if status is not None:
@@ -103,7 +103,7 @@ class Supervisor:
             self._announce()
         return None
 
-    def _ended(self, part: Part) -> int | None:
+    def _ended(self, part: SupervisedPart) -> int | None:
         child = part.child
         self._say("up", child.why())
         if not child.ready and child.failure:

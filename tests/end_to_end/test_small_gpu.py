@@ -39,7 +39,7 @@ def capped() -> Iterator[None]:
 
 def runner(shape: str, agreement: float | None = None) -> Any:
     """A planted model on the device, with an arena that just holds the sequences."""
-    model = planted.plant(planted.Plan(shape, agreement=agreement, dtype="float16"), "cuda")
+    model = planted.plant(planted.PlantSpec(shape, agreement=agreement, dtype="float16"), "cuda")
     config = ModelConfig(
         path=shape, device="cuda", max_k=K, arena_bytes=SEQUENCES * ROOM * KV_BYTES[shape]
     )

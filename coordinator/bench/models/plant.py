@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from outrider.coordinator.bench.models.planted import Plan, save
+from outrider.coordinator.bench.models.planted import PlantSpec, save
 from outrider.coordinator.bench.models.shapes import SHAPES
 from outrider.shared.config.schema import Config
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config: Config) -> int:
     """Writes the folder; returns the exit status."""
     began = time.perf_counter()
-    plan = Plan(args.shape, args.seed, args.agreement, args.spread, args.dtype)
-    save(plan, args.out, lambda message: print(message, file=sys.stderr))
-    size = plan.size.step_bytes
+    spec = PlantSpec(args.shape, args.seed, args.agreement, args.spread, args.dtype)
+    save(spec, args.out, lambda message: print(message, file=sys.stderr))
+    size = spec.size.step_bytes
     print(
         f"{args.out}: {args.shape}, {size / 1e9:.3f} GB read per step in 16-bit types, "
         f"{time.perf_counter() - began:.1f} s"

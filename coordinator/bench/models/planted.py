@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.coordinator.bench.models.shapes import SHAPES, Shape
+from outrider.coordinator.bench.models.shapes import SHAPES, ModelShape
 
 SUCCESSORS = 8
 # Logit of the likeliest successor: far above the noise of the others at every size here.
@@ -40,7 +40,7 @@ _POOL = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlantSpec:
     """What to plant. ``agreement`` None makes a base; a number in 0..1 a draft for the base of
     the same ``seed`` and vocabulary, with that acceptance rate. ``dtype`` a torch name."""
 
@@ -51,7 +51,7 @@ class Plan:
     dtype: str = "bfloat16"
 
     @property
-    def size(self) -> Shape:
+    def size(self) -> ModelShape:
         """The shape's numbers."""
         return SHAPES[self.shape]
 
@@ -77,17 +77,17 @@ def disagreeing(pi: Tensor, agreement: float, seed: int) -> Tensor:
     return changed
 
 
-def config_of(plan: Plan) -> Any:
+def config_of(spec: PlantSpec) -> Any:
     """The transformers configuration."""
     from transformers import GPT2Config, LlamaConfig
 
-    s = plan.size
+    s = spec.size
     common = {
         "vocab_size": s.vocabulary,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
-        "dtype": plan.dtype,
+        "dtype": spec.dtype,
     }
     if s.architecture == "gpt2":
         return GPT2Config(
@@ -107,7 +107,7 @@ def config_of(plan: Plan) -> Any:
     )
 
 
-class _Noise:
+class _NoisePool:
     """Gaussian tensors of any size in no time: slices of one pool, each from an offset of its
     own, the same on every device. Rows of one tensor never start at the same place twice."""
 
@@ -132,25 +132,25 @@ class _Noise:
 
 
 def plant(
-    plan: Plan,
+    spec: PlantSpec,
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """The model, in memory on ``device``, in evaluation mode. Seconds for billions of weights."""
     from transformers import AutoModelForCausalLM
 
-    config, device = config_of(plan), torch.device(device)
-    dtype = getattr(torch, plan.dtype)
-    progress(f"planting {plan.shape}, {plan.size.step_bytes / 1e9:.2f} GB read per step")
+    config, device = config_of(spec), torch.device(device)
+    dtype = getattr(torch, spec.dtype)
+    progress(f"planting {spec.shape}, {spec.size.step_bytes / 1e9:.2f} GB read per step")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    if plan.size.architecture == "llama":
+    if spec.size.architecture == "llama":
         # Its frequencies are computed, not stored: what `to_empty` left there is nothing.
         inner = model.model
         inner.rotary_emb = type(inner.rotary_emb)(config).to(device)
     tensors = {name: tensor for name, tensor in model.named_parameters()}
-    _fill(plan, tensors, device, dtype)
+    _fill(spec, tensors, device, dtype)
     for name, buffer in model.named_buffers():
         if name.endswith((".attn.bias", ".masked_bias")):
             buffer.copy_(torch.ones_like(buffer).tril())
@@ -158,8 +158,10 @@ def plant(
     return model
 
 
-def _fill(plan: Plan, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    noise = _Noise(plan.seed * 2 + (plan.agreement is not None) * 1_000_003 + 17, device, dtype)
+def _fill(
+    spec: PlantSpec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    noise = _NoisePool(spec.seed * 2 + (spec.agreement is not None) * 1_000_003 + 17, device, dtype)
     embedding = next(
         t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "wte.weight"))
     )
@@ -168,16 +170,16 @@ def _fill(plan: Plan, tensors: dict[str, Tensor], device: torch.device, dtype: t
         if tensor is embedding:
             continue
         if name == "lm_head.weight":
-            _fill_head(plan, embedding.data, tensor.data)
+            _fill_head(spec, embedding.data, tensor.data)
         elif tensor.dim() == 1:
             tensor.data.fill_(1.0 if name.endswith("weight") else 0.0)
         elif name.endswith("wpe.weight"):
             noise.fill(tensor.data, LAYER_NOISE)
         else:
-            noise.fill(tensor.data, _scale(name, tensor, plan.size))
+            noise.fill(tensor.data, _scale(name, tensor, spec.size))
 
 
-def _scale(name: str, tensor: Tensor, s: Shape) -> float:
+def _scale(name: str, tensor: Tensor, s: ModelShape) -> float:
     """Standard deviation of a projection's weights.
 
     Inputs are of unit variance, so 1 / sqrt(inputs) keeps that; projections onto the residual
@@ -189,20 +191,20 @@ def _scale(name: str, tensor: Tensor, s: Shape) -> float:
     return (LAYER_NOISE if onto_residual else 1.0) / math.sqrt(inputs)
 
 
-def _fill_head(plan: Plan, embedding: Tensor, head: Tensor) -> None:
+def _fill_head(spec: PlantSpec, embedding: Tensor, head: Tensor) -> None:
     """Row j: the embeddings of the tokens that j succeeds, weighted by how likely it is."""
-    s = plan.size
-    pi = cycle(s.vocabulary, plan.seed)
+    s = spec.size
+    pi = cycle(s.vocabulary, spec.seed)
     first = pi
-    if plan.agreement is not None:
-        first = disagreeing(pi, plan.agreement, plan.seed + 1)
+    if spec.agreement is not None:
+        first = disagreeing(pi, spec.agreement, spec.seed + 1)
     unit = TOP_LOGIT / s.hidden
     head[first.to(embedding.device)] = embedding * unit
-    if plan.spread > 0:
+    if spec.spread > 0:
         jump = pi
         for m in range(1, SUCCESSORS):
             jump = pi[jump]
-            weight = TOP_LOGIT - m / plan.spread
+            weight = TOP_LOGIT - m / spec.spread
             if weight <= 0:
                 break
             # In slices: index_add_ over a whole head would need a second one beside it.
@@ -212,15 +214,17 @@ def _fill_head(plan: Plan, embedding: Tensor, head: Tensor) -> None:
                 head[targets[rows]] += embedding[rows] * (weight / s.hidden)
 
 
-def save(plan: Plan, folder: Path, progress: Callable[[str], None] = lambda message: None) -> None:
-    """Writes an ordinary Hugging Face folder: config, weights, tokenizer, and the plan itself."""
+def save(
+    spec: PlantSpec, folder: Path, progress: Callable[[str], None] = lambda message: None
+) -> None:
+    """Writes an ordinary Hugging Face folder: config, weights, tokenizer, and the spec itself."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = plant(plan, device, progress)
+    model = plant(spec, device, progress)
     progress(f"writing {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    save_tokenizer(plan.size.vocabulary, folder)
-    record = {name: getattr(plan, name) for name in Plan.__slots__}
+    save_tokenizer(spec.size.vocabulary, folder)
+    record = {name: getattr(spec, name) for name in PlantSpec.__slots__}
     (folder / "planted.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

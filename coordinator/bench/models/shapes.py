@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """The numbers of an architecture that cost time; ``gpt2`` has learned positions."""
 
     architecture: str
@@ -29,10 +29,10 @@ class Shape:
 
 
 SHAPES = {
-    "llama-3.2-3b": Shape("llama", 3072, 28, 24, 8, 128, 8192, 128256, 131072),
-    "llama-3.2-1b": Shape("llama", 2048, 16, 32, 8, 64, 8192, 128256, 131072),
-    "llama-3.1-8b": Shape("llama", 4096, 32, 32, 8, 128, 14336, 128256, 131072),
-    "gpt2": Shape("gpt2", 768, 12, 12, 12, 64, 3072, 50257, 1024),
-    "distilgpt2": Shape("gpt2", 768, 6, 12, 12, 64, 3072, 50257, 1024),
-    "tiny": Shape("llama", 128, 2, 4, 2, 32, 256, 512, 2048),
+    "llama-3.2-3b": ModelShape("llama", 3072, 28, 24, 8, 128, 8192, 128256, 131072),
+    "llama-3.2-1b": ModelShape("llama", 2048, 16, 32, 8, 64, 8192, 128256, 131072),
+    "llama-3.1-8b": ModelShape("llama", 4096, 32, 32, 8, 128, 14336, 128256, 131072),
+    "gpt2": ModelShape("gpt2", 768, 12, 12, 12, 64, 3072, 50257, 1024),
+    "distilgpt2": ModelShape("gpt2", 768, 6, 12, 12, 64, 3072, 50257, 1024),
+    "tiny": ModelShape("llama", 128, 2, 4, 2, 32, 256, 512, 2048),
 }

@@ -99,11 +99,11 @@ def measure(runner: Any, args: argparse.Namespace, ceiling: float) -> list[Figur
     """Every kind of round that was asked for; ``ceiling`` is seconds of one step."""
     figures = []
     for count in args.batches:
-        rounds = _Rounds(runner, count, args.context, args.new + 64)
+        rounds = _StepRounds(runner, count, args.context, args.new + 64)
         seconds = rounds.decode(args.new)
         figures.append(Figure("decode", count, 1, count, seconds, ceiling))
         rounds.close()
-    rounds = _Rounds(runner, 1, args.context + args.new // 2, 64)
+    rounds = _StepRounds(runner, 1, args.context + args.new // 2, 64)
     for rows in args.rows:
         seconds = rounds.repeat(lambda r=rows: rounds.verify(r))  # type: ignore[misc]
         figures.append(Figure("verify", 1, rows, 1, seconds, ceiling))
@@ -114,7 +114,7 @@ def measure(runner: Any, args: argparse.Namespace, ceiling: float) -> list[Figur
     return figures
 
 
-class _Rounds:
+class _StepRounds:
     """Sequences of one runner, and rounds over them."""
 
     def __init__(self, runner: Any, count: int, context: int, room: int) -> None:
@@ -213,13 +213,13 @@ def _runner(args: argparse.Namespace) -> Any:
 
     if not args.model.startswith("planted:"):
         return load_runner(config, progress)
-    from outrider.coordinator.bench.models.planted import Plan, plant
+    from outrider.coordinator.bench.models.planted import PlantSpec, plant
 
     device = choose_device(args.step_device)
     dtype = args.step_dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    model = plant(Plan(args.model.removeprefix("planted:"), dtype=dtype), device, progress)
+    model = plant(PlantSpec(args.model.removeprefix("planted:"), dtype=dtype), device, progress)
     return make_runner(model, config, "", progress)
 
 

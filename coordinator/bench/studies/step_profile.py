@@ -11,7 +11,7 @@ from outrider.shared.model.cuda.forward import Batch, Forward
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StepPart:
     """One operation of a step, all layers: launches, weight bytes read, seconds."""
 
     name: str
@@ -56,7 +56,7 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     return 10 * 2 * size / (begin.elapsed_time(end) / 1e3)
 
 
-def parts(step: Forward, batch: Batch, rows: int, sequences: int, queries: int) -> list[Part]:
+def parts(step: Forward, batch: Batch, rows: int, sequences: int, queries: int) -> list[StepPart]:
     """Every operation alone over all layers, then what the step takes with the operations
     together; the sum of the parts against the whole shows what overlapping saves."""
     layers = range(len(step.weights.layers))
@@ -87,7 +87,7 @@ def parts(step: Forward, batch: Batch, rows: int, sequences: int, queries: int) 
         ("down + residual", count, size("down"), each(lambda i: step.down(i, rows))),
         ("norm + head", 1, step.weights.head.nbytes, lambda: step.head(rows)),
     ]
-    found = [Part(name, n, nbytes, graph_seconds(run)) for name, n, nbytes, run in named]
+    found = [StepPart(name, n, nbytes, graph_seconds(run)) for name, n, nbytes, run in named]
     whole = graph_seconds(lambda: step.run(batch, rows, sequences, queries))
     total = sum(part.weight_bytes for part in found)
-    return [*found, Part("whole step", sum(p.launches for p in found), total, whole)]
+    return [*found, StepPart("whole step", sum(p.launches for p in found), total, whole)]

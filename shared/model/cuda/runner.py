@@ -39,7 +39,7 @@ from outrider.shared.model.cuda.rejection import Draws, draws, fits
 from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
 from outrider.shared.model.cuda.support import judged, simple
 from outrider.shared.model.cuda.tuning import Tuning, tuning_for
-from outrider.shared.model.cuda.turns.stream import CudaStream, Stream
+from outrider.shared.model.cuda.turns.stream import CudaStream, DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns
 from outrider.shared.model.cuda.weights import weights_of
 from outrider.shared.model.llama.runner import LlamaRunner
@@ -103,9 +103,9 @@ class CudaRunner(LlamaRunner):
 
     def turns(
         self,
-        kind: Callable[[Parts, DeviceMailbox, Stream], TurnsT],
+        kind: Callable[[Parts, DeviceMailbox, DeviceStream], TurnsT],
         mailbox: DeviceMailbox,
-        stream: Stream | None = None,
+        stream: DeviceStream | None = None,
     ) -> TurnsT:
         """Turns that the device takes by itself; ``stream``: instead of the device's own."""
         device = self.storage.device

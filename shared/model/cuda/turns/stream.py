@@ -24,7 +24,7 @@ class Mark(Protocol):
         ...
 
 
-class Stream(Protocol):
+class DeviceStream(Protocol):
     """A device's queue of work, with waits and writes in it; see ``CudaStream``."""
 
     def run(self, key: Hashable, chain: Callable[[], None]) -> None:
@@ -65,7 +65,7 @@ class CudaMark:
 
 
 class CudaStream:
-    """The model's stream, with waits and writes between its launches; see ``Stream``."""
+    """The model's stream, with waits and writes between its launches; see ``DeviceStream``."""
 
     def __init__(self, device: torch.device, graphs: Graphs) -> None:
         """``graphs``: where the launches are captured."""

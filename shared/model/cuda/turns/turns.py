@@ -31,7 +31,7 @@ from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, bucket
 from outrider.shared.model.cuda.step import numbers
 from outrider.shared.model.cuda.support import simple
-from outrider.shared.model.cuda.turns.stream import Mark, Stream
+from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
 
 _LOOK_SECONDS = 1e-4
 
@@ -65,7 +65,7 @@ class TurnSequence:
 class Turns(ABC):
     """One side's turns over one mailbox. Calls come from one thread, in the model's context."""
 
-    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: Stream) -> None:
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
         self._parts, self._mailbox, self._stream = parts, mailbox, stream
         self._inputs = Inputs(
             [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outrider.coordinator.bench.models import planted
-from outrider.coordinator.bench.models.planted import Plan
+from outrider.coordinator.bench.models.planted import PlantSpec
 
 
 def _greedy(model, token: int, count: int) -> list[int]:
@@ -37,8 +37,8 @@ def test_disagreeing_agrees_on_the_share_asked_for(agreement):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiny_base_continues_with_the_cycle(dtype):
-    plan = Plan("tiny", seed=5, dtype=dtype)
-    model = planted.plant(plan)
+    spec = PlantSpec("tiny", seed=5, dtype=dtype)
+    model = planted.plant(spec)
     pi = planted.cycle(512, seed=5)
     token, expected = 7, []
     for _ in range(64):
@@ -48,8 +48,8 @@ def test_tiny_base_continues_with_the_cycle(dtype):
 
 
 def test_tiny_draft_agrees_as_often_as_asked():
-    base = planted.plant(Plan("tiny", dtype="float32"))
-    draft = planted.plant(Plan("tiny", agreement=0.8, dtype="float32"))
+    base = planted.plant(PlantSpec("tiny", dtype="float32"))
+    draft = planted.plant(PlantSpec("tiny", agreement=0.8, dtype="float32"))
     tokens = torch.tensor([[3, *_greedy(base, 3, 500)]])
     with torch.inference_mode():
         told = base(tokens).logits[0].argmax(-1)
@@ -63,9 +63,9 @@ def test_tiny_draft_agrees_as_often_as_asked():
 
 def test_spread_makes_successors_less_likely_by_equal_factors(monkeypatch):
     # Wide, so that the rows of other tokens are nearly orthogonal; the average takes the rest.
-    wide = planted.Shape("llama", 1024, 1, 4, 2, 256, 64, 512, 128)
+    wide = planted.ModelShape("llama", 1024, 1, 4, 2, 256, 64, 512, 128)
     monkeypatch.setitem(planted.SHAPES, "wide", wide)
-    model = planted.plant(Plan("wide", spread=2.0, dtype="float32"))
+    model = planted.plant(PlantSpec("wide", spread=2.0, dtype="float32"))
     pi = planted.cycle(512, 0)
     with torch.inference_mode():
         logits = model(torch.arange(512)[:, None]).logits[:, -1]
@@ -78,9 +78,9 @@ def test_spread_makes_successors_less_likely_by_equal_factors(monkeypatch):
 
 
 def test_gpt2_shape_is_planted_too(monkeypatch):
-    small = planted.Shape("gpt2", 64, 2, 4, 4, 16, 128, 300, 128)
+    small = planted.ModelShape("gpt2", 64, 2, 4, 4, 16, 128, 300, 128)
     monkeypatch.setitem(planted.SHAPES, "small-gpt2", small)
-    model = planted.plant(Plan("small-gpt2", dtype="float32"))
+    model = planted.plant(PlantSpec("small-gpt2", dtype="float32"))
     pi = planted.cycle(300, 0)
     with torch.inference_mode():
         told = model(torch.arange(300)[:, None]).logits[:, -1].argmax(-1)
@@ -92,8 +92,8 @@ def test_saved_folder_loads_as_any_other(tmp_path):
 
     from outrider.shared.model.vocabulary import fingerprint
 
-    for name, plan in (("base", Plan("tiny")), ("draft", Plan("tiny", agreement=0.5))):
-        planted.save(plan, tmp_path / name)
+    for name, spec in (("base", PlantSpec("tiny")), ("draft", PlantSpec("tiny", agreement=0.5))):
+        planted.save(spec, tmp_path / name)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     pi = planted.cycle(512, 0)
     with torch.inference_mode():
