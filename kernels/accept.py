@@ -62,9 +62,9 @@ def _cuda(tools: Tools) -> Call:
 
 
 def _triton(tools: Tools) -> Call:
-    from outrider.kernels.accept_triton import run
+    from outrider.kernels.accept_triton import launch_accept
 
-    return run
+    return launch_accept
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:

@@ -25,7 +25,7 @@ def kernel(chosen, tokens, pending, proposed, verdicts):
     tl.store(verdicts + 2 * s + 1, tl.load(chosen + row + accepted))
 
 
-def run(
+def launch_accept(
     *,
     chosen: Tensor,
     tokens: Tensor,

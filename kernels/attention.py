@@ -150,9 +150,9 @@ def _cuda(tools: Tools) -> Call:
 
 
 def _triton(tools: Tools) -> Call:
-    from outrider.kernels.attention_triton import run
+    from outrider.kernels.attention_triton import launch_attention
 
-    return run
+    return launch_attention
 
 
 def _case(

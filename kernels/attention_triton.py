@@ -191,7 +191,7 @@ def combine(
         tl.store(out + to + d, (mixed / total).to(out.dtype.element_ty))
 
 
-def run(
+def launch_attention(
     *,
     qkv: Tensor,
     keys: Tensor,

@@ -116,9 +116,9 @@ def _cuda(tools: Tools) -> Call:
 
 
 def _triton(tools: Tools) -> Call:
-    from outrider.kernels.choose_triton import run
+    from outrider.kernels.choose_triton import launch_choose
 
-    return run
+    return launch_choose
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:

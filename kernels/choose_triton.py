@@ -77,7 +77,7 @@ def finish(winners, ids, tokens, blocks, vocabulary, BLOCK: tl.constexpr):
     tl.store(tokens + i, tl.where(best > float("-inf"), first, -1))
 
 
-def run(
+def launch_choose(
     *,
     logits: Tensor,
     rows: Tensor | None,

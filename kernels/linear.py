@@ -154,9 +154,9 @@ def _cuda(tools: Tools) -> Call:
 
 
 def _triton(tools: Tools) -> Call:
-    from outrider.kernels.linear_triton import run
+    from outrider.kernels.linear_triton import launch_linear
 
-    return run
+    return launch_linear
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:

@@ -106,7 +106,7 @@ def kernel(
         tl.store(out + place, y.to(kind), mask=stored)
 
 
-def run(
+def launch_linear(
     *,
     x: Tensor,
     w: Tensor,

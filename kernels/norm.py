@@ -40,9 +40,9 @@ def _cuda(tools: Tools) -> Call:
 
 
 def _triton(tools: Tools) -> Call:
-    from outrider.kernels.norm_triton import run
+    from outrider.kernels.norm_triton import launch_norm
 
-    return run
+    return launch_norm
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:

@@ -21,7 +21,7 @@ def kernel(x, weight, out, width, eps, BLOCK: tl.constexpr):
     tl.store(out + at + columns, (w * scaled).to(row.dtype), mask=seen)
 
 
-def run(
+def launch_norm(
     *, x: Tensor, weight: Tensor, out: Tensor, rows: int, eps: float, overlap: bool = False
 ) -> None:
     """See ``norm.reference``."""

@@ -68,6 +68,13 @@ MAY_IMPORT_WITHIN = {
     },
 }
 MOST_ENTRIES = 12
+# Class names that several files define, and why they may.
+SHARED_CLASS_NAMES = {
+    "Engine": "shared/rounds/servicer.py has a protocol of the class of shared/rounds/session.py",
+    "Session": "the same",
+    "Lane": "one sequence of a grant, in either service",
+    "_Rounds": "the rounds of a device, in either service",
+}
 PURE = (
     "outrider.shared.kv.slots",
     "outrider.shared.kv.arena",
@@ -164,6 +171,21 @@ def test_imports_use_the_namespace() -> None:
             # `kernels` alone is Hugging Face's package of that name.
             wrong = tops & set(MAY_IMPORT)
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong} from the top level"
+
+
+def test_class_names_have_one_owner() -> None:
+    owners: dict[str, set[str]] = {}
+    written = MAY_IMPORT.keys() - {"protos"}  # the rest is generated
+    for path in (path for package in written for path in sources(package)):
+        for node in ast.parse(path.read_text(), str(path)).body:
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, set()).add(str(path.relative_to(ROOT)))
+    several = {name: sorted(files) for name, files in owners.items() if len(files) > 1}
+    wrong = {name: files for name, files in several.items() if name not in SHARED_CLASS_NAMES}
+    assert not wrong, "one word, one meaning: " + "; ".join(
+        f"{name} in {' and '.join(files)}" for name, files in wrong.items()
+    )
+    assert set(SHARED_CLASS_NAMES) <= set(several), "an exception that nobody needs any more"
 
 
 @pytest.mark.parametrize("module", PURE)

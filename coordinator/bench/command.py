@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
-def run(arguments: argparse.Namespace, target: str) -> int:
+def measure_target(arguments: argparse.Namespace, target: str) -> int:
     """Measures the coordinator at ``target`` and prints a table; returns the exit status."""
     from outrider.coordinator.bench.workload import measure
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, target: str) -> int:
     return _report(arguments, workload, figures)
 
 
-def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
+def measure_in_process(arguments: argparse.Namespace, config: Config) -> int:
     """The same with both models in this process. Raises ``ConfigError`` for what it can't do."""
     if None in arguments.ks:
         raise ConfigError("--ks auto: K is chosen by a coordinator, and --in-process has none")
@@ -73,10 +73,10 @@ def run_in_process(arguments: argparse.Namespace, config: Config) -> int:
         )
     from outrider.coordinator.bench.studies.in_process import InProcess
     from outrider.coordinator.bench.workload import summary
-    from outrider.coordinator.requests.text import tokenizer
+    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
 
     workload = _workload(arguments)
-    encode = tokenizer.load(config.coordinator.tokenizer).encode
+    encode = load_tokenizer(config.coordinator.tokenizer).encode
     ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
     models = InProcess(config)
     runs: dict[int | None, list[Run]] = {k: [] for k in arguments.ks}

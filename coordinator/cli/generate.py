@@ -122,11 +122,11 @@ def _show(args: argparse.Namespace, config: Config, call: Any) -> int:
 def _pieces(config: Config) -> Any:
     """Token ids to one text each, when the tokenizer is at hand."""
     from outrider.coordinator.requests.text.detokenize import Detokenizer
-    from outrider.coordinator.requests.text.tokenizer import load
+    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
     from outrider.shared.core.errors import OutriderError
 
     try:
-        push = Detokenizer(load(config.coordinator.tokenizer)).push
+        push = Detokenizer(load_tokenizer(config.coordinator.tokenizer)).push
     except (OutriderError, OSError):
         return None
     return lambda ids: [push((token,)) for token in ids]
@@ -137,11 +137,11 @@ def _painter(args: argparse.Namespace, config: Config, out: TextIO) -> display.P
     if args.json or args.no_draft or not colors_wanted(out.isatty()):
         return None
     from outrider.coordinator.requests.text.detokenize import Detokenizer
-    from outrider.coordinator.requests.text.tokenizer import load
+    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
     from outrider.shared.core.errors import OutriderError
 
     try:
-        tokenizer = load(config.coordinator.tokenizer)
+        tokenizer = load_tokenizer(config.coordinator.tokenizer)
     except (OutriderError, OSError):
         return None
     push = Detokenizer(tokenizer).push

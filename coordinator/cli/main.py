@@ -102,9 +102,9 @@ def _generate(args: argparse.Namespace) -> int:
         vars(args)["telemetry.profile"] = True
     config = _load(args)
     _interruptible()
-    from outrider.coordinator.cli.generate import run
+    from outrider.coordinator.cli import generate
 
-    return run(args, config)
+    return generate.run(args, config)
 
 
 # --- serve and up ------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def _serve_coordinator(args: argparse.Namespace) -> int:
     library_env.before_grpc()
     try:
         config = _load(args)
-        from outrider.coordinator.server.program import run
+        from outrider.coordinator.server.program import run_coordinator
 
-        return run(config, reporter, watch_stdin=args.watch_stdin)
+        return run_coordinator(config, reporter, watch_stdin=args.watch_stdin)
     except OutriderError as error:
         reporter.failed(str(error))
         raise
@@ -157,10 +157,10 @@ def _add_up(commands: Any) -> None:
 def _up(args: argparse.Namespace) -> int:
     config = _load(args)
     from outrider.coordinator.local.cuda_mps import daemon
-    from outrider.coordinator.local.supervisor import run
+    from outrider.coordinator.local.supervisor import supervise
 
     with daemon(args.cuda_mps) as environment:
-        return run(config, environment)
+        return supervise(config, environment)
 
 
 # --- info, doctor, bench -----------------------------------------------------------------------
@@ -175,15 +175,15 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from outrider.coordinator.cli.info import run
+    from outrider.coordinator.cli import info
 
-    return run(args, _load(args))
+    return info.run(args, _load(args))
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from outrider.coordinator.cli.doctor import run
+    from outrider.coordinator.cli import doctor
 
-    return run(args)
+    return doctor.run(args)
 
 
 def _add_bench(commands: Any, words: Sequence[str]) -> None:
@@ -209,14 +209,14 @@ def _bench(args: argparse.Namespace) -> int:
     if args.study is not None:
         return registry.run(args, config)
     if args.in_process:
-        return command.run_in_process(args, config)
+        return command.measure_in_process(args, config)
     if args.target is not None:
-        return command.run(args, args.target)
+        return command.measure_target(args, args.target)
     progress = display.Progress(sys.stderr)
     log = sys.stderr if args.verbose else None
     with daemon(args.cuda_mps) as own, deployment(config, progress, log, own) as target:
         progress.clear()
-        return command.run(args, target)
+        return command.measure_target(args, target)
 
 
 # --- parts -------------------------------------------------------------------------------------

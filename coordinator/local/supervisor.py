@@ -136,8 +136,11 @@ class Supervisor:
             print(f"{name:<11} | {text}", file=sys.stderr, flush=True)
 
 
-def run(config: Config, environment: Mapping[str, str] | None = None) -> int:
-    """Runs the command; ``environment`` is added to that of the services."""
+def supervise(config: Config, environment: Mapping[str, str] | None = None) -> int:
+    """Runs and supervises all parts of ``config``; returns the exit status.
+
+    ``environment`` is added to that of the services.
+    """
     folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=short_folder()))  # mode 0700
     try:
         supervisor = Supervisor(_connected(_private(config, folder)), environment)

@@ -19,7 +19,7 @@ from outrider.shared.telemetry.setup import Telemetry
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, reporter: lifecycle.Reporter, *, watch_stdin: bool) -> int:
+def run_coordinator(config: Config, reporter: lifecycle.Reporter, *, watch_stdin: bool) -> int:
     """Serves until SIGTERM or SIGINT, then drains; the second signal cuts that short.
 
     Raises ``OutriderError`` when it can't start.

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.requests.text.tokenizer import Tokenizer, load
+from outrider.coordinator.requests.text.tokenizer import Tokenizer, load_tokenizer
 from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
@@ -155,7 +155,7 @@ async def running(
                 assert verify_connection.info is not None
                 progress("loading the tokenizer")
                 tokenizer = await asyncio.to_thread(
-                    load_tokenizer, config.tokenizer, verify_connection.info.model
+                    base_tokenizer, config.tokenizer, verify_connection.info.model
                 )
                 speculation = Speculation(config.max_k)
                 records: deque[RoundRecord] = deque()
@@ -255,13 +255,13 @@ def check_same_base(before: ModelDescription, now: ModelDescription) -> None:
             )
 
 
-def load_tokenizer(name: str, base: ModelDescription) -> Tokenizer | None:
+def base_tokenizer(name: str, base: ModelDescription) -> Tokenizer | None:
     """The tokenizer ``name``, or the base's own; None (ids only) where the base has none."""
     own = Path(base.name)
     if name == "base" and own.is_dir():
         name = str(own)
     try:
-        return load(name)
+        return load_tokenizer(name)
     except ConfigError as error:
         if Path(name) != own:
             raise

@@ -24,7 +24,7 @@ from outrider.coordinator.bench.studies.in_process import InProcess
 from outrider.coordinator.bench.workload import Run, Workload, run_once, summary
 from outrider.coordinator.local import cuda_mps
 from outrider.coordinator.local.private_stack import deployments
-from outrider.coordinator.requests.text import tokenizer
+from outrider.coordinator.requests.text.tokenizer import load_tokenizer
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import Config
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """Measures and prints; returns the exit status."""
     prompts = command.prompts(args.prompts, args.prompt_tokens)
     if args.prompt_tokens is None:
-        encode = tokenizer.load(config.coordinator.tokenizer).encode
+        encode = load_tokenizer(config.coordinator.tokenizer).encode
         prompts = [encode(str(text)) for text in prompts]
     workload = Workload(prompts=prompts, max_new_tokens=args.max_new_tokens)
     yardstick = InProcess(config) if args.in_process else None

@@ -63,7 +63,7 @@ class Tokenizer:
         return known
 
 
-def load(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
     """Loads the tokenizer at ``name``: a folder, a tokenizer.json, a hub id, or a bundled word.
 
     Raises ``ConfigError`` saying what was looked for.

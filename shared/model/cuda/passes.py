@@ -19,7 +19,9 @@ def bucket(value: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= value)
 
 
-def cut(spans: Sequence[Span], heads: Heads, work_capacity: int) -> list[list[tuple[int, Span]]]:
+def cut_spans(
+    spans: Sequence[Span], heads: Heads, work_capacity: int
+) -> list[list[tuple[int, Span]]]:
     """Passes of (index of the span, its piece). Pieces of a span come in order.
 
     ``work_capacity``: attention's scratch memory, see ``kernels.attention_shapes.need``. A pass may

@@ -32,7 +32,7 @@ from outrider.shared.model.cuda.passes import (
     POWERS,
     ROW_SIZES,
     bucket,
-    cut,
+    cut_spans,
     rows_in_order,
 )
 from outrider.shared.model.cuda.rejection import Draws, draws, fits
@@ -141,7 +141,7 @@ class CudaRunner(LlamaRunner):
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
         with self._on_device():
-            for taken in cut(spans, self._geometry, self._step.work_capacity):
+            for taken in cut_spans(spans, self._geometry, self._step.work_capacity):
                 wanted = sum(piece.wanted for _, piece in taken)
                 self._logits_of([piece for _, piece in taken], wanted)
                 if wanted:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.requests.text.tokenizer import load
+from outrider.coordinator.requests.text.tokenizer import load_tokenizer
 from outrider.shared.core.errors import ConfigError
 
 
 def test_tokenizer_from_folder_and_from_file_are_one(tiny_base: Path) -> None:
     text = "def naïve(x):\n    return x"
-    from_folder, from_file = load(str(tiny_base)), load(str(tiny_base / "tokenizer.json"))
+    from_folder, from_file = (
+        load_tokenizer(str(tiny_base)),
+        load_tokenizer(str(tiny_base / "tokenizer.json")),
+    )
     ids = from_folder.encode(text)
     assert ids == from_file.encode(text)
     assert from_folder.decode(ids) == text
@@ -24,7 +27,7 @@ def test_tokenizer_from_folder_and_from_file_are_one(tiny_base: Path) -> None:
 
 
 def test_tokenizer_special_tokens_are_left_out_of_text(tiny_base: Path) -> None:
-    tokenizer = load(str(tiny_base))
+    tokenizer = load_tokenizer(str(tiny_base))
     (end,) = tokenizer.encode("<|end|>")
     assert tokenizer.decode([*tokenizer.encode("a"), end]) == "a"
 
@@ -32,22 +35,22 @@ def test_tokenizer_special_tokens_are_left_out_of_text(tiny_base: Path) -> None:
 @pytest.mark.parametrize("name", ["/does/not/exist", "./nor/this", "a/b/c"])
 def test_tokenizer_that_does_not_exist_says_what_is_expected(name: str) -> None:
     with pytest.raises(ConfigError, match=r"does not exist; must be a folder"):
-        load(name)
+        load_tokenizer(name)
 
 
 def test_tokenizer_folder_without_one_and_broken_file_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none in"):
-        load(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer"):
-        load(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_coordinator_starts_without_torch_and_transformers(tiny_base: Path) -> None:
     program = (
         "import sys; from outrider.coordinator.requests.text import tokenizer; "
         "from outrider.coordinator.server import service; "
-        f"tokenizer.load({str(tiny_base)!r}); "
+        f"tokenizer.load_tokenizer({str(tiny_base)!r}); "
         "heavy = {'torch', 'transformers', 'jinja2'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from outrider.kernels.attention_shapes import Heads, need
 from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.kv.arena import Extent
-from outrider.shared.model.cuda.passes import POWERS, ROW_SIZES, bucket, cut, rows_in_order
+from outrider.shared.model.cuda.passes import POWERS, ROW_SIZES, bucket, cut_spans, rows_in_order
 from outrider.shared.model.runner import Span
 
 HEADS = Heads(8, 2, 64)
@@ -29,7 +29,7 @@ def span(start: int, count: int, wanted: int) -> Span:
 )
 def test_passes_hold_every_row_once_in_order_and_fit(sizes):
     spans = [span(start, count, min(wanted, count)) for start, count, wanted in sizes]
-    passes = cut(spans, HEADS, ROOMY)
+    passes = cut_spans(spans, HEADS, ROOMY)
     seen: dict[int, list[int]] = {i: [] for i in range(len(spans))}
     wanted = dict.fromkeys(seen, 0)
     for taken in passes:
@@ -48,10 +48,10 @@ def test_passes_hold_every_row_once_in_order_and_fit(sizes):
 def test_a_pass_stays_within_the_scratch_memory_where_pieces_allow():
     spans = [span(640, 4, 4) for _ in range(8)]
     one = need(HEADS, [644], 4)
-    passes = cut(spans, HEADS, 3 * one)
+    passes = cut_spans(spans, HEADS, 3 * one)
     assert [len(taken) for taken in passes] == [3, 3, 2]
     # A single piece that is too large by itself still runs.
-    assert len(cut(spans[:1], HEADS, 1)) == 1
+    assert len(cut_spans(spans[:1], HEADS, 1)) == 1
 
 
 def test_rows_come_back_in_the_order_of_the_spans():
