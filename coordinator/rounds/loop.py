@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
-from collections import deque
 
 from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.requests.text.stopping import Finish, FinishReason
-from outrider.coordinator.requests.text.tokenizer import Tokenizer
+from outrider.coordinator.requests.text.stopping import FinishReason
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds import recording
 from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.commit import Outcome
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantRun
-from outrider.coordinator.rounds.round import Outcome, RoundRunner
+from outrider.coordinator.rounds.jobs import Jobs
+from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import RoundPlan, Scheduler
-from outrider.coordinator.rounds.verifying import Verifying, never_fits
+from outrider.coordinator.rounds.verifying import Verifying
 from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
-from outrider.coordinator.telemetry.records import (
-    ConnectionRecord,
-    Observer,
-    RequestRecord,
-    RoundRecord,
-    WallClock,
-)
-from outrider.shared.core.errors import CapacityError, OutriderError, ServiceUnavailable
+from outrider.coordinator.telemetry.records import ConnectionRecord, Observer, WallClock
+from outrider.shared.core.errors import OutriderError, ServiceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -48,41 +40,32 @@ class RoundLoop:
         self,
         *,
         scheduler: Scheduler[Sequence],
+        jobs: Jobs,
         rounds: RoundRunner,
         drafting: Drafting,
         verifying: Verifying,
         speculation: Speculation,
         verify_connection: VerifyConnection,
         draft_connection: DraftConnection | None,
-        tokenizer: Tokenizer | None,
         observer: Observer,
         clock: WallClock,
         patience: float,
-        records: deque[RoundRecord],
     ) -> None:
-        """``patience``: seconds that requests wait for a verifier that is away.
-
-        ``records`` is where ``rounds`` leaves what is to be told of each.
-        """
+        """``patience``: seconds that requests wait for a verifier that is away."""
         self._scheduler = scheduler
+        self._jobs = jobs
         self._rounds = rounds
         self._drafting = drafting
         self._verifying = verifying
         self._speculation = speculation
         self._verify_connection = verify_connection
         self._draft_connection = draft_connection
-        self._tokenizer = tokenizer
         self._observer = observer
         self._clock = clock
         self._patience = patience
-        self._records = records
         self._wake = asyncio.Event()
-        self._ids = itertools.count(1)
-        self._jobs: dict[Sequence, Job] = {}
-        self._ended: list[Sequence] = []
-        self._ends: deque[RequestRecord] = deque()
         self._away_since: float | None = None
-        self._last_ns = 0
+        self._last_ns = 0  # end of the last round; 0 after a pause
         self._regrant = False  # something changed that rounds running by themselves can't know
 
     @property
@@ -101,19 +84,13 @@ class RoundLoop:
         """Queues a request; raises ``CapacityError`` and ``ServiceUnavailable``."""
         if self._away_since is not None and self._overdue():
             raise self._away()
-        job = Job(request, self._tokenizer, self._ids, arrived_ns, self._speculation.acceptance)
-        self._scheduler.submit(job.samples)
-        for sample in job.samples:
-            self._jobs[sample] = job
-            if sample.output.finish is not None:  # the resumed tokens already hold the end
-                self._ended.append(sample)
+        job = self._jobs.submit(request, arrived_ns)
         self._wake.set()
         return job
 
     def end(self, job: Job, reason: FinishReason) -> None:
         """Ends a request from outside; its extents are freed with the next messages."""
-        job.end(Finish(reason))
-        self._ended.extend(sample for sample in job.samples if sample in self._jobs)
+        self._jobs.end(job, reason)
         self._wake.set()
 
     # --- called from the connections -------------------------------------------------------------
@@ -151,7 +128,7 @@ class RoundLoop:
         """Runs rounds until cancelled; on the way out every request is failed."""
         try:
             while True:
-                self._reap()
+                self._jobs.reap()
                 if not self._verify_connection.up:
                     await self._wait_for_verifier()
                     continue
@@ -161,9 +138,10 @@ class RoundLoop:
                 else:
                     await self._idle()
         finally:
-            self._fail_all(ServiceUnavailable("the coordinator is shutting down"))
+            self._jobs.fail_all(ServiceUnavailable("the coordinator is shutting down"))
 
     async def _round(self, plan: RoundPlan[Sequence]) -> None:
+        """One round of ``plan``, or as many as the services are granted."""
         started_ns = self._last_ns or self._clock()
         run: GrantRun | None = None
         try:
@@ -181,8 +159,9 @@ class RoundLoop:
             # A bug must not take down the other requests, nor the loop.
             log.exception("a round failed")
             self._last_ns = 0
-            for sequence in self._sequences_of(plan):
-                self._finish(sequence, OutriderError(f"internal error: {type(error).__name__}"))
+            failure = OutriderError(f"internal error: {type(error).__name__}")
+            for sequence in [*plan.decode, *(sequence for sequence, _ in plan.prefill)]:
+                self._jobs.finish(sequence, failure)
             if run is not None:
                 await self._end(run)
             return
@@ -203,7 +182,7 @@ class RoundLoop:
                 outcome = self._rounds.take_report(run, self._scheduler.waiting)
                 self._settle(outcome)
                 ended = ended or bool(outcome.finished or outcome.failed or outcome.full)
-            if ended or self._ended or self._regrant or self._scheduler.admits:
+            if ended or self._jobs.ended or self._regrant or self._scheduler.admits:
                 await self._rounds.revoke(run)
             else:
                 await self._rounds.steer(run)
@@ -221,36 +200,8 @@ class RoundLoop:
         await self._rounds.finish(run)
 
     def _settle(self, outcome: Outcome) -> None:
-        for sequence in outcome.admitted:
-            self._jobs[sequence].changed.set()
-        for sequence in outcome.finished:
-            self._finish(sequence)
-        for sequence, error in outcome.failed:
-            self._finish(sequence, error)
-        # The last refused goes back first, so that the queue keeps its order.
-        for sequence in reversed(outcome.full):
-            info = self._verify_connection.info
-            if info is not None and sequence.capacity > info.model.arena_tokens:
-                self._finish(sequence, never_fits(sequence, info.model.arena_tokens))
-            elif not sequence.statistics.admitted_ns:
-                self._drafting.forget(sequence)
-                self._scheduler.refuse(sequence)
-            elif self._homeless_for(sequence) > self._patience:
-                self._finish(
-                    sequence,
-                    CapacityError(
-                        "the base came back without room for the sequence, which needs "
-                        f"{sequence.capacity} token slots"
-                    ),
-                )
-
-    @staticmethod
-    def _homeless_for(sequence: Sequence) -> float:
-        """Seconds since a sequence that ran was first refused room after a failure."""
-        now = time.monotonic()
-        state = sequence.verify
-        state.full_since = now if state.full_since is None else state.full_since
-        return now - state.full_since
+        info = self._verify_connection.info
+        self._jobs.settle(outcome, None if info is None else info.model.arena_tokens)
 
     async def _idle(self) -> None:
         """Nothing can run: tell the services what to free and wait."""
@@ -271,7 +222,7 @@ class RoundLoop:
         if self._away_since is None:
             self._away_since = time.monotonic()
         if self._overdue():
-            self._fail_all(self._away())
+            self._jobs.fail_all(self._away())
             await self._sleep(None)
         else:
             await self._sleep(self._away_since + self._patience - time.monotonic())
@@ -282,37 +233,6 @@ class RoundLoop:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         self._wake.clear()
-
-    # --- ends ------------------------------------------------------------------------------------
-
-    def _reap(self) -> None:
-        """Takes out sequences that were ended from outside."""
-        if self._ended:
-            ended, self._ended = self._ended, []
-            for sequence in ended:
-                self._finish(sequence)
-
-    def _finish(self, sequence: Sequence, error: OutriderError | None = None) -> None:
-        job = self._jobs.pop(sequence, None)
-        if job is None:
-            return
-        self._scheduler.remove(sequence)
-        self._drafting.forget(sequence)
-        self._verifying.forget(sequence)
-        sequence.statistics.finished_ns = self._clock()
-        if error is not None:
-            job.fail(error)
-            for other in job.samples:
-                if other is not sequence and other in self._jobs:
-                    self._ended.append(other)
-        job.close(sequence)
-        if self._observer.follows:
-            self._ends.append(recording.request_record(sequence, error))
-
-    def _fail_all(self, error: OutriderError) -> None:
-        for sequence in self._scheduler.drop_all():
-            self._finish(sequence, error)
-        self._reap()
 
     def _overdue(self) -> bool:
         since = self._away_since
@@ -326,6 +246,7 @@ class RoundLoop:
     # --- parts -----------------------------------------------------------------------------------
 
     def limit_k(self) -> None:
+        """Takes the largest K that the services allow now."""
         limits = [
             one.info.max_k
             for one in (self._verify_connection, self._draft_connection)
@@ -335,18 +256,11 @@ class RoundLoop:
 
     def _hand_over(self) -> None:
         """Gives records to the observer; called while the verifier works, or nobody does."""
-        self._rounds.reflect()
-        while self._records:
-            self._observer.round(self._records.popleft())
-        while self._ends:
-            self._observer.request(self._ends.popleft())
+        self._rounds.hand_over()
+        self._jobs.hand_over()
 
     def _note_connection(self, service: str, up: bool, reason: str, sequences: int) -> None:
         if self._observer.follows:
             self._observer.connection(
                 ConnectionRecord(service, up, self._clock(), reason, sequences)
             )
-
-    @staticmethod
-    def _sequences_of(plan: RoundPlan[Sequence]) -> list[Sequence]:
-        return [*plan.decode, *(sequence for sequence, _ in plan.prefill)]

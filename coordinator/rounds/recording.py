@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.drafting import Proposals
 from outrider.coordinator.rounds.scheduler import RoundPlan
@@ -10,27 +12,33 @@ from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, S
 from outrider.shared.core.errors import OutriderError
 
 
-def round_record(
-    number: int,
-    plan: RoundPlan[Sequence],
-    ks: list[int],
-    proposals: Proposals,
-    verdicts: Verdicts,
-    *,
-    traceparent: str,
-    started_ns: int,
-    finished_ns: int,
-    waiting: int,
-    link: str = "grpc",
-) -> RoundRecord:
+@dataclass(frozen=True, slots=True)
+class DoneRound:
+    """A round whose verdicts are in the logs, by messages or granted."""
+
+    number: int
+    traceparent: str
+    plan: RoundPlan[Sequence]
+    ks: list[int]
+    proposals: Proposals
+    verdicts: Verdicts
+    started_ns: int
+    finished_ns: int
+    waiting: int
+    """Sequences waiting for admission."""
+    link: str = "grpc"
+
+
+def round_record(done: DoneRound) -> RoundRecord:
     """The record of a round; to be made before the next one is committed."""
-    asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, ks, strict=True)}
+    plan, verdicts = done.plan, done.verdicts
+    asked_k = {seq.sequence_id: k for seq, k in zip(plan.decode, done.ks, strict=True)}
     answered = {one.sequence.sequence_id: (one, verdict) for one, verdict in verdicts.given}
     made = []
     for seq in (*plan.decode, *(seq for seq, _ in plan.prefill)):
         key = seq.sequence_id
         found = answered.get(key)
-        proposal = proposals.by_id.get(key)
+        proposal = done.proposals.by_id.get(key)
         proposed = 0 if proposal is None else len(proposal.tokens)
         accepted = emitted = rows = 0
         n = len(seq.log)
@@ -56,15 +64,15 @@ def round_record(
             )
         )
     return RoundRecord(
-        round=number,
-        traceparent=traceparent,
-        started_ns=started_ns,
-        finished_ns=finished_ns,
-        draft=proposals.timing,
+        round=done.number,
+        traceparent=done.traceparent,
+        started_ns=done.started_ns,
+        finished_ns=done.finished_ns,
+        draft=done.proposals.timing,
         verify=verdicts.timing,
         sequences=tuple(made),
-        waiting=waiting,
-        link=link,
+        waiting=done.waiting,
+        link=done.link,
         lost="verify" if verdicts.lost else "",
     )
 

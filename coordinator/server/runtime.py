@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRounds
+from outrider.coordinator.rounds.jobs import Jobs
 from outrider.coordinator.rounds.loop import RoundLoop
 from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
@@ -26,7 +26,7 @@ from outrider.coordinator.services.connection import (
     VerifyConnection,
 )
 from outrider.coordinator.services.mailbox_setup import MailboxSetup
-from outrider.coordinator.telemetry.records import NoObserver, Observer, RoundRecord, WallClock
+from outrider.coordinator.telemetry.records import NoObserver, Observer, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos.generation_pb2 import ModelDescription
 from outrider.shared.config.schema import CoordinatorConfig
@@ -158,7 +158,6 @@ async def running(
                     base_tokenizer, config.tokenizer, verify_connection.info.model
                 )
                 speculation = Speculation(config.max_k)
-                records: deque[RoundRecord] = deque()
                 drafting = Drafting(
                     draft_connection,
                     chunk=config.prefill_chunk,
@@ -174,31 +173,36 @@ async def running(
                     rounds=config.free_rounds,
                     draft_patience=config.draft_patience_seconds,
                 )
+                scheduler = Scheduler[Sequence](
+                    max_running=config.max_running,
+                    max_waiting=config.max_waiting,
+                    prefill_chunk=config.prefill_chunk,
+                )
+                jobs = Jobs(
+                    scheduler,
+                    drafting,
+                    verifying,
+                    speculation,
+                    tokenizer=tokenizer,
+                    observer=observer,
+                    clock=clock,
+                    patience=config.verify_patience_seconds,
+                )
+                rounds = RoundRunner(
+                    drafting, verifying, speculation, granted, observer=observer, clock=clock
+                )
                 loop = RoundLoop(
-                    scheduler=Scheduler[Sequence](
-                        max_running=config.max_running,
-                        max_waiting=config.max_waiting,
-                        prefill_chunk=config.prefill_chunk,
-                    ),
-                    rounds=RoundRunner(
-                        drafting,
-                        verifying,
-                        speculation,
-                        granted,
-                        observer=observer,
-                        clock=clock,
-                        records=records.append,
-                    ),
+                    scheduler=scheduler,
+                    jobs=jobs,
+                    rounds=rounds,
                     drafting=drafting,
                     verifying=verifying,
                     speculation=speculation,
                     verify_connection=verify_connection,
                     draft_connection=draft_connection,
-                    tokenizer=tokenizer,
                     observer=observer,
                     clock=clock,
                     patience=config.verify_patience_seconds,
-                    records=records,
                 )
                 loop.limit_k()
                 background.append(tasks.create_task(mailbox_setup.run(), name="mailbox setup"))

@@ -1,0 +1,114 @@
+"""COMMIT: what the verdicts of a round do to logs, statistics and the choice of K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.drafting import Drafting
+from outrider.coordinator.rounds.recording import DoneRound
+from outrider.coordinator.rounds.verifying import Verdicts, VerifyAsked
+from outrider.coordinator.telemetry.records import WallClock
+from outrider.protos import generation_pb2 as public
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core.errors import OutriderError
+from outrider.shared.core.types import PositionLogprobs
+
+ACCEPTED = public.TOKEN_ORIGIN_ACCEPTED
+CORRECTED = public.TOKEN_ORIGIN_CORRECTED
+BONUS = public.TOKEN_ORIGIN_BONUS
+BASE = public.TOKEN_ORIGIN_BASE
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a round leaves for the loop to do."""
+
+    finished: list[Sequence] = field(default_factory=list)
+    full: list[Sequence] = field(default_factory=list)
+    failed: list[tuple[Sequence, OutriderError]] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    """Served for the first time: the services hold their extents."""
+    progressed: bool = False
+    lost: bool = False
+
+
+class Commit:
+    """Takes verdicts in, and learns from them."""
+
+    def __init__(self, drafting: Drafting, speculation: Speculation, clock: WallClock) -> None:
+        self._drafting = drafting
+        self._speculation = speculation
+        self._clock = clock
+
+    def apply(self, verdicts: Verdicts, started_ns: int) -> Outcome:
+        """Appends what a round that began at ``started_ns`` has decided to the logs."""
+        outcome = Outcome(full=verdicts.full, failed=verdicts.failed, lost=verdicts.lost)
+        for asked, verdict in verdicts.given:
+            self._append(outcome, asked, verdict, started_ns)
+        return outcome
+
+    def account(self, done: DoneRound) -> None:
+        """Notes for each sample what the round took."""
+        seconds = (done.finished_ns - done.started_ns) / 1e9
+        draft, verify = done.proposals.timing, done.verdicts.timing
+        for asked, verdict in done.verdicts.given:
+            statistics = asked.sequence.statistics
+            # The round that wrote the first token belongs to the prefill phase.
+            if verdict.HasField("next_token") and statistics.rounds > 1:
+                statistics.spent(seconds, draft.model_seconds, verify.model_seconds)
+
+    def learn(self, done: DoneRound) -> None:
+        """Tells the controller how the proposals fared, and what the round took where that says
+        something of decoding."""
+        plan, proposals, verdicts = done.plan, done.proposals, done.verdicts
+        for asked, verdict in verdicts.given:
+            if asked.proposed:
+                asked.sequence.acceptance.observe(len(asked.proposed), verdict.num_accepted)
+        if plan.prefill or verdicts.lost or not plan.decode or not proposals.clean:
+            return
+        self._speculation.observe(
+            len(plan.decode),
+            max((len(one.tokens) for one in proposals.by_id.values()), default=0),
+            verdicts.timing.rows,
+            proposals.timing.seconds,
+            verdicts.timing.seconds,
+        )
+
+    def _append(
+        self, outcome: Outcome, asked: VerifyAsked, verdict: pb.Verdict, started_ns: int
+    ) -> None:
+        seq = asked.sequence
+        outcome.progressed = True
+        if not seq.statistics.admitted_ns:
+            # The previous round's end may be before it arrived.
+            seq.statistics.admitted_ns = max(started_ns, seq.statistics.arrived_ns)
+            outcome.admitted.append(seq)
+        if not verdict.HasField("next_token") or seq.output.finish is not None:
+            return
+        accepted = verdict.num_accepted
+        proposed = len(asked.proposed)
+        tokens = [*asked.proposed[:accepted], verdict.next_token]
+        if proposed:
+            origins = [ACCEPTED] * accepted
+            origins.append(BONUS if accepted == proposed else CORRECTED)
+            self._drafting.settle(seq, asked.n, proposed, accepted)
+        else:
+            origins = [BASE]
+        seq.log.extend(tokens)
+        statistics = seq.statistics
+        if not statistics.first_token_ns:
+            statistics.first_token_ns = self._clock()
+        statistics.verified(proposed, accepted)
+        logprobs = [_logprobs(one) for one in verdict.logprobs] if verdict.logprobs else ()
+        finish = seq.output.push(tokens, origins, logprobs)
+        statistics.emitted = seq.output.emitted
+        if finish is not None:
+            outcome.finished.append(seq)
+
+
+def _logprobs(message: pb.PositionLogprobs) -> PositionLogprobs:
+    return PositionLogprobs(
+        message.logprob, tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    )
