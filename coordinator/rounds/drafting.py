@@ -10,57 +10,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from outrider.coordinator.requests.sequence import Sequence as Seq
 from outrider.coordinator.requests.sequence import ServiceState
+from outrider.coordinator.rounds.draft_messages import (
+    DraftAsked,
+    DraftGrant,
+    Proposals,
+    append_item,
+    append_wanted,
+)
 from outrider.coordinator.services.connection import DraftConnection
-from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock
+from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import RefusalCode, ServiceUnavailable
-from outrider.shared.core.wire import write_open
 
 MOST_STRIKES = 5
 LAG = 24
 """Rows that a proposal takes along; more is caught up in the background first."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftOffer:
-    """One sequence's proposal."""
-
-    tokens: list[int]
-    rows: Sequence[pb.SparseRow]
-    """For `rejection`: the distribution each token was drawn from; else empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftAsked:
-    """One sequence of a draft message."""
-
-    sequence: Seq
-    n: int
-    """Length of the log when asked."""
-    k: int
-
-
-@dataclass(slots=True)
-class Proposals:
-    """What the draft offered in one round, by sequence id."""
-
-    by_id: dict[int, DraftOffer] = field(default_factory=dict)
-    timing: ServiceTiming = NOT_ASKED
-    clean: bool = True
-    """Whether its time says what proposing costs: no prompt rows were taken along."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftGrant:
-    """A grant that the draft has been given."""
-
-    answer: asyncio.Future[pb.DraftResponse]
-    asked: dict[int, DraftAsked]
 
 
 class Drafting:
@@ -118,7 +86,8 @@ class Drafting:
             meanwhile()
             return made
         request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
-        asked, most = self._fill(request, wanted)
+        self._fill_close(request)
+        asked, most = append_wanted(request, wanted)
         made.clean = most <= LAG
         sent = self._clock()
         try:
@@ -139,11 +108,10 @@ class Drafting:
         )
         for proposal in response.proposals:
             found = asked.get(proposal.sequence_id)
-            if found is not None:
-                tokens = list(proposal.tokens)
-                if self._sound(proposal, tokens, found):
-                    found.sequence.draft.strikes = 0
-                    made.by_id[proposal.sequence_id] = DraftOffer(tokens, proposal.rows)
+            offer = found.offer(proposal, self._vocab_size) if found is not None else None
+            if found is not None and offer is not None:
+                found.sequence.draft.strikes = 0
+                made.by_id[proposal.sequence_id] = offer
         self._absorb(response, asked)
         return made
 
@@ -161,7 +129,8 @@ class Drafting:
         request = pb.DraftRequest(
             round=connection.next_number(), traceparent=traceparent, grant=grant
         )
-        asked, _ = self._fill(request, wanted)
+        self._fill_close(request)
+        asked, _ = append_wanted(request, wanted)
         return DraftGrant(
             await connection.send(request, lambda answer: self._came_late(answer, asked)), asked
         )
@@ -212,7 +181,7 @@ class Drafting:
                 request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
                 self._fill_close(request)
             upto = min(n, sequence.base_len(state) + budget)
-            budget -= self._append(request, sequence, upto, 0)
+            budget -= append_item(request, sequence, upto, 0)
             asked[sequence.sequence_id] = DraftAsked(sequence, n, 0)
         if request is not None:
             await self._send_and_absorb(request, asked)
@@ -251,43 +220,12 @@ class Drafting:
             state.blocked = state.given_up = False
             state.strikes = 0
 
-    # --- parts of a message ------------------------------------------------------------------
-
-    def _fill(
-        self, request: pb.DraftRequest, wanted: Iterable[tuple[Seq, int]]
-    ) -> tuple[dict[int, DraftAsked], int]:
-        """Adds all that are ``wanted``; returns them by id, and the most rows of one."""
-        self._fill_close(request)
-        asked: dict[int, DraftAsked] = {}
-        most = 0
-        for sequence, k in wanted:
-            n = len(sequence.log)
-            most = max(most, self._append(request, sequence, n, k))
-            asked[sequence.sequence_id] = DraftAsked(sequence, n, k)
-        return asked, most
-
-    def _append(self, request: pb.DraftRequest, sequence: Seq, upto: int, k: int) -> int:
-        """Adds the item that brings the draft to ``log[:upto]``; returns its rows."""
-        state = sequence.draft
-        if not state.open:
-            request.open.append(write_open(sequence.opening(state)))
-        base = min(state.length, upto - 1)
-        request.items.add(
-            sequence_id=sequence.sequence_id,
-            epoch=state.epoch,
-            base_len=base,
-            append=sequence.log[base:upto],
-            k=k,
-        )
-        state.length = upto
-        return upto - base
+    # --- parts -------------------------------------------------------------------------------
 
     def _fill_close(self, request: pb.DraftRequest) -> None:
         if self._close:
             request.close.extend(self._close)
             self._close.clear()
-
-    # --- answers -----------------------------------------------------------------------------
 
     async def _send_and_absorb(
         self, request: pb.DraftRequest, asked: dict[int, DraftAsked]
@@ -325,16 +263,6 @@ class Drafting:
     def _came_late(self, answer: pb.DraftResponse, asked: dict[int, DraftAsked]) -> None:
         self._late = False
         self._absorb(answer, asked)
-
-    def _sound(self, proposal: pb.Proposal, tokens: list[int], asked: DraftAsked) -> bool:
-        """A draft may be wrong about tokens, but not about what it was asked."""
-        return (
-            proposal.epoch == asked.sequence.draft.epoch
-            and proposal.committed_len == asked.n
-            and 0 < len(tokens) <= asked.k
-            and max(tokens) < self._vocab_size
-            and len(proposal.rows) == (len(tokens) if asked.sequence.needs_rows else 0)
-        )
 
     def _absorb(self, response: pb.DraftResponse, asked: dict[int, DraftAsked]) -> None:
         for error in response.errors:

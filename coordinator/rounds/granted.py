@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.drafting import DraftGrant, Drafting, DraftOffer, Proposals
+from outrider.coordinator.rounds.draft_messages import DraftGrant, DraftOffer, Proposals
+from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Verdicts, Verifying
 from outrider.coordinator.services.mailbox_setup import MailboxSetup

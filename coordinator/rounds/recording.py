@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.drafting import Proposals
+from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Verdicts
 from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, SequenceRound

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.commit import Commit, Outcome
-from outrider.coordinator.rounds.drafting import Drafting, Proposals
+from outrider.coordinator.rounds.draft_messages import Proposals
+from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun
 from outrider.coordinator.rounds.recording import DoneRound, round_record
 from outrider.coordinator.rounds.scheduler import RoundPlan

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.drafting import DraftOffer
+from outrider.coordinator.rounds.draft_messages import DraftOffer
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.services.connection import VerifyConnection
 from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, WallClock

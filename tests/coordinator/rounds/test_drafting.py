@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.rounds.drafting import DraftGrant, Drafting
+from outrider.coordinator.rounds.draft_messages import DraftGrant
+from outrider.coordinator.rounds.drafting import Drafting
 from outrider.protos import speculation_pb2 as pb
 
 
