@@ -67,6 +67,7 @@ class RoundLoop:
         self._away_since: float | None = None
         self._last_ns = 0  # end of the last round; 0 after a pause
         self._regrant = False  # something changed that rounds running by themselves can't know
+        self._limit_k()
 
     @property
     def running(self) -> int:
@@ -106,7 +107,7 @@ class RoundLoop:
         else:
             self._away_since = None
             self._note_connection("verify", up, reason, 0)
-            self.limit_k()
+            self._limit_k()
         self._regrant = True
         self._scheduler.retry()
         self._wake.set()
@@ -117,7 +118,7 @@ class RoundLoop:
         if not up:
             self._drafting.lost(running)
         else:
-            self.limit_k()
+            self._limit_k()
         self._note_connection("draft", up, reason, 0 if up else len(running))
         self._regrant = True
         self._wake.set()
@@ -245,7 +246,7 @@ class RoundLoop:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def limit_k(self) -> None:
+    def _limit_k(self) -> None:
         """Takes the largest K that the services allow now."""
         limits = [
             one.info.max_k

@@ -6,10 +6,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.requests.text.tokenizer import Tokenizer, load_tokenizer
+from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
@@ -19,23 +18,16 @@ from outrider.coordinator.rounds.loop import RoundLoop
 from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying
-from outrider.coordinator.services.connection import (
-    Connection,
-    DraftConnection,
-    Endpoint,
-    VerifyConnection,
-)
+from outrider.coordinator.server.models import base_tokenizer, check_same_base, check_vocabulary
+from outrider.coordinator.services.connection import Connection, DraftConnection, VerifyConnection
+from outrider.coordinator.services.endpoint import endpoint_of
 from outrider.coordinator.services.mailbox_setup import MailboxSetup
 from outrider.coordinator.telemetry.records import NoObserver, Observer, WallClock
 from outrider.protos import speculation_pb2 as pb
-from outrider.protos.generation_pb2 import ModelDescription
 from outrider.shared.config.schema import CoordinatorConfig
-from outrider.shared.core.errors import ConfigError, ServiceUnavailable, VocabularyMismatch
-from outrider.shared.process import grpc_server
+from outrider.shared.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-POLL_SECONDS = 0.02
 
 
 class Runtime:
@@ -126,14 +118,14 @@ async def running(
             check_vocabulary(verify_connection.info.model, info.model)
 
     verify_connection: VerifyConnection = Connection(
-        _endpoint(config, "verify", config.base_target, config.verify_timeout_seconds),
+        endpoint_of(config, "verify", config.base_target, config.verify_timeout_seconds),
         check=check_verify,
         changed=verify_changed,
     )
     draft_connection: DraftConnection | None = None
     if config.draft_target is not None:
         draft_connection = Connection(
-            _endpoint(config, "draft", config.draft_target, config.draft_timeout_seconds),
+            endpoint_of(config, "draft", config.draft_target, config.draft_timeout_seconds),
             check=check_draft,
             changed=draft_changed,
         )
@@ -144,7 +136,7 @@ async def running(
             background = [tasks.create_task(verify_connection.run(), name="verify connection")]
             try:
                 progress("connecting to the base model")
-                await _reached(verify_connection, config.start_timeout_seconds)
+                await verify_connection.reached(config.start_timeout_seconds)
                 if draft_connection is not None:
                     background.append(
                         tasks.create_task(draft_connection.run(), name="draft connection")
@@ -158,53 +150,16 @@ async def running(
                     base_tokenizer, config.tokenizer, verify_connection.info.model
                 )
                 speculation = Speculation(config.max_k)
-                drafting = Drafting(
+                loop = _round_loop(
+                    config,
+                    verify_connection,
                     draft_connection,
-                    chunk=config.prefill_chunk,
-                    patience=config.draft_patience_seconds,
-                    vocab_size=verify_connection.info.model.vocab_size,
-                )
-                verifying = Verifying(verify_connection)
-                granted = GrantedRounds(
-                    drafting,
-                    verifying,
                     mailbox_setup,
-                    clock=clock,
-                    rounds=config.free_rounds,
-                    draft_patience=config.draft_patience_seconds,
-                )
-                scheduler = Scheduler[Sequence](
-                    max_running=config.max_running,
-                    max_waiting=config.max_waiting,
-                    prefill_chunk=config.prefill_chunk,
-                )
-                jobs = Jobs(
-                    scheduler,
-                    drafting,
-                    verifying,
                     speculation,
                     tokenizer=tokenizer,
                     observer=observer,
                     clock=clock,
-                    patience=config.verify_patience_seconds,
                 )
-                rounds = RoundRunner(
-                    drafting, verifying, speculation, granted, observer=observer, clock=clock
-                )
-                loop = RoundLoop(
-                    scheduler=scheduler,
-                    jobs=jobs,
-                    rounds=rounds,
-                    drafting=drafting,
-                    verifying=verifying,
-                    speculation=speculation,
-                    verify_connection=verify_connection,
-                    draft_connection=draft_connection,
-                    observer=observer,
-                    clock=clock,
-                    patience=config.verify_patience_seconds,
-                )
-                loop.limit_k()
                 background.append(tasks.create_task(mailbox_setup.run(), name="mailbox setup"))
                 background.append(tasks.create_task(loop.run(), name="rounds"))
                 yield Runtime(
@@ -231,85 +186,69 @@ async def running(
         raise group.exceptions[0] from None
 
 
-def check_vocabulary(base: ModelDescription, draft: ModelDescription) -> None:
-    """Raises ``VocabularyMismatch`` unless draft and base have one vocabulary."""
-    if base.vocab_fingerprint == draft.vocab_fingerprint:
-        return
-    raise VocabularyMismatch(
-        f"draft and base do not share a vocabulary: base {base.name!r} has "
-        f"{base.vocab_size} tokens, fingerprint {base.vocab_fingerprint}; draft "
-        f"{draft.name!r} has {draft.vocab_size} tokens, fingerprint "
-        f"{draft.vocab_fingerprint}. Choose a draft that was trained with the base's "
-        "tokenizer, or run the base alone (--no-draft)"
+def _round_loop(
+    config: CoordinatorConfig,
+    verify_connection: VerifyConnection,
+    draft_connection: DraftConnection | None,
+    mailbox_setup: MailboxSetup,
+    speculation: Speculation,
+    *,
+    tokenizer: Tokenizer | None,
+    observer: Observer,
+    clock: WallClock,
+) -> RoundLoop:
+    """The round loop and all that it is made of."""
+    assert verify_connection.info is not None  # it has been reached
+    drafting = Drafting(
+        draft_connection,
+        chunk=config.prefill_chunk,
+        patience=config.draft_patience_seconds,
+        vocab_size=verify_connection.info.model.vocab_size,
     )
-
-
-def check_same_base(before: ModelDescription, now: ModelDescription) -> None:
-    """Raises ``ConfigError`` when another model came back in the base's place.
-
-    Sequences go on over a restart of the verifier; with another model their text would change
-    half-way.
-    """
-    for name in ("vocab_fingerprint", "architecture", "parameters", "max_positions", "dtype"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            raise ConfigError(
-                f"the verify service came back with another model: {name} was {old!r}, is "
-                f"{new!r}; restart the coordinator to use it"
-            )
-
-
-def base_tokenizer(name: str, base: ModelDescription) -> Tokenizer | None:
-    """The tokenizer ``name``, or the base's own; None (ids only) where the base has none."""
-    own = Path(base.name)
-    if name == "base" and own.is_dir():
-        name = str(own)
-    try:
-        return load_tokenizer(name)
-    except ConfigError as error:
-        if Path(name) != own:
-            raise
-        log.warning("%s; requests must carry token ids", error)
-        return None
-
-
-def _endpoint(config: CoordinatorConfig, role: str, target: str, timeout: float) -> Endpoint:
-    return Endpoint(
-        role,
-        target,
-        timeout,
-        options=tuple(
-            grpc_server.client_options(
-                max_message_bytes=config.max_message_bytes,
-                keepalive_seconds=config.keepalive_seconds,
-            )
-        ),
-        credentials=grpc_server.channel_credentials(
-            config.services_ca, config.services_certificate, config.services_key
-        ),
-        metadata=grpc_server.authorization(config.services_token),
+    verifying = Verifying(verify_connection)
+    granted = GrantedRounds(
+        drafting,
+        verifying,
+        mailbox_setup,
+        clock=clock,
+        rounds=config.free_rounds,
+        draft_patience=config.draft_patience_seconds,
     )
-
-
-async def _reached(connection: VerifyConnection | DraftConnection, seconds: float) -> None:
-    """Waits for the connection to come up; raises what keeps it down."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not connection.up:
-                if isinstance(connection.failure, ConfigError):
-                    raise connection.failure
-                await asyncio.sleep(POLL_SECONDS)
-    except TimeoutError:
-        raise connection.failure or ServiceUnavailable(
-            f"the {connection.role} service at {connection.endpoint.target} did not answer "
-            f"in {seconds:g} s"
-        ) from None
+    scheduler = Scheduler[Sequence](
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        prefill_chunk=config.prefill_chunk,
+    )
+    jobs = Jobs(
+        scheduler,
+        drafting,
+        verifying,
+        speculation,
+        tokenizer=tokenizer,
+        observer=observer,
+        clock=clock,
+        patience=config.verify_patience_seconds,
+    )
+    rounds = RoundRunner(drafting, verifying, speculation, granted, observer=observer, clock=clock)
+    return RoundLoop(
+        scheduler=scheduler,
+        jobs=jobs,
+        rounds=rounds,
+        drafting=drafting,
+        verifying=verifying,
+        speculation=speculation,
+        verify_connection=verify_connection,
+        draft_connection=draft_connection,
+        observer=observer,
+        clock=clock,
+        patience=config.verify_patience_seconds,
+    )
 
 
 async def _draft_reached(connection: DraftConnection, seconds: float) -> None:
     """Gives the draft a moment; without it rounds run all the same. A mismatch is an error."""
     try:
-        await _reached(connection, seconds)
+        await connection.reached(seconds)
     except ConfigError:
         raise
     except Exception as error:

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
+from outrider.coordinator.services.endpoint import Endpoint
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as pb_grpc
 from outrider.shared.core.errors import (
@@ -37,26 +38,7 @@ ResponseT = TypeVar("ResponseT", pb.DraftResponse, pb.VerifyResponse)
 
 FIRST_BACKOFF, LAST_BACKOFF = 0.05, 2.0
 INFO_TIMEOUT = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """How to reach a service."""
-
-    role: str
-    """"draft" or "verify"."""
-    target: str
-    timeout: float
-    """Seconds after which a round without an answer counts as lost."""
-    options: tuple[tuple[str, Any], ...] = ()
-    credentials: grpc.ChannelCredentials | None = None
-    metadata: tuple[tuple[str, str], ...] = ()
-
-    def channel(self) -> grpc.aio.Channel:
-        """A fresh channel: a new connection, without the back-off of an old one."""
-        if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=self.options)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
+POLL_SECONDS = 0.02
 
 
 @dataclass(slots=True)
@@ -190,6 +172,19 @@ class Connection(Generic[RequestT, ResponseT]):
             if not self._closing:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, LAST_BACKOFF)
+
+    async def reached(self, seconds: float) -> None:
+        """Waits until it is up; raises what keeps it down."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.up:
+                    if isinstance(self.failure, ConfigError):
+                        raise self.failure
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            raise self.failure or ServiceUnavailable(
+                f"the {self.role} service at {self.endpoint.target} did not answer in {seconds:g} s"
+            ) from None
 
     async def close(self, timeout: float = 2.0) -> None:
         """Says goodbye: the service frees what this stream held and ends it."""
