@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from outrider.coordinator.cli import plan
-from outrider.coordinator.cli.plan import GIB, GPUS, read_model
+from outrider.coordinator.cli import capacity, plan
+from outrider.coordinator.cli.capacity import GIB, GPUS, read_model
 from outrider.shared.core.errors import ConfigError
 
 
 def _plan(gpu: str, base: str, draft: str | None, **changes):
     settings = {"sequences": 4, "context": 4096, "acceptance": 0.8}
-    return plan.plan(
+    return capacity.plan(
         GPUS[gpu], read_model(base), read_model(draft) if draft else None, **(settings | changes)
     )
 
