@@ -9,57 +9,19 @@ Nothing is allocated or decided while it runs: it can be captured as a CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from outrider.kernels import registry
-from outrider.kernels.attention_shapes import Heads, Work
+from outrider.kernels.attention_shapes import Work
 from outrider.kernels.linear_shapes import MAX_ROWS, Epilogue, Tile
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
 from outrider.shared.model.cuda.tuning import Tuning
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Weights of one block, [columns out, columns in]; q, k, v and gate, up stacked.
-
-    ``keys``, ``values``: the layer's part of the arena, [tokens, kv_heads, head_dim], in the
-    arena's pool ``pool``.
-    """
-
-    input_norm: Tensor
-    qkv: Tensor
-    output: Tensor
-    post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-    keys: Tensor
-    values: Tensor
-    heads: Heads
-    pool: int = 0
-    qkv_bias: Tensor | None = None
-    output_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights of a model; ``head`` may be the same tensor as ``embedding``.
-
-    ``rope``: float32 [positions, head_dim / 2, 2], see ``kernels.attention.rope_table``.
-    """
-
-    embedding: Tensor
-    layers: Sequence[LayerWeights]
-    norm: Tensor
-    head: Tensor
-    rope: Tensor
-    eps: float
+from outrider.shared.model.cuda.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)

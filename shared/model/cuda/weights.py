@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,45 @@ from torch import Tensor
 
 from outrider.kernels.attention_shapes import Heads
 from outrider.shared.kv.storage import Storage
-from outrider.shared.model.cuda.forward import LayerWeights, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one block, [columns out, columns in]; q, k, v and gate, up stacked.
+
+    ``keys``, ``values``: the layer's part of the arena, [tokens, kv_heads, head_dim], in the
+    arena's pool ``pool``.
+    """
+
+    input_norm: Tensor
+    qkv: Tensor
+    output: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    keys: Tensor
+    values: Tensor
+    heads: Heads
+    pool: int = 0
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of a model; ``head`` may be the same tensor as ``embedding``.
+
+    ``rope``: float32 [positions, head_dim / 2, 2], see ``kernels.attention.rope_table``.
+    """
+
+    embedding: Tensor
+    layers: Sequence[LayerWeights]
+    norm: Tensor
+    head: Tensor
+    rope: Tensor
+    eps: float
 
 
 def weights_of(
