@@ -26,17 +26,15 @@ from outrider.shared.kv.storage import Storage
 from outrider.shared.link.device.mailbox import DeviceMailbox
 from outrider.shared.model.cuda.forward import Forward, resolve_all
 from outrider.shared.model.cuda.graphs import Graphs
-from outrider.shared.model.cuda.inputs import Inputs
+from outrider.shared.model.cuda.launches import Launches
 from outrider.shared.model.cuda.passes import (
     MAX_SEQUENCES,
     POWERS,
-    ROW_SIZES,
     bucket,
     cut_spans,
     rows_in_order,
 )
-from outrider.shared.model.cuda.rejection import Draws, draws, fits
-from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
+from outrider.shared.model.cuda.rejection import fits
 from outrider.shared.model.cuda.support import judged, simple
 from outrider.shared.model.cuda.tuning import Tuning, tuning_for
 from outrider.shared.model.cuda.turns.stream import CudaStream, DeviceStream
@@ -88,17 +86,8 @@ class CudaRunner(LlamaRunner):
             weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
-        steps = max(max_k, 1)
-        self._inputs = Inputs(numbers(len(self.arena.pools), steps), storage.device)
-        device, pin = storage.device, storage.device.type == "cuda"
-        self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
-        self._chosen = torch.zeros(steps, MAX_ROWS, dtype=torch.int32, device=device)
-        self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
-        self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
-        self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
-        self._draws = Draws(device)
-        self._graphs = Graphs(enabled=graphs and device.type == "cuda")
-        self._pending = False
+        self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
+        self._launches = Launches(self._step, self._graphs, len(self.arena.pools), max_k)
         self._taken: Any = None
 
     def turns(
@@ -143,7 +132,7 @@ class CudaRunner(LlamaRunner):
         with self._on_device():
             for taken in cut_spans(spans, self._geometry, self._step.work_capacity):
                 wanted = sum(piece.wanted for _, piece in taken)
-                self._logits_of([piece for _, piece in taken], wanted)
+                self._launches.forward([piece for _, piece in taken], wanted)
                 if wanted:
                     parts.append(self._step.logits[:wanted].clone())
                 order += [(i, piece.wanted) for i, piece in taken if piece.wanted]
@@ -156,27 +145,6 @@ class CudaRunner(LlamaRunner):
         if rows is not None:
             logits = logits.index_select(0, torch.tensor(rows, device=self.storage.device))
         return logits
-
-    def _logits_of(self, spans: Sequence[Span], wanted: int) -> None:
-        rows, queries = self._bring(spans)
-        picks: list[int] = []
-        begin = 0
-        for span in spans:
-            begin += len(span.tokens)
-            picks += range(begin - span.wanted, begin)
-        self._inputs.host["picks"][:wanted] = picks
-        size = (bucket(rows, ROW_SIZES), bucket(len(spans), POWERS), bucket(queries, POWERS))
-        heads = bucket(wanted, ROW_SIZES) if wanted else 0
-        all_rows = wanted == rows
-        step, batch = self._step, batch_of(self._inputs.device)
-
-        def run() -> None:
-            self._inputs.upload()
-            step.run(batch, *size, head=False)
-            if wanted:
-                step.head(heads, None if all_rows else self._inputs.device["picks"])
-
-        self._execute(("forward", *size, heads, all_rows), run)
 
     # -- rounds on the device ----------------------------------------------------------------
 
@@ -200,66 +168,10 @@ class CudaRunner(LlamaRunner):
         verdicts = self._taken
         if verdicts is None:
             with self._on_device():
-                verdicts = self._judge(spans, decodings, proposals, rows)
+                verdicts = self._launches.judge(spans, decodings, proposals, rows)
         for span in spans:
             span.extent.advance(span.start + len(span.tokens))
         return verdicts
-
-    def _judge(
-        self,
-        spans: Sequence[Span],
-        decodings: Sequence[Decoding],
-        proposals: Sequence[Sequence[int]],
-        sparse: Sequence[Sequence[SparseRow]],
-    ) -> list[tuple[int, int]]:
-        _, queries = self._bring(spans)
-        host, rows = self._inputs.host, 0
-        self._draws.begin()
-        drawn = 0
-        for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
-            begin, rows = rows, rows + len(span.tokens)
-            host["temperatures"][begin:rows] = d.temperature
-            host["seeds"][begin:rows] = signed(d.seed)
-            host["noise_positions"][begin:rows] = range(
-                span.start + 1, span.start + rows - begin + 1
-            )
-            host["pending"][s] = rows - len(proposal) - 1
-            host["proposed"][s] = len(proposal)
-            if draws(d, proposal):
-                self._draws.place(s, rows - len(proposal) - 1, proposal, sparse[s])
-                drawn += 1
-        count = bucket(rows, ROW_SIZES)
-        sequences = bucket(len(spans), POWERS)
-        host["temperatures"][rows:count] = 0
-        host["pending"][len(spans) : sequences] = 0
-        host["proposed"][len(spans) : sequences] = 0
-        step, own, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
-        verdicts = self._verdicts[:sequences]
-        # Each kernel judges the sequences of its rules; a round without any leaves it out.
-        compared = drawn < len(spans)
-
-        def run() -> None:
-            self._inputs.upload()
-            if drawn:
-                self._draws.upload()
-            step.run(batch, count, sequences, bucket(queries, POWERS))
-            if compared:
-                step.choose(
-                    count, None, own["temperatures"], own["seeds"], own["noise_positions"],
-                    self._chosen[0],
-                )  # fmt: skip
-                step.accept(
-                    self._chosen[0], own["tokens"], own["pending"], own["proposed"], verdicts
-                )
-            if drawn:
-                self._draws.run(step, count, own, verdicts)
-            self._verdicts_host.copy_(self._verdicts, non_blocking=True)
-
-        size = (count, sequences, bucket(queries, POWERS))
-        self._execute(("judge", *size, compared, drawn > 0), run)
-        self._wait()
-        found = self._verdicts_host[: len(spans)].tolist()
-        return [(accepted, token) for accepted, token in found]
 
     def propose(
         self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
@@ -301,7 +213,9 @@ class CudaRunner(LlamaRunner):
         found = self._taken
         if found is None:
             with self._on_device():
-                found = self._propose(last, [decodings[i] for i in asked], [ks[i] for i in asked])
+                found = self._launches.propose(
+                    last, [decodings[i] for i in asked], [ks[i] for i in asked]
+                )
         for span, end in zip(last, ends, strict=True):
             span.extent.advance(end)
         answers: list[list[int]] = [[] for _ in spans]
@@ -309,48 +223,11 @@ class CudaRunner(LlamaRunner):
             answers[i] = tokens
         return answers
 
-    def _propose(
-        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
-    ) -> list[list[int]]:
-        rows, queries = self._bring(spans)
-        host, begin, steps = self._inputs.host, 0, max(ks)
-        host["active"][:] = 0
-        for s, (span, d, k) in enumerate(zip(spans, decodings, ks, strict=True)):
-            begin += len(span.tokens)
-            host["picks"][s] = begin - 1
-            host["temperatures"][s] = d.temperature
-            host["seeds"][s] = signed(d.seed)
-            host["noise_positions"][s] = span.start + len(span.tokens)
-            host["active"][:k, s] = 1
-        count = len(spans)
-        sequences = bucket(count, POWERS)
-        host["picks"][count:sequences] = 0
-        host["temperatures"][count:sequences] = 0
-        host["noise_positions"][count:sequences] = 0
-        size = (bucket(rows, ROW_SIZES), sequences, bucket(queries, POWERS))
-        step, own = self._step, self._inputs.device
-        picks = None if rows == count else own["picks"]
-
-        def run() -> None:
-            self._inputs.upload()
-            draft(step, own, size, picks, self._iota, self._chosen, steps)
-            self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
-
-        self._execute(("propose", *size, steps, picks is None), run)
-        self._wait()
-        found = self._chosen_host[:steps, :count].T.tolist()
-        return [tokens[:k] for tokens, k in zip(found, ks, strict=True)]
-
     # -- parts -------------------------------------------------------------------------------
 
     def _on_device(self) -> AbstractContextManager[object]:
         device = self.storage.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-    def _wait(self) -> None:
-        if self.storage.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        self._pending = False
 
     def _whole(self, spans: Sequence[Span], rows: int) -> bool:
         """Whether one pass takes all spans."""
@@ -364,29 +241,6 @@ class CudaRunner(LlamaRunner):
             return False
         ends = [span.start + len(span.tokens) + self._max_k for span in spans]
         return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
-
-    def _bring(self, spans: Sequence[Span]) -> tuple[int, int]:
-        """Writes where the rows stand; returns (rows, most rows of one sequence)."""
-        if self._pending:
-            # The copy of the step before may still read the buffer.
-            self._wait()
-        host, row, longest = self._inputs.host, 0, 0
-        host["row_counts"][:] = 0
-        for s, span in enumerate(spans):
-            count = len(span.tokens)
-            host["tokens"][row : row + count] = span.tokens
-            for pool, (start, _) in enumerate(span.extent.places):
-                host["starts"][pool, s] = start
-            host["first_rows"][s] = row
-            host["row_counts"][s] = count
-            host["positions"][s] = span.start
-            row, longest = row + count, max(longest, count)
-        host["tokens"][row:] = 0
-        return row, longest
-
-    def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
-        self._pending = True
-        self._graphs.run(key, run)
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
         """Captures what a single sequence needs, before the first request.
