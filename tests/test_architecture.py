@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
 # kernels <- shared <- draft_service | verify_service, and shared <- coordinator.
 MAY_IMPORT = {
     "protos": set(),
@@ -217,4 +218,12 @@ def test_architecture_rule_sees_imports_the_wrong_way() -> None:
 @pytest.mark.parametrize("folder", ["kernels", "tests"])
 def test_folder_is_no_package(folder: str) -> None:
     # An __init__.py would let the folder shadow the package `kernels` that transformers imports.
-    assert not list((ROOT / folder).rglob("__init__.py"))
+    found = {path.parent for path in (ROOT / folder).rglob("__init__.py")}
+    assert found <= {SUPPORT / "outrider_testing"}
+
+
+def test_support_of_the_tests_is_one_package() -> None:
+    # The folder is on the path of every test: nothing else in it may be importable.
+    assert [path.name for path in SUPPORT.iterdir() if path.name != "__pycache__"] == [
+        "outrider_testing"
+    ]

@@ -32,6 +32,7 @@ from outrider.shared.core.errors import RefusalCode, SequenceRefused
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.shared.sampling.choose import RowContext, choose, process
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 MAX_K, CHUNK, WINDOW = 4, 5, 6
 SLACK = max(CHUNK, MAX_K + 1)
@@ -413,7 +414,7 @@ class EngineMachine(RuleBasedStateMachine):
                     assert start + size <= following
 
 
-def qwen_with_windows(engines: Any, seed: int, layers: int) -> Any:
+def qwen_with_windows(seed: int, layers: int) -> Any:
     """A random Qwen2: full attention below, sliding windows above."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -437,7 +438,7 @@ def qwen_with_windows(engines: Any, seed: int, layers: int) -> Any:
     return Qwen2ForCausalLM(config).eval()
 
 
-def llama(engines: Any, seed: int, layers: int) -> Any:
+def llama(seed: int, layers: int) -> Any:
     """A random Llama: full attention."""
     return engines.tiny_llama(seed, layers=layers, hidden=16, max_position_embeddings=128)
 
@@ -450,19 +451,19 @@ MODELS: dict[str, tuple[Callable[[Any, int, int], Any], str, int | None, int]] =
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_engines_agree_with_lists_and_full_recompute(name: str, engines: Any) -> None:
+def test_engines_agree_with_lists_and_full_recompute(name: str) -> None:
     make, kind, window, layers = MODELS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     sizes = {"runner": kind, "max_k": MAX_K, "prefill_chunk": CHUNK, "max_sequences": 4}
     try:
-        base = engines.runner(make(engines, 1, layers), arena_bytes=9000 * layers, **sizes)
-        draft = engines.runner(make(engines, 2, 1), arena_bytes=9000, **sizes)
+        base = engines.runner(make(1, layers), arena_bytes=9000 * layers, **sizes)
+        draft = engines.runner(make(2, 1), arena_bytes=9000, **sizes)
         made = World(
             VerifyEngine(base, MAX_K),
             DraftEngine(draft, MAX_K),
-            Oracle(make(engines, 1, layers)),
-            Oracle(make(engines, 2, 1)),
+            Oracle(make(1, layers)),
+            Oracle(make(2, 1)),
             engines.VOCAB,
             window,
         )

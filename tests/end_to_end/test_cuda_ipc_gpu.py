@@ -11,7 +11,7 @@ import json
 import os
 import queue
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from outrider.coordinator.local import children, cuda_mps
 from outrider.coordinator.services import mailbox_setup
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import load
+from outrider_testing import faults, linked, processes
+from outrider_testing.checkpoints import write_llama
 
 pytestmark = pytest.mark.gpu
 FAULTS = int(os.environ.get("OUTRIDER_FAULTS", "4"))
@@ -83,15 +85,13 @@ class ModelProcess:
 
 
 @pytest.fixture(scope="module")
-def models(
-    make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base whose tokens depend on all before them, and a draft that is often right."""
     folder = tmp_path_factory.mktemp("models")
     shape = {"layers": 2, "hidden": 256, "seed": 1}
     return {
-        "verify": make_tiny_llama(folder / "base", **shape),
-        "draft": make_tiny_llama(folder / "draft", **shape, rms_norm_eps=0.05),
+        "verify": write_llama(folder / "base", **shape),
+        "draft": write_llama(folder / "draft", **shape, rms_norm_eps=0.05),
     }
 
 
@@ -154,14 +154,14 @@ async def tokens(stub: Any, request: pb.GenerateRequest) -> list[int]:
 
 
 def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
-    pair: dict[str, ModelProcess], models: dict[str, Path], linked: Any, processes: Any
+    pair: dict[str, ModelProcess], models: dict[str, Path]
 ) -> None:
     found: dict[str, list[list[list[int]]]] = {}
     rounds: dict[str, Any] = {}
 
     async def run(link: str) -> None:
         options = {"tokenizer": str(models["verify"]), "draft_patience_seconds": 30.0}
-        async with linked.coordinator(pair, processes, None, link=link, **options) as both:
+        async with linked.coordinator(pair, None, link=link, **options) as both:
             found[link] = [
                 await asyncio.gather(*(tokens(both.stub, one) for one in batch))
                 for batch in requests()
@@ -180,7 +180,7 @@ def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
 
 @pytest.mark.timeout(900)
 def test_cuda_ipc_faults_change_no_token_and_leak_no_memory(
-    pair: dict[str, ModelProcess], models: dict[str, Path], linked: Any, processes: Any, faults: Any
+    pair: dict[str, ModelProcess], models: dict[str, Path]
 ) -> None:
     import torch
 

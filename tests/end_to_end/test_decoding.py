@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,8 @@ from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import load
 from outrider.shared.core.types import Decoding, Rule
+from outrider_testing import processors
+from outrider_testing.checkpoints import write_llama
 
 PROMPTS = ["def add(left", "class Point", "for index in", "naïve café"]
 KS = (0, 1, 4, 7)
@@ -39,9 +41,9 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_base: Path, tmp_path_factory: Any, make_tiny_llama: Callable[..., Path]) -> Any:
+def folders(tiny_base: Path, tmp_path_factory: Any) -> Any:
     """A base, and a draft that is often right: the same weights under another norm."""
-    draft = make_tiny_llama(
+    draft = write_llama(
         tmp_path_factory.mktemp("near") / "draft", layers=2, hidden=64, seed=1, rms_norm_eps=0.1
     )
     return SimpleNamespace(base=tiny_base, draft=draft)
@@ -135,7 +137,7 @@ def test_tokens_and_logprobs_are_those_of_plain_decoding(
 
 @pytest.mark.parametrize("rule", [0, pb.ACCEPTANCE_RULE_REJECTION])
 def test_logprobs_are_those_of_transformers(
-    stub: rpc.GenerationStub, folders: Any, backend: Any, processors: Any, rule: int
+    stub: rpc.GenerationStub, folders: Any, backend: Any, rule: int
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -18,6 +18,7 @@ import pytest
 
 from outrider.coordinator.services import mailbox_setup
 from outrider.shared.link.registry import MOST_MAILBOXES
+from outrider_testing import fakes, faults, linked, processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -26,7 +27,7 @@ FAULTS = int(os.environ.get("OUTRIDER_FAULTS", "8"))
 
 @pytest.fixture
 def services(
-    processes: Any, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """``services(verify={…}, draft={…})``: both as processes, with these fields of ``Toy``."""
     # Here mailboxes are lost every other second, which a coordinator would come to avoid.
@@ -44,7 +45,7 @@ def services(
 
 
 def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
-    services: Any, linked: Any, processes: Any, fakes: Any, short_folder: Path
+    services: Any, short_folder: Path
 ) -> None:
     pair = services(draft={})
     base = fakes.ToyService(
@@ -54,7 +55,7 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
 
     async def run() -> None:
         both_services = {"verify": base, "draft": draft}
-        async with linked.coordinator(both_services, processes, fakes.plain) as both:
+        async with linked.coordinator(both_services, fakes.plain) as both:
             before = processes.mailboxes(pid)[0]
             call = asyncio.create_task(both.generate([5, 6, 7], 150, 3))
 
@@ -85,9 +86,7 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
         base.kill()
 
 
-def test_faults_coordinators_that_come_and_go_leave_no_mailbox(
-    services: Any, linked: Any, processes: Any, fakes: Any
-) -> None:
+def test_faults_coordinators_that_come_and_go_leave_no_mailbox(services: Any) -> None:
     pair = services(verify={}, draft={})
 
     async def tidy() -> bool:
@@ -95,7 +94,7 @@ def test_faults_coordinators_that_come_and_go_leave_no_mailbox(
 
     async def run() -> None:
         for _ in range(MOST_MAILBOXES + 2):
-            async with linked.coordinator(pair, processes, fakes.plain) as both:
+            async with linked.coordinator(pair, fakes.plain) as both:
                 await both.generate([3, 1, 4], 24, 3)
                 assert both.watch.rounds["shm"] > 0
         await linked.until(tidy)
@@ -107,7 +106,7 @@ def test_faults_coordinators_that_come_and_go_leave_no_mailbox(
 # A draft that stands still is given up by patience or by its heartbeat, whichever comes first.
 @pytest.mark.parametrize(("patience", "first"), [(1.0, 0), (5.0, 4)])
 def test_faults_change_no_token_and_leave_nothing_behind(
-    services: Any, linked: Any, processes: Any, fakes: Any, faults: Any, patience: float, first: int
+    services: Any, patience: float, first: int
 ) -> None:
     pair = services(verify={"seconds_per_round": 0.003}, draft={"seconds_per_round": 0.001})
     rng = random.Random(first)
@@ -115,9 +114,7 @@ def test_faults_change_no_token_and_leave_nothing_behind(
     names: set[str] = set()
 
     async def run() -> None:
-        async with linked.coordinator(
-            pair, processes, fakes.plain, draft_patience_seconds=patience
-        ) as both:
+        async with linked.coordinator(pair, fakes.plain, draft_patience_seconds=patience) as both:
             await both.settled()
             for number in range(first, first + FAULTS // 2):
                 notices.append(await faults.harm(both, rng, number))

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import load
 from outrider.shared.link.mailbox import BELLS
+from outrider_testing import processes
+from outrider_testing.checkpoints import write_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -166,11 +168,9 @@ class Load:
 
 
 @pytest.fixture
-def deployed(
-    tiny_base: Path, make_tiny_llama: Callable[..., Path], short_folder: Path
-) -> Iterator[dict[str, children.Child]]:
+def deployed(tiny_base: Path, short_folder: Path) -> Iterator[dict[str, children.Child]]:
     """All three processes, by their section; the draft is often right."""
-    draft = make_tiny_llama(short_folder / "model", layers=2, hidden=64, seed=1, rms_norm_eps=0.1)
+    draft = write_llama(short_folder / "model", layers=2, hidden=64, seed=1, rms_norm_eps=0.1)
     config = load(None, flags={}, environment={})
     small: dict[str, Any] = {"arena_bytes": 16 << 20, "threads": 1, "device": "cpu"}
     config = over_sockets(
@@ -199,7 +199,7 @@ def deployed(
         children.stop_in_order(list(made.values()), 10.0)
 
 
-async def state(stub: rpc.GenerationStub, processes: Any, pids: dict[str, int]) -> dict[str, Any]:
+async def state(stub: rpc.GenerationStub, pids: dict[str, int]) -> dict[str, Any]:
     """What each process holds once all is quiet."""
     for _ in range(200):
         info = await stub.Info(pb.InfoRequest())
@@ -222,7 +222,7 @@ async def state(stub: rpc.GenerationStub, processes: Any, pids: dict[str, int]) 
 
 @pytest.mark.timeout(1800)
 def test_soak_over_shared_memory_leaves_everything_as_it_was(
-    deployed: dict[str, children.Child], processes: Any, short_folder: Path
+    deployed: dict[str, children.Child], short_folder: Path
 ) -> None:
     pids = {name: one.process.pid for name, one in deployed.items()}
 
@@ -232,13 +232,13 @@ def test_soak_over_shared_memory_leaves_everything_as_it_was(
             load = Load(stub, 1)
             await load.learn()
             await load.run(WARM_SECONDS)
-            before = await state(stub, processes, pids)
+            before = await state(stub, pids)
             rings = processes.mailbox(pids["base"]).word(BELLS[0])
             load.rounds.clear()
             load.ends.clear()
             await load.run(SECONDS)
             rings = processes.mailbox(pids["base"]).word(BELLS[0]) - rings
-            return before, await state(stub, processes, pids), load, rings
+            return before, await state(stub, pids), load, rings
 
     before, after, load, rings = asyncio.run(run())
     times = [seconds for _, seconds in sorted(load.rounds)]

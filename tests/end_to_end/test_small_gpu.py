@@ -14,6 +14,7 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.model.loading import make_runner
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 pytestmark = pytest.mark.gpu
 GIB = 1 << 30
@@ -50,9 +51,7 @@ def runner(shape: str, agreement: float | None = None) -> Any:
     return made
 
 
-def test_pair_of_3b_and_1b_with_four_long_sequences_fits_in_15_gib(
-    capped: None, engines: Any
-) -> None:
+def test_pair_of_3b_and_1b_with_four_long_sequences_fits_in_15_gib(capped: None) -> None:
     base = VerifyEngine(runner("llama-3.2-3b"), K)
     draft = DraftEngine(runner("llama-3.2-1b", 0.8), K)
     generator = torch.Generator().manual_seed(0)

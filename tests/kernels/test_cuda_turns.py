@@ -26,6 +26,7 @@ from outrider.shared.model.loading import make_runner
 from outrider.shared.rounds.grants import Control
 from outrider.verify_service import device_rounds as verify_rounds
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import host_device
 
 VOCAB = 64
 PATIENCE = 5.0
@@ -51,11 +52,11 @@ def model(seed: int, layers: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def runner(device: Any, seed: int) -> Any:
+def runner(seed: int) -> Any:
     config = ModelConfig(
         path="tiny", device="cpu", dtype="bfloat16", arena_bytes=1 << 18, max_sequences=4
     )
-    return device.hosted(make_runner(model(seed, 1), config), 4)
+    return host_device.hosted(make_runner(model(seed, 1), config), 4)
 
 
 class Side:
@@ -67,9 +68,9 @@ class Side:
 
 
 @pytest.fixture(scope="module")
-def runners(device: Any) -> tuple[Any, Any, Any]:
+def runners() -> tuple[Any, Any, Any]:
     """The base, a draft with the same weights, and one that knows nothing."""
-    return runner(device, 0), runner(device, 0), runner(device, 1)
+    return runner(0), runner(0), runner(1)
 
 
 @pytest.fixture(params=["twin", "stranger"])
@@ -120,8 +121,7 @@ class Grant:
     def __init__(
         self, sides: Any, prompts: list[list[int]], new: int, k: int, decoding: Decoding,
         *, rounds: int = 100, number: int = 1, stops: tuple[int, ...] = (),
-        patience: float = PATIENCE, ids: list[int] | None = None,
-    ) -> None:  # fmt: skip
+        patience: float = PATIENCE, ids: list[int] | None = None) -> None:  # fmt: skip
         self.sides, self.logs, self.seen = sides, [list(one) for one in prompts], {}
         self.reports: list[pb.VerifyResponse] = []
         self.draft_end: pb.GrantEnd | None = None

@@ -20,6 +20,7 @@ from outrider.shared.core.types import Decoding, OpenSequence, Rule, SparseRow, 
 from outrider.shared.model.runner import Span
 from outrider.verify_service.acceptance import JudgeItem, judge
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines, host_device
 
 VOCAB = 50
 
@@ -209,12 +210,12 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def base(device: Any, engines: Any) -> Any:
-    return device.hosted(engines.runner(engines.tiny_llama(3, hidden=256), runner="llama"), 4)
+def base() -> Any:
+    return host_device.hosted(engines.runner(engines.tiny_llama(3, hidden=256), runner="llama"), 4)
 
 
 @pytest.fixture(scope="module")
-def draft(engines: Any) -> Any:
+def draft() -> Any:
     made = engines.runner(engines.tiny_llama(3, hidden=256), runner="llama")
     # A draft that resembles the base: some proposals stand, some do not.
     with torch.no_grad():
@@ -251,7 +252,7 @@ def on_the_host(base: Any, run: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("ks", [0, 1, 2, 3, 4, [3, 0, 4, 1, 2]], ids=str)
 @pytest.mark.parametrize("decoding", [DRAWN, MIXED], ids=["rejection", "mixed"])
 def test_rounds_write_what_the_plain_path_writes(
-    base: Any, draft: Any, engines: Any, asked: Any, ks: Any, decoding: Any
+    base: Any, draft: Any, asked: Any, ks: Any, decoding: Any
 ) -> None:
     verify = VerifyEngine(base, 4)
     prompts = engines.prompts(5, seed=4, longest=8)
@@ -269,7 +270,7 @@ def test_rounds_write_what_the_plain_path_writes(
 
 
 def test_distributions_that_the_buffer_has_no_room_for_go_the_plain_way(
-    base: Any, draft: Any, engines: Any, asked: Any
+    base: Any, draft: Any, asked: Any
 ) -> None:
     wide = Decoding(temperature=0.9, seed=7, rule=Rule.REJECTION, draft_top=ENTRIES + 1)
     verify = VerifyEngine(base, 4)
@@ -289,8 +290,10 @@ def test_a_proposal_without_distributions_counts_as_certain(base: Any) -> None:
     assert len({str(one) for one in found.values()}) == 1 and None not in found.values()
 
 
-def test_a_row_that_is_not_finite_is_refused(device: Any, engines: Any) -> None:
-    runner = device.hosted(engines.runner(engines.tiny_llama(3, hidden=256), runner="llama"), 4)
+def test_a_row_that_is_not_finite_is_refused() -> None:
+    runner = host_device.hosted(
+        engines.runner(engines.tiny_llama(3, hidden=256), runner="llama"), 4
+    )
     runner._embedding.data[9] = math.nan
     session = VerifyEngine(runner, 4).connect()
     session.open(OpenSequence(1, 0, 16, DRAWN))

@@ -14,6 +14,7 @@ import torch
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.types import Decoding, Rule
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines, processors
 
 COUNT = 12
 PROMPT = 8
@@ -40,7 +41,7 @@ RULES = {
 
 
 @pytest.fixture(scope="module")
-def pair(engines: Any) -> tuple[Any, VerifyEngine, DraftEngine]:
+def pair() -> tuple[Any, VerifyEngine, DraftEngine]:
     """A base and a draft that resembles it, so that some of its tokens stand."""
     base, near = engines.tiny_llama(1), engines.tiny_llama(1)
     generator = torch.Generator().manual_seed(5)
@@ -52,9 +53,7 @@ def pair(engines: Any) -> tuple[Any, VerifyEngine, DraftEngine]:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_tokens_and_logprobs_do_not_depend_on_speculation(
-    pair: Any, engines: Any, processors: Any, rule: str, name: str
-) -> None:
+def test_tokens_and_logprobs_do_not_depend_on_speculation(pair: Any, rule: str, name: str) -> None:
     model, verify, draft = pair
     decoding = Decoding(**{"prompt_len": PROMPT, "logprobs": TOP} | RULES[rule] | PARAMETERS[name])
     asked = engines.prompts(4, seed=9, shortest=PROMPT, longest=PROMPT)
@@ -66,13 +65,13 @@ def test_tokens_and_logprobs_do_not_depend_on_speculation(
             for course, alone in zip(courses, plain, strict=False):
                 if rule != "rejection" or k == 0:
                     assert course.written == alone.written, (k, batch)
-                _check_logprobs(processors, model, course, decoding)
+                _check_logprobs(model, course, decoding)
                 accepted += course.accepted
     assert accepted > 0  # else nothing was tried
     assert verify.info().arena_tokens_used == draft.info().arena_tokens_used == 0
 
 
-def _check_logprobs(processors: Any, model: Any, course: Any, decoding: Decoding) -> None:
+def _check_logprobs(model: Any, course: Any, decoding: Decoding) -> None:
     expected = processors.logprobs(model, course.log, decoding)
     assert len(course.logprobs) == COUNT
     for token, got, row in zip(course.written, course.logprobs, expected, strict=True):

@@ -9,12 +9,13 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 COUNT = 24
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-generic", "gpt2"])
-def pair(request: pytest.FixtureRequest, engines: Any) -> Any:
+def pair(request: pytest.FixtureRequest) -> Any:
     """(the base as Hugging Face has it, verify engine, draft engine of another random model)"""
     make = engines.tiny_gpt2 if request.param == "gpt2" else engines.tiny_llama
     kind = "llama" if request.param == "llama" else "generic"
@@ -24,7 +25,7 @@ def pair(request: pytest.FixtureRequest, engines: Any) -> Any:
 
 
 @pytest.mark.parametrize("k", range(9))
-def test_greedy_equals_generate_whatever_the_draft(pair: Any, engines: Any, k: int) -> None:
+def test_greedy_equals_generate_whatever_the_draft(pair: Any, k: int) -> None:
     model, verify, draft = pair
     batch = 1 + k % 8
     asked = engines.prompts(batch, seed=k)
@@ -35,7 +36,7 @@ def test_greedy_equals_generate_whatever_the_draft(pair: Any, engines: Any, k: i
     assert draft.info().arena_tokens_used == 0
 
 
-def test_greedy_batch_of_eight_with_a_k_of_its_own_each(pair: Any, engines: Any) -> None:
+def test_greedy_batch_of_eight_with_a_k_of_its_own_each(pair: Any) -> None:
     model, verify, draft = pair
     asked = engines.prompts(8, seed=100)
     courses = engines.speculate(verify, draft, asked, COUNT, [0, 1, 2, 3, 4, 5, 6, 8], chunk=5)
@@ -44,7 +45,7 @@ def test_greedy_batch_of_eight_with_a_k_of_its_own_each(pair: Any, engines: Any)
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])
-def test_draft_that_equals_the_base_is_accepted_wholly(pair: Any, engines: Any, k: int) -> None:
+def test_draft_that_equals_the_base_is_accepted_wholly(pair: Any, k: int) -> None:
     model, verify, _ = pair
     twin = DraftEngine(verify.runner, 16)
     asked = engines.prompts(4, seed=7)
@@ -54,9 +55,7 @@ def test_draft_that_equals_the_base_is_accepted_wholly(pair: Any, engines: Any, 
         assert course.written == engines.reference(model, prompt, COUNT)
 
 
-def test_rollback_to_every_position_gives_the_logits_of_a_full_recompute(
-    pair: Any, engines: Any
-) -> None:
+def test_rollback_to_every_position_gives_the_logits_of_a_full_recompute(pair: Any) -> None:
     from outrider.shared.model.runner import Span
 
     model, verify, _ = pair

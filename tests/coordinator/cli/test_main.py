@@ -17,6 +17,7 @@ import pytest
 from outrider.coordinator.cli import main
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
+from outrider_testing.checkpoints import write_llama
 
 CLI = "outrider.coordinator.cli.main"
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -176,9 +177,9 @@ def test_cli_missing_model_is_told_with_its_path(
 
 
 def test_cli_vocabulary_mismatch_names_both_fingerprints(
-    spawn: Spawn, folder: Path, tiny_base: Path, tmp_path: Path, make_tiny_llama: Any
+    spawn: Spawn, folder: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    other = make_tiny_llama(tmp_path / "other", layers=1, hidden=32, seed=3)
+    other = write_llama(tmp_path / "other", layers=1, hidden=32, seed=3)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = list(vocabulary)[1:3]

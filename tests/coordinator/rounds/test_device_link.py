@@ -18,6 +18,9 @@ from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.errors import ConfigError
+from outrider_testing import host_device
+from outrider_testing.clients import ask
+from outrider_testing.model_services import start_model
 
 Make = Callable[..., Any]
 PROMPTS = [[7] * 20, [5, 9, 40], list(range(30, 48))]
@@ -38,11 +41,7 @@ class Seen(NoObserver):
 
 @pytest.fixture(scope="module")
 def pair(
-    tiny_base: Path,
-    near_base: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    start_model: Make,
-    device: Any,
+    tiny_base: Path, near_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
     """The base, and a draft that is the base with a little noise, on devices of the host's."""
     import torch
@@ -53,7 +52,7 @@ def pair(
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1,
     }  # fmt: skip
-    memory = device.HostMemory()
+    memory = host_device.HostMemory()
     with ExitStack() as stack:
         made = {}
         for role, config in (
@@ -64,7 +63,7 @@ def pair(
                 role,
                 config,
                 f"unix:{folder}/{role}",
-                lambda plain: device.hosted(plain, 16),
+                lambda plain: host_device.hosted(plain, 16),
                 DeviceSide(torch.device("cpu"), memory),
             )
             stack.callback(made[role].engine.runner.stop)
@@ -118,7 +117,7 @@ def compared(
 @pytest.mark.parametrize("k", [1, 3, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_device_link_gives_what_messages_give(
-    pair: SimpleNamespace, client_of: Make, ask: Make, batch: int, k: int | None, temperature: float
+    pair: SimpleNamespace, client_of: Make, batch: int, k: int | None, temperature: float
 ) -> None:
     before = len(pair.verify.free), len(pair.draft.free)
     requests = [
@@ -136,16 +135,11 @@ def test_device_link_gives_what_messages_give(
 
 @pytest.mark.parametrize(("one", "link"), [(True, "cuda-ipc"), (False, "shm")])
 def test_device_link_is_taken_by_itself_on_one_device_alone(
-    pair: SimpleNamespace,
-    client_of: Make,
-    device: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    one: bool,
-    link: str,
+    pair: SimpleNamespace, client_of: Make, monkeypatch: pytest.MonkeyPatch, one: bool, link: str
 ) -> None:
     if not one:
         names = itertools.count()
-        monkeypatch.setattr(device.HostMemory, "device_uuid", lambda *_: str(next(names)))
+        monkeypatch.setattr(host_device.HostMemory, "device_uuid", lambda *_: str(next(names)))
 
     async def run() -> None:
         async with client_of(pair.verify, pair.draft, **settings(pair, "auto")) as client:
@@ -155,9 +149,7 @@ def test_device_link_is_taken_by_itself_on_one_device_alone(
     asyncio.run(run())
 
 
-def test_device_link_streams_a_stop_string(
-    pair: SimpleNamespace, client_of: Make, ask: Make
-) -> None:
+def test_device_link_streams_a_stop_string(pair: SimpleNamespace, client_of: Make) -> None:
     async def whole() -> str:
         async with client_of(pair.verify, pair.draft, **settings(pair, "grpc")) as client:
             (one,) = await ask_all(client, [ask(PROMPTS[0], 40, stopping={"ignore_eos": True})])
@@ -179,7 +171,7 @@ def test_device_link_streams_a_stop_string(
     ids=["penalty", "top_p", "rejection"],
 )
 def test_device_link_leaves_to_the_hosts_what_the_devices_cannot_do(
-    pair: SimpleNamespace, client_of: Make, ask: Make, changes: dict[str, Any]
+    pair: SimpleNamespace, client_of: Make, changes: dict[str, Any]
 ) -> None:
     request = ask(PROMPTS[0], COUNT, k=3, seed=7, stopping={"ignore_eos": True}, **changes)
     seen = compared(pair, client_of, [request])
@@ -187,7 +179,7 @@ def test_device_link_leaves_to_the_hosts_what_the_devices_cannot_do(
 
 
 def test_device_link_runs_several_samples_of_one_prompt(
-    pair: SimpleNamespace, client_of: Make, ask: Make
+    pair: SimpleNamespace, client_of: Make
 ) -> None:
     output = {"num_samples": 3}
     request = ask(
@@ -203,7 +195,7 @@ def test_device_link_runs_several_samples_of_one_prompt(
 
 
 def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
-    pair: SimpleNamespace, client_of: Make, ask: Make
+    pair: SimpleNamespace, client_of: Make
 ) -> None:
     async def run(link: str) -> list[Any]:
         async with client_of(

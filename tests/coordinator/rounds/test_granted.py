@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -18,6 +18,9 @@ from outrider.coordinator.server.runtime import Runtime
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
+from outrider_testing import fakes
+from outrider_testing.clients import ask
+from outrider_testing.model_services import start_model
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -95,7 +98,7 @@ CASES = pairwise(tuple(RULES), (0, 1, 4, 7), (1, 4), tuple(FEATURES), (1, 5, 64)
 
 @pytest.fixture(scope="module")
 def pair(
-    tiny_base: Path, near_base: Path, tmp_path_factory: pytest.TempPathFactory, start_model: Make
+    tiny_base: Path, near_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
     """Real engines; the draft is the base with a little noise, so it is right now and then."""
     folder = tmp_path_factory.mktemp("pair")
@@ -151,14 +154,7 @@ def emptied(pair: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(("rule", "k", "batch", "feature", "rounds"), CASES)
 def test_free_running_gives_what_messages_give(
-    pair: SimpleNamespace,
-    client_of: Make,
-    ask: Make,
-    rule: str,
-    k: int,
-    batch: int,
-    feature: str,
-    rounds: int,
+    pair: SimpleNamespace, client_of: Make, rule: str, k: int, batch: int, feature: str, rounds: int
 ) -> None:
     sampling = {} if rule == "greedy" else {"temperature": 0.8, "top_p": 0.95}
     changes = dict(sampling, **FEATURES[feature])
@@ -255,7 +251,7 @@ def written(tiny_base: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("way", LINKS)
 def test_free_running_greedy_equals_transformers_for_every_k(
-    pair: SimpleNamespace, written: list[list[int]], client_of: Make, ask: Make, way: str
+    pair: SimpleNamespace, written: list[list[int]], client_of: Make, way: str
 ) -> None:
     async def run() -> None:
         async with client_of(pair.verify, pair.draft, **connection(pair, way)) as client:
@@ -276,9 +272,7 @@ def test_free_running_greedy_equals_transformers_for_every_k(
     emptied(pair)
 
 
-def test_free_running_grant_is_renewed_before_it_runs_out(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_free_running_grant_is_renewed_before_it_runs_out(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.005)
     draft = services("draft", agreement=0)
 
@@ -295,7 +289,7 @@ def test_free_running_grant_is_renewed_before_it_runs_out(
 
 
 def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.02)
     draft = services("draft", agreement=0)
@@ -316,7 +310,7 @@ def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
 @pytest.mark.parametrize("standing", ["verify", "draft"])
 @pytest.mark.parametrize("event", ["cancel", "deadline"])
 def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, standing: str, event: str
+    services: Make, client_of: Make, standing: str, event: str
 ) -> None:
     both = {"verify": services("verify", seconds_per_round=0.002), "draft": services("draft")}
     base, draft = both["verify"], both["draft"]
@@ -354,7 +348,7 @@ def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
 
 
 def test_free_running_takes_in_a_new_request_after_the_round(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
 
@@ -390,7 +384,7 @@ def test_free_running_takes_in_a_new_request_after_the_round(
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_free_running_ends_after_the_round_that_completes_a_stop_string(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, tiny_base: Path, k: int
+    services: Make, client_of: Make, tiny_base: Path, k: int
 ) -> None:
     from tokenizers import Tokenizer
 
@@ -428,9 +422,7 @@ def test_free_running_ends_after_the_round_that_completes_a_stop_string(
     assert base.free
 
 
-def test_free_running_takes_over_k_while_it_runs(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_free_running_takes_over_k_while_it_runs(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft", agreement=50)
     seen = Seen()
     changes = {10: 2, 20: 6}

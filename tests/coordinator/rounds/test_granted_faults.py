@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import grpc
@@ -22,6 +21,8 @@ from outrider.shared.core import wire
 from outrider.shared.core.errors import ConfigError, RefusalCode
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Refusal, VerifyItem
 from outrider.shared.link import registry
+from outrider_testing import fakes
+from outrider_testing.clients import ask
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -49,7 +50,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         await asyncio.sleep(0.005)
 
 
-async def resumed(fakes: ModuleType, client: Any, request: Any, base: Any, draft: Any) -> None:
+async def resumed(client: Any, request: Any, base: Any, draft: Any) -> None:
     """The services share a mailbox again, and use it."""
     async with asyncio.timeout(10):
         while (info := await client.info()).link != "shm":
@@ -66,7 +67,7 @@ async def resumed(fakes: ModuleType, client: Any, request: Any, base: Any, draft
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
 def test_free_running_service_killed_in_a_grant_changes_no_token(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, victim: str
+    services: Make, client_of: Make, victim: str
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=90)
@@ -87,7 +88,7 @@ def test_free_running_service_killed_in_a_grant_changes_no_token(
                 await until(lambda: base.toy.rounds > rounds + 5)  # it goes on without
             one.start()
             assert (await call).only.ids == fakes.plain(PROMPT, 400)
-            await resumed(fakes, client, ask(PROMPT, 40, k=3), base, draft)
+            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
             assert inside.mailbox not in (0, first)
             await until(lambda: base.toy.live == draft.toy.live == 0)
 
@@ -95,7 +96,7 @@ def test_free_running_service_killed_in_a_grant_changes_no_token(
 
 
 def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
     inside = Inside()
@@ -117,7 +118,7 @@ def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
             gate.set()
             # What it had to say comes late, and it is of use again.
             await until(lambda: draft.toy.live == 0)
-            await resumed(fakes, client, ask(PROMPT, 40, k=3), base, draft)
+            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
             assert inside.mailbox == first
 
     asyncio.run(run())
@@ -125,7 +126,7 @@ def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
 def test_free_running_service_that_hangs_in_a_grant_is_given_up(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, victim: str
+    services: Make, client_of: Make, victim: str
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
     toy = draft.toy if victim == "draft" else base.toy
@@ -148,7 +149,7 @@ def test_free_running_service_that_hangs_in_a_grant_is_given_up(
             toy.hold = None
             gate.set()
             assert (await call).only.ids == fakes.plain(PROMPT, 300)
-            await resumed(fakes, client, ask(PROMPT, 40, k=3), base, draft)
+            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
             assert inside.mailbox not in (0, first)
             await until(lambda: base.toy.live == draft.toy.live == 0)
 
@@ -160,7 +161,7 @@ def test_free_running_service_that_hangs_in_a_grant_is_given_up(
 )
 @pytest.mark.parametrize("role", ["draft", "verify"])
 def test_free_running_goes_on_after_a_refusal(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, role: str, code: RefusalCode
+    services: Make, client_of: Make, role: str, code: RefusalCode
 ) -> None:
     both = {"verify": services("verify"), "draft": services("draft", agreement=90)}
     base, draft = both["verify"], both["draft"]
@@ -189,11 +190,7 @@ def test_free_running_goes_on_after_a_refusal(
 
 
 def test_free_running_mailbox_that_nobody_knows_is_replaced(
-    fakes: ModuleType,
-    services: Make,
-    client_of: Make,
-    ask: Make,
-    caplog: pytest.LogCaptureFixture,
+    services: Make, client_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     inside = Inside()
@@ -205,14 +202,14 @@ def test_free_running_mailbox_that_nobody_knows_is_replaced(
             info = await client.info()
             assert (info.link, info.link_reason) == ("grpc", "mailbox 77 is not mapped here")
             assert not draft.free
-            await resumed(fakes, client, ask(PROMPT, 40, k=3), base, draft)
+            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
 
     asyncio.run(run())
     assert "lost their mailbox: mailbox 77 is not mapped here" in caplog.text
 
 
 def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     threads = threading.active_count()
@@ -255,7 +252,7 @@ def test_free_running_coordinators_without_a_request_make_room_in_time(
 
 
 @pytest.fixture
-def over_tcp(fakes: ModuleType, tmp_path: Path) -> Iterator[Make]:
+def over_tcp(tmp_path: Path) -> Iterator[Make]:
     """``over_tcp("draft")``: a toy service on a port of its own."""
     made: list[Any] = []
 
@@ -273,7 +270,7 @@ def over_tcp(fakes: ModuleType, tmp_path: Path) -> Iterator[Make]:
 
 @pytest.mark.parametrize("far", ["verify", "draft"])
 def test_free_running_link_over_tcp_is_grpc_and_says_why(
-    fakes: ModuleType, services: Make, over_tcp: Make, client_of: Make, ask: Make, far: str
+    services: Make, over_tcp: Make, client_of: Make, far: str
 ) -> None:
     base = (over_tcp if far == "verify" else services)("verify")
     draft = (over_tcp if far == "draft" else services)("draft")
@@ -302,7 +299,7 @@ def test_free_running_link_over_tcp_is_grpc_and_says_why(
 
 
 def test_free_running_link_is_made_when_the_draft_comes_later(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     draft.kill()
@@ -312,7 +309,7 @@ def test_free_running_link_is_made_when_the_draft_comes_later(
             assert (await client.info()).link == "grpc"
             assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
             draft.start()
-            await resumed(fakes, client, ask(PROMPT, 40, k=3), base, draft)
+            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
 
     asyncio.run(run())
 
@@ -459,7 +456,7 @@ def go_on(service: Any, gate: Any) -> None:
     gate.set()
 
 
-def test_grant_ends_for_both_at_the_limit(fakes: ModuleType, peers: Peers) -> None:
+def test_grant_ends_for_both_at_the_limit(peers: Peers) -> None:
     peers.grant(limit=len(PROMPT) + 30)
     reports = peers.verify.reports()
     ids: list[int] = []
@@ -477,9 +474,7 @@ def test_grant_ends_for_both_at_the_limit(fakes: ModuleType, peers: Peers) -> No
         assert end.rounds == len(reports)
 
 
-def test_grant_ends_for_both_with_the_round_that_has_a_stop_token(
-    fakes: ModuleType, peers: Peers
-) -> None:
+def test_grant_ends_for_both_with_the_round_that_has_a_stop_token(peers: Peers) -> None:
     ids = fakes.plain(PROMPT, 16)
     assert len(set(ids)) == len(ids)
     places = set()
@@ -541,9 +536,7 @@ def test_grant_ends_for_a_message_which_is_then_answered(peers: Peers, standing:
     assert (peers.base.toy.live, peers.draft.toy.live) == (0, 1)
 
 
-def test_grant_of_a_draft_that_is_late_ends_for_both_and_the_mailbox_stays(
-    fakes: ModuleType, peers: Peers
-) -> None:
+def test_grant_of_a_draft_that_is_late_ends_for_both_and_the_mailbox_stays(peers: Peers) -> None:
     peers.grant(patience_seconds=0.1)
     soon(lambda: len(peers.draft.free) > 3)
     gate = stand(peers.draft)
@@ -583,9 +576,7 @@ def test_grant_for_an_unknown_mailbox_ends_before_its_first_round(peers: Peers) 
 
 
 @pytest.mark.parametrize("role", ["verify", "draft"])
-def test_grant_of_a_stale_epoch_is_refused_and_changes_nothing(
-    fakes: ModuleType, peers: Peers, role: str
-) -> None:
+def test_grant_of_a_stale_epoch_is_refused_and_changes_nothing(peers: Peers, role: str) -> None:
     stale = 1
     peers.grant(epochs=(stale, 2) if role == "verify" else (2, stale))
     last, answer = peers.verify.reports()[-1], peers.propose.reports()[-1]

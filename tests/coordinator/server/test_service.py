@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import grpc
@@ -19,6 +18,8 @@ from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
 from outrider.shared.core.types import Decoding, ProposeItem, Rule, VerifyItem
+from outrider_testing import fakes
+from outrider_testing.clients import ask
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -49,7 +50,7 @@ def text_model(tmp_path: Path) -> Path:
 
 
 def test_service_sixteen_requests_at_once_each_get_their_own(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=75)
     rng = random.Random(0)
@@ -78,7 +79,7 @@ def test_service_sixteen_requests_at_once_each_get_their_own(
 
 
 def test_service_prompts_are_taken_in_by_chunks_on_both_sides(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=100)
     prompt = [i % 300 for i in range(500)]
@@ -99,7 +100,7 @@ def test_service_prompts_are_taken_in_by_chunks_on_both_sides(
 
 
 def test_service_running_sequences_go_on_while_a_prompt_is_taken_in(
-    services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_row=0.0005)
 
@@ -120,7 +121,7 @@ def test_service_running_sequences_go_on_while_a_prompt_is_taken_in(
 
 
 def test_service_cancelled_call_frees_both_sides_within_a_round(
-    services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.01)
     draft = services("draft", seconds_per_round=0.002)
@@ -143,7 +144,7 @@ def test_service_cancelled_call_frees_both_sides_within_a_round(
 
 
 def test_service_deadline_gives_finished_and_then_the_status(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.01)
 
@@ -169,9 +170,7 @@ def test_service_deadline_gives_finished_and_then_the_status(
     asyncio.run(run())
 
 
-def test_service_waits_its_turn_when_the_arena_is_full(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_waits_its_turn_when_the_arena_is_full(services: Make, client_of: Make) -> None:
     base = services("verify", arena_tokens=160, seconds_per_round=0.02)  # room for two
 
     async def run() -> None:
@@ -199,7 +198,7 @@ def test_service_waits_its_turn_when_the_arena_is_full(
 
 
 def test_service_refuses_what_can_never_fit_and_what_the_queue_does_not_hold(
-    services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", arena_tokens=200, seconds_per_round=0.01)
 
@@ -222,7 +221,7 @@ def test_service_refuses_what_can_never_fit_and_what_the_queue_does_not_hold(
 
 
 def test_service_bad_input_has_its_status_and_field_and_the_server_goes_on(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify")
     bad = [
@@ -256,7 +255,7 @@ def test_service_bad_input_has_its_status_and_field_and_the_server_goes_on(
 
 
 def test_service_slow_reader_stalls_nobody_and_loses_nothing(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", max_positions=1 << 20, arena_tokens=1 << 20)
 
@@ -286,9 +285,7 @@ def test_service_slow_reader_stalls_nobody_and_loses_nothing(
     asyncio.run(run())
 
 
-def test_service_samples_are_independent_and_repeatable(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_samples_are_independent_and_repeatable(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
 
     async def run() -> None:
@@ -312,7 +309,7 @@ def test_service_samples_are_independent_and_repeatable(
 
 @pytest.mark.parametrize("k", [0, 3, 7])
 def test_service_stop_tokens_end_the_text_in_the_middle_of_a_block(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, k: int
+    services: Make, client_of: Make, k: int
 ) -> None:
     whole = fakes.plain(PROMPT, 60)
     at = 17
@@ -339,7 +336,7 @@ def test_service_stop_tokens_end_the_text_in_the_middle_of_a_block(
 
 
 def test_service_text_stop_strings_echo_and_conversation(
-    fakes: ModuleType, services: Make, client_of: Make, text_model: Path
+    services: Make, client_of: Make, text_model: Path
 ) -> None:
     base = services("verify", vocab=256, model=str(text_model))
     draft = services("draft", vocab=256, agreement=90)
@@ -399,7 +396,7 @@ def test_service_text_stop_strings_echo_and_conversation(
 
 
 def test_service_resume_sends_exactly_the_rest(
-    fakes: ModuleType, services: Make, client_of: Make, text_model: Path
+    services: Make, client_of: Make, text_model: Path
 ) -> None:
     base = services("verify", vocab=256, model=str(text_model))
     draft = services("draft", vocab=256)
@@ -432,9 +429,7 @@ def test_service_resume_sends_exactly_the_rest(
     assert base.toy.live == 0
 
 
-def test_service_logprobs_pass_through_for_each_token(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_logprobs_pass_through_for_each_token(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
 
     async def run() -> None:
@@ -452,7 +447,7 @@ def test_service_logprobs_pass_through_for_each_token(
     asyncio.run(run())
 
 
-def test_service_origins_and_statistics_agree(services: Make, client_of: Make, ask: Make) -> None:
+def test_service_origins_and_statistics_agree(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=80, seconds_per_round=0.001)
 
@@ -481,9 +476,7 @@ def test_service_origins_and_statistics_agree(services: Make, client_of: Make, a
     asyncio.run(run())
 
 
-def test_service_rules_and_seeds_reach_the_services(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_rules_and_seeds_reach_the_services(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
 
     async def run() -> None:
@@ -501,9 +494,7 @@ def test_service_rules_and_seeds_reach_the_services(
         assert opened.capacity == len(PROMPT) + 5 + 17
 
 
-def test_service_info_describes_models_limits_and_load(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_info_describes_models_limits_and_load(services: Make, client_of: Make) -> None:
     base, draft = services("verify", seconds_per_round=0.005), services("draft", max_k=4)
 
     async def run() -> None:
@@ -524,11 +515,7 @@ def test_service_info_describes_models_limits_and_load(
 
 
 def test_service_drains_on_stop_and_says_goodbye(
-    fakes: ModuleType,
-    services: Make,
-    client_of: Make,
-    ask: Make,
-    caplog: pytest.LogCaptureFixture,
+    services: Make, client_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.002), services("draft")
 
@@ -544,9 +531,7 @@ def test_service_drains_on_stop_and_says_goodbye(
     assert not [record for record in caplog.records if "goodbye" in record.message]
 
 
-def test_service_many_short_requests_leave_nothing_behind(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_service_many_short_requests_leave_nothing_behind(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
 
     async def run() -> None:

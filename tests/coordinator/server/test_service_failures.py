@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import grpc
@@ -15,6 +14,8 @@ import pytest
 
 from outrider.shared.core.errors import RefusalCode, SequenceRefused, VocabularyMismatch
 from outrider.shared.core.types import Decoding, Refusal
+from outrider_testing import fakes
+from outrider_testing.clients import ask
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -36,7 +37,7 @@ async def rounds_more(toy: Any, count: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_failures_draft_killed_in_mid_stream_changes_no_token(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, seed: int
+    services: Make, client_of: Make, seed: int
 ) -> None:
     base = services("verify", seconds_per_round=0.02)  # slow, so that there is a mid-stream
     draft = services("draft", agreement=90)
@@ -62,7 +63,7 @@ def test_failures_draft_killed_in_mid_stream_changes_no_token(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_failures_verifier_killed_in_mid_stream_changes_no_token(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, seed: int
+    services: Make, client_of: Make, seed: int
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=60)
@@ -86,7 +87,7 @@ def test_failures_verifier_killed_in_mid_stream_changes_no_token(
 
 
 def test_failures_verifier_away_for_too_long_fails_requests_as_unavailable(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.005)
 
@@ -115,9 +116,7 @@ def test_failures_verifier_away_for_too_long_fails_requests_as_unavailable(
     asyncio.run(run())
 
 
-def test_failures_hung_draft_is_not_waited_for(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_hung_draft_is_not_waited_for(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
 
     async def run() -> None:
@@ -153,7 +152,7 @@ def test_failures_hung_draft_is_not_waited_for(
 
 
 def test_failures_hung_verifier_is_given_up_and_tried_again(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
 
@@ -175,7 +174,7 @@ def test_failures_hung_verifier_is_given_up_and_tried_again(
 )
 @pytest.mark.parametrize("role", ["draft", "verify"])
 def test_failures_refusals_are_healed_from_the_log(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, role: str, code: RefusalCode
+    services: Make, client_of: Make, role: str, code: RefusalCode
 ) -> None:
     both = {"verify": services("verify"), "draft": services("draft", agreement=90)}
     rng = random.Random(4)
@@ -198,9 +197,7 @@ def test_failures_refusals_are_healed_from_the_log(
     assert both["verify"].toy.live == both["draft"].toy.live == 0
 
 
-def test_failures_one_sequence_of_the_model_fails_alone(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_one_sequence_of_the_model_fails_alone(services: Make, client_of: Make) -> None:
     base = services("verify")
 
     def refuse(item: Any) -> Refusal | None:
@@ -227,9 +224,7 @@ def test_failures_one_sequence_of_the_model_fails_alone(
     assert base.toy.live == 0
 
 
-def test_failures_broken_draft_model_only_costs_speed(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_broken_draft_model_only_costs_speed(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
     draft.toy.refuse = lambda item: Refusal(
         item.sequence_id, item.epoch, RefusalCode.MODEL, "logits are NaN"
@@ -246,9 +241,7 @@ def test_failures_broken_draft_model_only_costs_speed(
     asyncio.run(run())
 
 
-def test_failures_draft_without_room_only_costs_speed(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_draft_without_room_only_costs_speed(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.001)
     draft = services("draft", arena_tokens=150)  # room for one
 
@@ -283,7 +276,7 @@ def test_failures_draft_of_another_vocabulary_is_refused_with_both_fingerprints(
 
 
 def test_failures_draft_that_returns_with_another_vocabulary_is_not_used(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
+    services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft")
 
@@ -332,9 +325,7 @@ def test_failures_base_that_is_not_there_is_told(services: Make, client_of: Make
     asyncio.run(run())
 
 
-def test_failures_another_base_in_its_place_is_refused(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_another_base_in_its_place_is_refused(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.005)
 
     async def run() -> None:
@@ -351,9 +342,7 @@ def test_failures_another_base_in_its_place_is_refused(
     asyncio.run(run())
 
 
-def test_failures_room_that_others_hold_is_waited_for(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+def test_failures_room_that_others_hold_is_waited_for(services: Make, client_of: Make) -> None:
     base = services("verify")
     taken = True
     base.toy.refuse_open = lambda request: (
@@ -375,7 +364,7 @@ def test_failures_room_that_others_hold_is_waited_for(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_failures_of_all_kinds_at_once_change_no_token(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, seed: int
+    services: Make, client_of: Make, seed: int
 ) -> None:
     rng = random.Random(seed)
     base = services("verify", arena_tokens=900, seconds_per_round=0.0005)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from outrider.protos import generation_pb2 as pb
+from outrider_testing import fakes
+from outrider_testing.clients import ask
 
 
 @pytest.mark.parametrize("agreement", [0, 70, 100])
 def test_service_tokens_equal_plain_decoding_for_every_k(
-    fakes: ModuleType,
-    services: Callable[..., Any],
-    client_of: Callable[..., Any],
-    ask: Callable[..., pb.GenerateRequest],
-    agreement: int,
+    services: Callable[..., Any], client_of: Callable[..., Any], agreement: int
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=agreement)
     prompt = [5, 6, 7, 8]

@@ -12,6 +12,8 @@ import pytest
 
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import VerifyConfig
+from outrider_testing.clients import ask
+from outrider_testing.model_services import start_model
 
 Make = Callable[..., Any]
 
@@ -35,7 +37,7 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 def test_models_greedy_equals_transformers_for_every_k(
-    model_pair: SimpleNamespace, client_of: Make, ask: Make
+    model_pair: SimpleNamespace, client_of: Make
 ) -> None:
     prompts = [[5, 9, 40], [7] * 20, list(range(1, 90))]
     wanted = [reference(model_pair.folder, prompt, 40) for prompt in prompts]
@@ -60,7 +62,7 @@ def test_models_greedy_equals_transformers_for_every_k(
 
 
 def test_models_same_seed_same_tokens_whatever_k_and_company(
-    model_pair: SimpleNamespace, client_of: Make, ask: Make
+    model_pair: SimpleNamespace, client_of: Make
 ) -> None:
     async def run() -> None:
         async with client_of(
@@ -119,7 +121,7 @@ def test_models_text_and_logprobs_belong_to_the_tokens(
 
 
 def test_models_base_that_dies_and_comes_back_changes_no_token(
-    tiny_base: Path, tmp_path: Path, client_of: Make, ask: Make, start_model: Make
+    tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     config = VerifyConfig(
         path=str(tiny_base), device="cpu", dtype="float32", arena_bytes=8 << 20, threads=1

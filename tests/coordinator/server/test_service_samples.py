@@ -13,6 +13,8 @@ import pytest
 from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import VerifyConfig
+from outrider_testing.clients import ask
+from outrider_testing.model_services import start_model
 
 Make = Callable[..., Any]
 PROMPT = [(7 * i + 3) % 300 + 1 for i in range(120)]
@@ -28,7 +30,7 @@ def free(pair: SimpleNamespace) -> bool:
 @pytest.mark.parametrize("k", [0, 3, None])
 @pytest.mark.parametrize("chunk", [512, 50])
 def test_samples_equal_independent_requests_with_their_seeds(
-    model_pair: SimpleNamespace, client_of: Make, ask: Make, k: int | None, chunk: int
+    model_pair: SimpleNamespace, client_of: Make, k: int | None, chunk: int
 ) -> None:
     count = 4
 
@@ -68,9 +70,7 @@ def test_samples_equal_independent_requests_with_their_seeds(
         )
 
 
-def test_samples_that_end_at_once_share_too(
-    model_pair: SimpleNamespace, client_of: Make, ask: Make
-) -> None:
+def test_samples_that_end_at_once_share_too(model_pair: SimpleNamespace, client_of: Make) -> None:
     async def run() -> None:
         async with client_of(model_pair.verify, tokenizer=str(model_pair.folder)) as client:
             model_pair.verify.rows.clear()
@@ -89,7 +89,7 @@ def test_samples_that_end_at_once_share_too(
 
 
 def test_samples_wait_for_room_and_still_come_out_right(
-    tiny_base: Path, tmp_path: Path, client_of: Make, ask: Make, start_model: Make
+    tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     """Room for little more than one sample: the others come as the first ones go."""
     # A token takes 2 layers x 2 x 2 heads x 16 floats.
@@ -124,7 +124,7 @@ def test_samples_wait_for_room_and_still_come_out_right(
 
 
 def test_samples_survive_a_base_that_dies_and_comes_back(
-    tiny_base: Path, tmp_path: Path, client_of: Make, ask: Make, start_model: Make
+    tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     config = VerifyConfig(
         path=str(tiny_base), device="cpu", dtype="float32", arena_bytes=8 << 20, threads=1
@@ -157,7 +157,7 @@ def test_samples_survive_a_base_that_dies_and_comes_back(
 
 
 def test_a_cancelled_request_frees_all_its_samples(
-    model_pair: SimpleNamespace, client_of: Make, ask: Make
+    model_pair: SimpleNamespace, client_of: Make
 ) -> None:
     async def run() -> None:
         settings = {"tokenizer": str(model_pair.folder)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from outrider.coordinator.telemetry.records import (
     RoundRecord,
     WallClock,
 )
+from outrider_testing.clients import ask
 
 Make = Callable[..., Any]
 
@@ -55,9 +55,7 @@ class Notes(NoObserver):
 
 
 @pytest.mark.parametrize("link", ["grpc", "shm"])
-def test_records_add_up_to_what_the_client_saw(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make, link: str
-) -> None:
+def test_records_add_up_to_what_the_client_saw(services: Make, client_of: Make, link: str) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=80, seconds_per_round=0.001)
     notes = Notes()
@@ -113,9 +111,7 @@ def test_records_add_up_to_what_the_client_saw(
     assert [whole.round for whole in notes.rounds] == list(range(1, len(notes.rounds) + 1))
 
 
-def test_records_tell_of_lost_and_returned_services(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_records_tell_of_lost_and_returned_services(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.002)
     notes = Notes()
 
@@ -137,9 +133,7 @@ def test_records_tell_of_lost_and_returned_services(
     assert epochs == sorted(epochs) and epochs[-1] > epochs[0] == 1
 
 
-def test_records_end_of_a_failed_request_has_its_status(
-    services: Make, client_of: Make, ask: Make
-) -> None:
+def test_records_end_of_a_failed_request_has_its_status(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.002)
     notes = Notes()
 

@@ -16,6 +16,7 @@ from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -69,7 +70,7 @@ def ragged(runner: Runner) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_the_fast_path_equals_the_generic_one(kind: str, engines: Any) -> None:
+def test_the_fast_path_equals_the_generic_one(kind: str) -> None:
     options = {"prefill_chunk": 10, "max_k": 4}
     fast = engines.runner(family(kind), runner="llama", **options)
     generic = engines.runner(family(kind), runner="generic", **options)
@@ -79,13 +80,13 @@ def test_the_fast_path_equals_the_generic_one(kind: str, engines: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "generic"])
-def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype, engines: Any) -> None:
+def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype) -> None:
     exact = ragged(engines.runner(family("llama"), runner=kind))
     half = ragged(engines.runner(family("llama").to(dtype), runner=kind))
     assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-def test_fused_weights_are_not_held_twice(engines: Any) -> None:
+def test_fused_weights_are_not_held_twice() -> None:
     model = family("llama")
     plain = sum(p.numel() for p in model.parameters())
     runner = engines.runner(model)
@@ -96,14 +97,14 @@ def test_fused_weights_are_not_held_twice(engines: Any) -> None:
     assert q.data_ptr() == block.qkv.data_ptr()
 
 
-def test_the_fast_path_is_refused_with_the_reason_where_it_does_not_fit(engines: Any) -> None:
+def test_the_fast_path_is_refused_with_the_reason_where_it_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="GPT2LMHeadModel is not of the Llama block family"):
         engines.runner(engines.tiny_gpt2(), runner="llama")
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert engines.runner(family("llama", rope_parameters=dynamic)).facts.runner == "generic"
 
 
-def test_positions_up_to_the_last_are_served(engines: Any) -> None:
+def test_positions_up_to_the_last_are_served() -> None:
     runner = engines.runner(family("llama"), arena_bytes=1 << 20)
     extent = runner.arena.admit(128)
     with torch.inference_mode():
@@ -111,7 +112,7 @@ def test_positions_up_to_the_last_are_served(engines: Any) -> None:
         assert runner.forward([Span(extent, 127, [2], 1)]).isfinite().all()
 
 
-def test_a_span_that_may_not_be_written_is_refused_before_anything_is(engines: Any) -> None:
+def test_a_span_that_may_not_be_written_is_refused_before_anything_is() -> None:
     runner = engines.runner(family("llama"))
     one, two = runner.arena.admit(8), runner.arena.admit(8)
     with torch.inference_mode():
@@ -122,7 +123,7 @@ def test_a_span_that_may_not_be_written_is_refused_before_anything_is(engines: A
 
 
 @pytest.mark.parametrize("kind", [*FAMILY, "gpt2", "gptj", "gemma2"])
-def test_branches_read_the_prefix_of_their_parent(kind: str, engines: Any) -> None:
+def test_branches_read_the_prefix_of_their_parent(kind: str) -> None:
     """n samples of one prompt: each continues it as if it owned the prompt's KV."""
     if kind == "gpt2":
         model = engines.tiny_gpt2()
@@ -185,7 +186,7 @@ class _Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["llama", "generic"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int, engines: Any) -> None:
+def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int) -> None:
     runner = engines.runner(engines.tiny_llama(1), runner=kind)
     extent = runner.arena.admit(500)
     with torch.no_grad():  # under inference mode composite operations stay whole
@@ -196,7 +197,7 @@ def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int, eng
     assert watch.largest < of_one_layer / 2
 
 
-def test_a_rollback_moves_no_byte(engines: Any) -> None:
+def test_a_rollback_moves_no_byte() -> None:
     runner = engines.runner(engines.tiny_llama(1))
     extent = runner.arena.admit(500)
     with torch.inference_mode():
@@ -224,7 +225,7 @@ def _held() -> tuple[int, int, int]:
     return sys.getallocatedblocks(), tracemalloc.get_traced_memory()[0], sum(storages.values())
 
 
-def test_a_thousand_rounds_keep_storage_and_memory_where_they_were(engines: Any) -> None:
+def test_a_thousand_rounds_keep_storage_and_memory_where_they_were() -> None:
     verify = VerifyEngine(engines.runner(engines.tiny_llama(1)), 4)
     draft = DraftEngine(engines.runner(engines.tiny_llama(2, layers=1)), 4)
     sides = (verify.connect(), draft.connect())

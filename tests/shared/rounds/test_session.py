@@ -11,18 +11,19 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 GREEDY = Decoding()
 PROMPT = (5, 6, 7, 8)
 
 
 @pytest.fixture
-def verify(engines: Any) -> VerifyEngine:
+def verify() -> VerifyEngine:
     return VerifyEngine(engines.runner(engines.tiny_llama(1), arena_bytes=1 << 18), 8)
 
 
 @pytest.fixture
-def draft(engines: Any) -> DraftEngine:
+def draft() -> DraftEngine:
     return DraftEngine(engines.runner(engines.tiny_llama(2, layers=1)), 8)
 
 
@@ -147,9 +148,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(verify: VerifyEngine, draft: D
     assert proposal == whole_proposal
 
 
-def test_logits_that_are_not_finite_refuse_only_their_sequence(
-    engines: Any,
-) -> None:
+def test_logits_that_are_not_finite_refuse_only_their_sequence() -> None:
     model = engines.tiny_llama(1)
     with torch.no_grad():
         model.model.embed_tokens.weight[13] = float("nan")
@@ -170,7 +169,7 @@ def test_logits_that_are_not_finite_refuse_only_their_sequence(
 
 @pytest.mark.parametrize("rule", [Rule.COUPLED, Rule.REJECTION])
 def test_sampling_needs_no_more_than_the_seed(
-    verify: VerifyEngine, draft: DraftEngine, engines: Any, rule: Rule
+    verify: VerifyEngine, draft: DraftEngine, rule: Rule
 ) -> None:
     decoding = Decoding(temperature=0.9, top_p=0.95, seed=11, rule=rule)
     asked = engines.prompts(3, seed=5)
@@ -183,7 +182,7 @@ def test_sampling_needs_no_more_than_the_seed(
     assert [c.written for c in engines.speculate(verify, draft, asked, 12, 5, other)] != written[0]
 
 
-def test_what_samples_share_is_not_written_again(verify: VerifyEngine, engines: Any) -> None:
+def test_what_samples_share_is_not_written_again(verify: VerifyEngine) -> None:
     """A parent whose message comes twice leaves the KV that its branches read alone."""
     session = opened(verify)
     prompt = tuple(range(1, 11))

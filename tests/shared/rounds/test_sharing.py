@@ -11,6 +11,7 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 PROMPT = tuple((5 * i + 1) % 97 for i in range(21))
 PREFIX = len(PROMPT) - 1
@@ -54,7 +55,7 @@ def windowed() -> Any:
 
 
 @pytest.fixture(params=["llama", "generic", "gpt2", "windowed", "copied"])
-def engine(request: pytest.FixtureRequest, engines: Any) -> VerifyEngine:
+def engine(request: pytest.FixtureRequest) -> VerifyEngine:
     """Each way to share: a branch, or, for rings and kernels that can't read one, a copy."""
     kind = request.param
     if kind == "windowed":
@@ -117,7 +118,7 @@ def test_samples_share_one_prefill_and_write_what_each_would_alone(engine: Verif
     assert (engine.info().sequences, engine.info().arena_tokens_used) == (0, 0)
 
 
-def test_sharing_reserves_the_prompt_once(engines: Any) -> None:
+def test_sharing_reserves_the_prompt_once() -> None:
     engine = VerifyEngine(engines.runner(engines.tiny_llama(1)), 4)
     session = engine.connect()
     session.open(OpenSequence(1, 1, CAPACITY, decoding(1)))
@@ -133,7 +134,7 @@ def test_sharing_reserves_the_prompt_once(engines: Any) -> None:
 @pytest.mark.parametrize(
     ("parent", "prefix"), [(9, PREFIX), (1, PREFIX + 2), (1, 0), (1, CAPACITY), (2, 5)]
 )
-def test_what_can_not_be_shared_is_asked_for_again(engines: Any, parent: int, prefix: int) -> None:
+def test_what_can_not_be_shared_is_asked_for_again(parent: int, prefix: int) -> None:
     engine = VerifyEngine(engines.runner(engines.tiny_llama(1)), 4)
     session = engine.connect()
     session.open(OpenSequence(1, 1, CAPACITY, decoding(1)))
@@ -153,7 +154,7 @@ def test_what_can_not_be_shared_is_asked_for_again(engines: Any, parent: int, pr
     assert engine.info().arena_tokens_used == 0
 
 
-def test_a_branch_without_room_is_refused_and_leaves_its_parent_alone(engines: Any) -> None:
+def test_a_branch_without_room_is_refused_and_leaves_its_parent_alone() -> None:
     engine = VerifyEngine(engines.runner(engines.tiny_llama(1), arena_bytes=1 << 16), 4)
     session = engine.connect()
     session.open(OpenSequence(1, 1, CAPACITY, decoding(1)))
@@ -167,7 +168,7 @@ def test_a_branch_without_room_is_refused_and_leaves_its_parent_alone(engines: A
     assert engine.info().arena_tokens_used == 0
 
 
-def test_a_draft_shares_the_prompt_too(engines: Any) -> None:
+def test_a_draft_shares_the_prompt_too() -> None:
     engine = DraftEngine(engines.runner(engines.tiny_llama(2, layers=1)), 4)
     session = engine.connect()
     session.open(OpenSequence(1, 1, CAPACITY, decoding(1)))

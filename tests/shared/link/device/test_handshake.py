@@ -12,6 +12,7 @@ import torch
 from outrider.shared.core.errors import ProtocolError
 from outrider.shared.link.device.handshake import DeviceSide, NoDeviceMemory, exchange
 from outrider.shared.link.device.mailbox import DeviceLayout
+from outrider_testing import host_device
 
 LAYOUT = DeviceLayout(2, 3)
 CPU = torch.device("cpu")
@@ -44,8 +45,8 @@ def both(verify: DeviceSide | None, draft: DeviceSide | None) -> list[Any]:
     return found
 
 
-def test_exchange_gives_both_sides_the_same_memory(device: Any) -> None:
-    memory = device.HostMemory()
+def test_exchange_gives_both_sides_the_same_memory() -> None:
+    memory = host_device.HostMemory()
     verify, draft = both(DeviceSide(CPU, memory), DeviceSide(CPU, memory))
     assert len(memory.allocated) == 2
     draft.proposals.fill_(5)
@@ -56,15 +57,15 @@ def test_exchange_gives_both_sides_the_same_memory(device: Any) -> None:
     assert draft.verdicts.tolist() == [[6] * 4] * 2 and draft.heard.item() == 2
 
 
-def test_exchange_begins_with_bells_that_have_not_rung(device: Any) -> None:
-    memory = device.HostMemory()
+def test_exchange_begins_with_bells_that_have_not_rung() -> None:
+    memory = host_device.HostMemory()
     for side in both(DeviceSide(CPU, memory), DeviceSide(CPU, memory)):
         assert side.heard.item() == side.rung.item() == 0 and not side.verdicts.any()
 
 
 @pytest.mark.parametrize("without", [0, 1])
-def test_exchange_fails_on_both_sides_where_one_has_no_device(device: Any, without: int) -> None:
-    sides: list[DeviceSide | None] = [DeviceSide(CPU, device.HostMemory())] * 2
+def test_exchange_fails_on_both_sides_where_one_has_no_device(without: int) -> None:
+    sides: list[DeviceSide | None] = [DeviceSide(CPU, host_device.HostMemory())] * 2
     sides[without] = None
     found = both(*sides)
     assert all(isinstance(one, NoDeviceMemory) for one in found)
@@ -79,25 +80,27 @@ def test_exchange_on_a_device_without_cuda_says_so() -> None:
         assert isinstance(one, NoDeviceMemory) and str(one) == "the model runs on cpu"
 
 
-def test_exchange_of_handles_that_cannot_be_opened_fails_on_both_sides(device: Any) -> None:
+def test_exchange_of_handles_that_cannot_be_opened_fails_on_both_sides() -> None:
     # Two memories that know nothing of each other, as on two hosts.
-    found = both(DeviceSide(CPU, device.HostMemory()), DeviceSide(CPU, device.HostMemory()))
+    found = both(
+        DeviceSide(CPU, host_device.HostMemory()), DeviceSide(CPU, host_device.HostMemory())
+    )
     for one in found:
         assert isinstance(one, NoDeviceMemory) and "invalid handle" in str(one)
 
 
-def test_exchange_of_memory_that_is_not_the_same_fails_on_both_sides(device: Any) -> None:
-    class Copies(device.HostMemory):  # type: ignore[misc,name-defined]
+def test_exchange_of_memory_that_is_not_the_same_fails_on_both_sides() -> None:
+    class Copies(host_device.HostMemory):  # type: ignore[misc,name-defined]
         def open_handle(self, raw: bytes, size: int, where: torch.device) -> Any:
-            return device.Allocation(super().open_handle(raw, size, where).tensor.clone(), b"")
+            return host_device.Allocation(super().open_handle(raw, size, where).tensor.clone(), b"")
 
     memory = Copies()
     for one in both(DeviceSide(CPU, memory), DeviceSide(CPU, memory)):
         assert isinstance(one, NoDeviceMemory) and "canary was not answered" in str(one)
 
 
-def test_exchange_waits_until_the_device_has_written(device: Any) -> None:
-    class Late(device.HostMemory):  # type: ignore[misc,name-defined]
+def test_exchange_waits_until_the_device_has_written() -> None:
+    class Late(host_device.HostMemory):  # type: ignore[misc,name-defined]
         """What is written in memory of one's own or another's stands there once complete."""
 
         def __init__(self, allocated: dict[bytes, torch.Tensor]) -> None:
@@ -133,13 +136,13 @@ def test_exchange_waits_until_the_device_has_written(device: Any) -> None:
      (b"G\xff\xff", ProtocolError), (b"G\x03\0abcG\0\0", NoDeviceMemory)],
 )  # fmt: skip
 def test_exchange_with_something_else_ends_with_an_error(
-    device: Any, sent: bytes, error: type[Exception]
+    sent: bytes, error: type[Exception]
 ) -> None:
     ends = socket.socketpair()
     ends[0].settimeout(5)
     ends[1].sendall(sent)
     ends[1].shutdown(socket.SHUT_WR)
     with pytest.raises(error):
-        exchange(ends[0], LAYOUT, "verify", DeviceSide(CPU, device.HostMemory()))
+        exchange(ends[0], LAYOUT, "verify", DeviceSide(CPU, host_device.HostMemory()))
     for end in ends:
         end.close()

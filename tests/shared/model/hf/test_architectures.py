@@ -19,6 +19,7 @@ from outrider.shared.core.errors import ConfigError
 from outrider.shared.model.loading import load_runner
 from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 DOCS = Path(__file__).parents[4] / "docs" / "architectures.md"
 COUNT, K, WINDOW, SLACK = 16, 3, 8, 6
@@ -271,12 +272,12 @@ def rollback_everywhere(runner: Runner, full: torch.Tensor, tokens: list[int]) -
 
 
 @pytest.fixture(scope="module")
-def draft(engines: Any) -> DraftEngine:
+def draft() -> DraftEngine:
     return DraftEngine(engines.runner(engines.tiny_llama(3, layers=1, hidden=16)), K)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architecture_keeps_its_tokens(name: str, engines: Any, draft: DraftEngine) -> None:
+def test_architecture_keeps_its_tokens(name: str, draft: DraftEngine) -> None:
     from transformers import CONFIG_MAPPING
 
     if ARCHITECTURES[name][0] not in CONFIG_MAPPING:

@@ -13,6 +13,7 @@ from outrider.shared.core.errors import ConfigError
 from outrider.shared.model.hf.cache import ArenaCache
 from outrider.shared.model.hf.layer_kinds import layer_kinds
 from outrider.shared.model.loading import load_runner
+from outrider_testing import engines
 
 WINDOW = 8
 MIXED = ["sliding_attention", "full_attention"]
@@ -66,7 +67,7 @@ def mistral() -> Any:
 
 
 @pytest.fixture(params=["llama", "gpt2", "mistral", "gemma2"])
-def model(request: pytest.FixtureRequest, engines: Any) -> Any:
+def model(request: pytest.FixtureRequest) -> Any:
     makers = {
         "llama": engines.tiny_llama,
         "gpt2": engines.tiny_gpt2,
@@ -108,7 +109,7 @@ def test_generate_with_beams_and_the_arena_gives_the_same_tokens(model: Any) -> 
     assert torch.equal(generated(model, ids, 20, num_beams=3, past_key_values=cache), wanted)
 
 
-def test_generate_goes_on_from_a_cache_that_holds_a_prefix(engines: Any) -> None:
+def test_generate_goes_on_from_a_cache_that_holds_a_prefix() -> None:
     model = engines.tiny_llama()
     ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(2))
     cache = ArenaCache.for_model(model, 60)
@@ -117,7 +118,7 @@ def test_generate_goes_on_from_a_cache_that_holds_a_prefix(engines: Any) -> None
     assert torch.equal(more, generated(model, ids, 20))
 
 
-def test_full_layers_are_returned_as_views_of_the_arena(engines: Any) -> None:
+def test_full_layers_are_returned_as_views_of_the_arena() -> None:
     model = engines.tiny_llama()
     cache = ArenaCache.for_model(model, 32, 2)
     fresh = torch.randn(2, 2, 5, 8)
@@ -129,7 +130,7 @@ def test_full_layers_are_returned_as_views_of_the_arena(engines: Any) -> None:
     assert torch.equal(again, torch.cat([fresh, fresh], dim=2))
 
 
-def test_rings_cost_what_the_window_needs_not_the_context(engines: Any) -> None:
+def test_rings_cost_what_the_window_needs_not_the_context() -> None:
     """Memory of a mixed model: the sliding half stays the same, however long the context is."""
     kinds, _ = layer_kinds(gemma2())
     assert [kind.window for kind in kinds] == [WINDOW, None]
@@ -145,7 +146,7 @@ def test_rings_cost_what_the_window_needs_not_the_context(engines: Any) -> None:
 
 @pytest.mark.parametrize("maker", [mistral, gemma2])
 @pytest.mark.parametrize("chunk", [1, 4, 6])
-def test_many_windows_long_generation_keeps_parity(maker: Any, engines: Any, chunk: int) -> None:
+def test_many_windows_long_generation_keeps_parity(maker: Any, chunk: int) -> None:
     from outrider.draft_service.engine import DraftEngine
     from outrider.verify_service.engine import VerifyEngine
 
@@ -199,9 +200,7 @@ def gemma3n(borrowing: int) -> Any:
     ).eval()
 
 
-def test_layers_that_read_another_layer_s_keys_are_refused_where_they_are(
-    engines: Any, tmp_path: Path
-) -> None:
+def test_layers_that_read_another_layer_s_keys_are_refused_where_they_are(tmp_path: Path) -> None:
     # The same model without such layers is served, so it is they that are refused.
     ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(3))
     alone = gemma3n(0)
@@ -218,7 +217,7 @@ def test_layers_that_read_another_layer_s_keys_are_refused_where_they_are(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_weight_only_quantized_models_pass_through(bits: int, engines: Any) -> None:
+def test_weight_only_quantized_models_pass_through(bits: int) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     from outrider.draft_service.engine import DraftEngine
     from outrider.verify_service.engine import VerifyEngine

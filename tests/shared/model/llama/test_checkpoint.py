@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from outrider.shared.model.hf.loading import choose_dtype, load_model
 from outrider.shared.model.llama.checkpoint import load_plain
 from outrider.shared.model.loading import load_runner
 from outrider.shared.model.runner import Span
+from outrider_testing.checkpoints import write_llama
 
 CPU = torch.device("cpu")
 
@@ -62,10 +62,8 @@ def test_checkpoint_logits_and_facts_equal_those_of_transformers(
     assert torch.equal(*logits)
 
 
-def test_checkpoint_tied_embeddings_are_held_once(
-    tmp_path: Path, make_tiny_llama: Callable[..., Path]
-) -> None:
-    folder = make_tiny_llama(tmp_path, layers=1, hidden=32, seed=4, tie_word_embeddings=True)
+def test_checkpoint_tied_embeddings_are_held_once(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, layers=1, hidden=32, seed=4, tie_word_embeddings=True)
     ours = plain(folder)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 

@@ -32,7 +32,7 @@ def processors_of(d: Decoding) -> Any:
     """transformers' processors for ``d``, in the order of its ``generate``."""
     chain: list[Any] = []
     if d.logit_bias:
-        chain.append(hf.SequenceBiasLogitsProcessor({(t,): b for t, b in d.logit_bias}))
+        chain.append(hf.SequenceBiasLogitsProcessor([[[t], b] for t, b in d.logit_bias]))
     if d.repetition_penalty != 1.0:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(d.repetition_penalty))
     chain.append(openai_penalties(d))

@@ -12,7 +12,8 @@ from typing import Any
 
 from outrider.shared.link.mailbox import Mailbox, layout_of
 
-TOY = Path(__file__).parent / "toy_service.py"
+SUPPORT = Path(__file__).parents[1]
+"""What a process has to have on its path to find this package."""
 MEMORY = "memfd:outrider-mailbox"
 LISTENS = 0x10000
 """Flag of a listening socket in /proc/net/unix."""
@@ -120,11 +121,20 @@ class ToyProcess:
         """Starts it and waits until it serves."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(TOY), self.role, self.listen, self._toy],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "outrider_testing.toy_service",
+                    self.role,
+                    self.listen,
+                    self._toy,
+                ],
                 stdin=subprocess.PIPE,  # closed when we are gone, however: it ends then
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(SUPPORT)},
             )
         assert self._process.stdout is not None
         told = b""

@@ -1,7 +1,8 @@
 """One service over a toy model, as a process that can be killed.
 
-All of the product runs but the model: ``toy_service.py ROLE LISTEN TOY``, the last one being the
-fields of ``fakes.Toy`` as JSON. Reports go to standard output, as a supervisor would read them.
+All of the product runs but the model: ``python -m outrider_testing.toy_service ROLE LISTEN TOY``,
+the last one being the fields of ``fakes.Toy`` as JSON. Reports go to standard output, as a
+supervisor would read them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from outrider.shared.config.schema import DraftConfig, VerifyConfig, load
@@ -25,9 +25,7 @@ SECTIONS: dict[str, tuple[str, type[Any]]] = {
 def main(role: str, listen: str, toy: dict[str, Any]) -> int:
     """Serves until told to stop, or until the parent is gone."""
     library_env.before_grpc()
-    # This folder is no package, and a script's own folder is not on a safe path.
-    sys.path.insert(0, str(Path(__file__).parent))
-    import fakes
+    from outrider_testing import fakes
 
     name, part = SECTIONS[role]
     config = load(None, flags={}, environment={})

@@ -43,7 +43,7 @@ class HostStream:
     """Plays a device's stream: a thread that does what is queued, in order, and may wait."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self.keys: set[Any] = set()
@@ -61,7 +61,7 @@ class HostStream:
         self._work.put(until)
 
     def write(self, bell: torch.Tensor, value: int) -> None:
-        self._work.put(lambda: bell.fill_(value) and None)
+        self._work.put(lambda: bell.fill_(value))
 
     def release(self, bell: torch.Tensor, value: int) -> None:
         bell.fill_(value)
@@ -73,7 +73,7 @@ class HostStream:
 
     def hold(self, gate: threading.Event) -> None:
         """What is queued from now on waits for ``gate``."""
-        self._work.put(lambda: gate.wait(20) and None)
+        self._work.put(lambda: gate.wait(20))
 
     def stop(self) -> None:
         self._work.put(None)

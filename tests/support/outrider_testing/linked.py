@@ -13,14 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-import grpc.aio
-
-from outrider.coordinator.server import service
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import CoordinatorConfig
+from outrider_testing import clients, processes
 
 
 class Watch(NoObserver):
@@ -40,7 +37,6 @@ class Pair:
     """Both services, a coordinator in this process, and helpers of the test."""
 
     services: dict[str, Any]
-    processes: Any
     stub: rpc.GenerationStub
     watch: Watch
     link: str
@@ -59,7 +55,7 @@ class Pair:
         return int(self.services[role].pid)
 
     def bells(self, role: str) -> set[int]:
-        return set(self.processes.doorbells(self.pid(role)))
+        return set(processes.doorbells(self.pid(role)))
 
     async def generate(self, prompt: list[int], count: int, k: int | None) -> None:
         """Runs one request; its tokens must be those of an undisturbed run."""
@@ -88,16 +84,16 @@ class Pair:
         async def tidy() -> bool:
             info = await self.stub.Info(pb.InfoRequest())
             used = info.base.arena_tokens_used or info.draft.arena_tokens_used
-            offered = self.processes.offers(self.pid("verify"))
+            offered = processes.offers(self.pid("verify"))
             return not (used or offered) and all(
-                self.processes.mailboxes(self.pid(role)) == (1, 1) and len(self.bells(role)) == 1
+                processes.mailboxes(self.pid(role)) == (1, 1) and len(self.bells(role)) == 1
                 for role in self.services
             )
 
         await until(self.shared)
         await until(freely)
         await until(tidy)
-        self.names |= self.processes.abstract_names(self.pid("verify"))
+        self.names |= processes.abstract_names(self.pid("verify"))
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
@@ -111,7 +107,6 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0)
 @asynccontextmanager
 async def coordinator(
     services: dict[str, Any],
-    processes: Any,
     plain: Callable[[list[int], int], list[int]],
     **settings: Any,
 ) -> AsyncIterator[Pair]:
@@ -124,18 +119,6 @@ async def coordinator(
         draft_target=services["draft"].listen,
         **given | settings,
     )
-    stop, watch = asyncio.Event(), Watch()
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(
-        service.serve(config, stop=stop, observer=watch, ready=ready.set_result)
-    )
-    try:
-        await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-        async with grpc.aio.insecure_channel(config.listen) as channel:
-            stub = rpc.GenerationStub(channel)
-            yield Pair(services, processes, stub, watch, config.link, plain)
-    finally:
-        stop.set()
-        await task
+    watch = Watch()
+    async with clients.coordinator(config, watch) as client:
+        yield Pair(services, client.stub, watch, config.link, plain)

@@ -43,7 +43,8 @@ def tiny_llama(seed: int = 0, *, layers: int = 2, hidden: int = 32, **changes: A
         "pad_token_id": None,
     }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    made: Any = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return made.eval()
 
 
 def tiny_gpt2(seed: int = 0, *, layers: int = 2, hidden: int = 32, **changes: Any) -> Any:
@@ -61,12 +62,13 @@ def tiny_gpt2(seed: int = 0, *, layers: int = 2, hidden: int = 32, **changes: An
         "eos_token_id": None,
     }
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(**(settings | changes))).eval()
+    made: Any = GPT2LMHeadModel(GPT2Config(**(settings | changes)))
+    return made.eval()
 
 
 def runner(model: Any, **changes: Any) -> Runner:
     """A runner over a module on the CPU with a small arena."""
-    settings = {
+    settings: dict[str, Any] = {
         "path": "tiny",
         "device": "cpu",
         "arena_bytes": 4 << 20,
@@ -137,10 +139,10 @@ def speculate(
     courses = [Course(list(prompt), len(prompt), count) for prompt in asked]
     base = verify.connect()
     helper = draft.connect() if draft is not None else None
-    one = decoding if isinstance(decoding, Decoding) else Decoding()
-    decodings = [one] * len(asked) if decoding is None or decoding is one else list(decoding)
+    if decoding is None or isinstance(decoding, Decoding):
+        decoding = [decoding or Decoding()] * len(asked)
     for i, course in enumerate(courses):
-        request = OpenSequence(i, 1, len(course.log) + count + max(ks) + 1, decodings[i])
+        request = OpenSequence(i, 1, len(course.log) + count + max(ks) + 1, decoding[i])
         base.open(request)
         if helper is not None:
             helper.open(request)

@@ -1,0 +1,1 @@
+"""What several tests need: toy services, tiny models, processes, and their faults."""
