@@ -153,7 +153,7 @@ async def tokens(stub: Any, request: pb.GenerateRequest) -> list[int]:
     return [id async for one in stub.Generate(request, timeout=120) for id in one.delta.token_ids]
 
 
-def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
+async def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
     pair: dict[str, ModelProcess], models: dict[str, Path]
 ) -> None:
     found: dict[str, list[list[list[int]]]] = {}
@@ -169,7 +169,7 @@ def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
             rounds[link] = both.watch.rounds
 
     for link in LINKS:
-        asyncio.run(run(link))
+        await run(link)
     print(rounds)
     assert found["shm"] == found["grpc"]
     assert found["cuda-ipc"] == found["grpc"]
@@ -179,7 +179,7 @@ def test_cuda_ipc_has_the_tokens_of_every_link_for_all_rules(
 
 
 @pytest.mark.timeout(900)
-def test_cuda_ipc_faults_change_no_token_and_leak_no_memory(
+async def test_cuda_ipc_faults_change_no_token_and_leak_no_memory(
     pair: dict[str, ModelProcess], models: dict[str, Path]
 ) -> None:
     import torch
@@ -189,34 +189,31 @@ def test_cuda_ipc_faults_change_no_token_and_leak_no_memory(
     texts: dict[tuple[int, ...], list[int]] = {}
     free: list[int] = []
 
-    async def run() -> None:
-        options = {
-            "tokenizer": str(models["verify"]),
-            "verify_patience_seconds": 60.0,
-            "draft_patience_seconds": 1.0,
-        }
-        async with linked.coordinator(
-            pair,
-            processes,
-            lambda prompt, count: texts[tuple(prompt)][:count],
-            link="cuda-ipc",
-            **options,
-        ) as both:
-            both.prompts, both.lengths, both.most_k = PROMPTS, (400, MOST_TOKENS), 5
-            for prompt in PROMPTS:
-                request = pb.GenerateRequest(
-                    prompt_token_ids=pb.TokenIds(ids=prompt),
-                    stopping=pb.StopConditions(max_new_tokens=MOST_TOKENS, ignore_eos=True),
-                    speculation=pb.SpeculationParameters(k=0),
-                )
-                texts[tuple(prompt)] = await tokens(both.stub, request)
-            await both.settled()
-            for number in range(FAULTS):
-                notices.append(await faults.harm(both, rng, number))
-                free.append(torch.cuda.mem_get_info()[0])
-            print(dict(both.watch.rounds))
-
-    asyncio.run(run())
+    options = {
+        "tokenizer": str(models["verify"]),
+        "verify_patience_seconds": 60.0,
+        "draft_patience_seconds": 1.0,
+    }
+    async with linked.coordinator(
+        pair,
+        processes,
+        lambda prompt, count: texts[tuple(prompt)][:count],
+        link="cuda-ipc",
+        **options,
+    ) as both:
+        both.prompts, both.lengths, both.most_k = PROMPTS, (400, MOST_TOKENS), 5
+        for prompt in PROMPTS:
+            request = pb.GenerateRequest(
+                prompt_token_ids=pb.TokenIds(ids=prompt),
+                stopping=pb.StopConditions(max_new_tokens=MOST_TOKENS, ignore_eos=True),
+                speculation=pb.SpeculationParameters(k=0),
+            )
+            texts[tuple(prompt)] = await tokens(both.stub, request)
+        await both.settled()
+        for number in range(FAULTS):
+            notices.append(await faults.harm(both, rng, number))
+            free.append(torch.cuda.mem_get_info()[0])
+        print(dict(both.watch.rounds))
     faults.check(notices)
     print(f"device memory free after each fault, MiB: {[one >> 20 for one in free]}")
     assert min(free) > free[0] - LEAK_BYTES

@@ -19,6 +19,7 @@ import pytest
 from outrider.coordinator.services import mailbox_setup
 from outrider.shared.link.registry import MOST_MAILBOXES
 from outrider_testing import fakes, faults, linked, processes
+from outrider_testing.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -44,7 +45,7 @@ def services(
         one.kill()
 
 
-def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
+async def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
     services: Any, short_folder: Path
 ) -> None:
     pair = services(draft={})
@@ -53,7 +54,7 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
     )
     draft, pid = pair["draft"], os.getpid()
 
-    async def run() -> None:
+    try:
         both_services = {"verify": base, "draft": draft}
         async with linked.coordinator(both_services, fakes.plain) as both:
             before = processes.mailboxes(pid)[0]
@@ -65,13 +66,13 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
             async def held() -> bool:
                 return hold.reached.is_set()
 
-            await linked.until(freely)
+            await until(freely)
             hold = base.toy.stand()
-            await linked.until(held)
+            await until(held)
             # The verifier is amidst a round while the draft comes back and fetches a new mailbox.
             await asyncio.to_thread(draft.kill)
             await asyncio.to_thread(draft.start)
-            await linked.until(both.shared)
+            await until(both.shared)
             bells = both.bells("draft")
             base.toy.hold = None
             hold.set()
@@ -79,33 +80,27 @@ def test_faults_late_word_of_an_old_mailbox_leaves_the_new_one_alone(
             assert await both.shared()
             assert both.bells("draft") == bells
             assert processes.mailboxes(pid)[0] <= before + 1
-
-    try:
-        asyncio.run(run())
     finally:
         base.kill()
 
 
-def test_faults_coordinators_that_come_and_go_leave_no_mailbox(services: Any) -> None:
+async def test_faults_coordinators_that_come_and_go_leave_no_mailbox(services: Any) -> None:
     pair = services(verify={}, draft={})
 
     async def tidy() -> bool:
         return all(processes.mailboxes(one.pid) == (0, 0) for one in pair.values())
 
-    async def run() -> None:
-        for _ in range(MOST_MAILBOXES + 2):
-            async with linked.coordinator(pair, fakes.plain) as both:
-                await both.generate([3, 1, 4], 24, 3)
-                assert both.watch.rounds["shm"] > 0
-        await linked.until(tidy)
-
-    asyncio.run(run())
+    for _ in range(MOST_MAILBOXES + 2):
+        async with linked.coordinator(pair, fakes.plain) as both:
+            await both.generate([3, 1, 4], 24, 3)
+            assert both.watch.rounds["shm"] > 0
+    await until(tidy)
 
 
 @pytest.mark.timeout(1800)
 # A draft that stands still is given up by patience or by its heartbeat, whichever comes first.
 @pytest.mark.parametrize(("patience", "first"), [(1.0, 0), (5.0, 4)])
-def test_faults_change_no_token_and_leave_nothing_behind(
+async def test_faults_change_no_token_and_leave_nothing_behind(
     services: Any, patience: float, first: int
 ) -> None:
     pair = services(verify={"seconds_per_round": 0.003}, draft={"seconds_per_round": 0.001})
@@ -113,16 +108,13 @@ def test_faults_change_no_token_and_leave_nothing_behind(
     notices: list[Any] = []
     names: set[str] = set()
 
-    async def run() -> None:
-        async with linked.coordinator(pair, fakes.plain, draft_patience_seconds=patience) as both:
-            await both.settled()
-            for number in range(first, first + FAULTS // 2):
-                notices.append(await faults.harm(both, rng, number))
-            names.update(both.names)
-            for one in pair.values():  # memory without a name
-                assert not any("/dev/shm/" in line for line in processes.mapped(one.pid))
-
-    asyncio.run(run())
+    async with linked.coordinator(pair, fakes.plain, draft_patience_seconds=patience) as both:
+        await both.settled()
+        for number in range(first, first + FAULTS // 2):
+            notices.append(await faults.harm(both, rng, number))
+        names.update(both.names)
+        for one in pair.values():  # memory without a name
+            assert not any("/dev/shm/" in line for line in processes.mapped(one.pid))
     faults.check(notices)
     for one in pair.values():
         one.kill()

@@ -221,26 +221,22 @@ async def state(stub: rpc.GenerationStub, pids: dict[str, int]) -> dict[str, Any
 
 
 @pytest.mark.timeout(1800)
-def test_soak_over_shared_memory_leaves_everything_as_it_was(
+async def test_soak_over_shared_memory_leaves_everything_as_it_was(
     deployed: dict[str, children.Child], short_folder: Path
 ) -> None:
     pids = {name: one.process.pid for name, one in deployed.items()}
-
-    async def run() -> tuple[dict[str, Any], dict[str, Any], Load, int]:
-        async with grpc.aio.insecure_channel(f"unix:{short_folder}/coordinator") as channel:
-            stub = rpc.GenerationStub(channel)
-            load = Load(stub, 1)
-            await load.learn()
-            await load.run(WARM_SECONDS)
-            before = await state(stub, pids)
-            rings = processes.mailbox(pids["base"]).word(BELLS[0])
-            load.rounds.clear()
-            load.ends.clear()
-            await load.run(SECONDS)
-            rings = processes.mailbox(pids["base"]).word(BELLS[0]) - rings
-            return before, await state(stub, pids), load, rings
-
-    before, after, load, rings = asyncio.run(run())
+    async with grpc.aio.insecure_channel(f"unix:{short_folder}/coordinator") as channel:
+        stub = rpc.GenerationStub(channel)
+        load = Load(stub, 1)
+        await load.learn()
+        await load.run(WARM_SECONDS)
+        before = await state(stub, pids)
+        rings = processes.mailbox(pids["base"]).word(BELLS[0])
+        load.rounds.clear()
+        load.ends.clear()
+        await load.run(SECONDS)
+        rings = processes.mailbox(pids["base"]).word(BELLS[0]) - rings
+        after = await state(stub, pids)
     times = [seconds for _, seconds in sorted(load.rounds)]
     quarter = len(times) // 4
     first, last = statistics.median(times[:quarter]), statistics.median(times[-quarter:])

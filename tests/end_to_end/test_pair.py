@@ -75,15 +75,12 @@ def hugging_face(prompts: Sequence[str]) -> list[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_pair_greedy_equals_hugging_face(bundled_target: str) -> None:
+async def test_pair_greedy_equals_hugging_face(bundled_target: str) -> None:
     prompts = [str(entry["text"]) for entry in pair.heldout_prompts()][:PROMPTS]
 
-    async def both() -> tuple[list[tuple[list[int], pb.Finished]], list[list[int]]]:
-        # At the same time: one keeps the services busy, the other a core here.
-        streams = stream_all(bundled_target, prompts, k=4)
-        return await asyncio.gather(streams, asyncio.to_thread(hugging_face, prompts))
-
-    ours, expected = asyncio.run(both())
+    # At the same time: one keeps the services busy, the other a core here.
+    streams = stream_all(bundled_target, prompts, k=4)
+    ours, expected = await asyncio.gather(streams, asyncio.to_thread(hugging_face, prompts))
     different = [i for i in range(PROMPTS) if ours[i][0] != expected[i]]
     assert different == []
     assert all(f.usage.completion_tokens == NEW_TOKENS for _, f in ours)
@@ -94,8 +91,8 @@ def test_pair_greedy_equals_hugging_face(bundled_target: str) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 1, 8])
-def test_pair_tokens_do_not_depend_on_k(bundled_target: str, k: int) -> None:
+async def test_pair_tokens_do_not_depend_on_k(bundled_target: str, k: int) -> None:
     prompts = [str(entry["text"]) for entry in pair.heldout_prompts()][:4]
-    adaptive = asyncio.run(stream_all(bundled_target, prompts))
-    fixed = asyncio.run(stream_all(bundled_target, prompts, k=k))
+    adaptive = await stream_all(bundled_target, prompts)
+    fixed = await stream_all(bundled_target, prompts, k=k)
     assert [tokens for tokens, _ in fixed] == [tokens for tokens, _ in adaptive]

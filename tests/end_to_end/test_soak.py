@@ -62,11 +62,11 @@ async def state(target: str) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_services_are_as_before_after_ten_thousand_requests(tiny_target: str) -> None:
-    asyncio.run(run_requests(tiny_target, 1_000))  # caches and pools grow to their size
-    before = asyncio.run(state(tiny_target))
-    asyncio.run(run_requests(tiny_target, REQUESTS))
-    after = asyncio.run(state(tiny_target))
+async def test_services_are_as_before_after_ten_thousand_requests(tiny_target: str) -> None:
+    await run_requests(tiny_target, 1_000)  # caches and pools grow to their size
+    before = await state(tiny_target)
+    await run_requests(tiny_target, REQUESTS)
+    after = await state(tiny_target)
     memory = [key for key in before if key.endswith("memory")]
     assert {k: v for k, v in after.items() if k not in memory} == {
         k: v for k, v in before.items() if k not in memory

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +17,7 @@ from outrider.coordinator.cli import main
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider_testing.checkpoints import write_llama
+from outrider_testing.waiting import soon
 
 CLI = "outrider.coordinator.cli.main"
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -44,16 +44,6 @@ def processes_naming(text: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """The first true value of ``condition``."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 def pair(base: Path, draft: Path) -> list[str]:
@@ -125,7 +115,7 @@ def test_cli_interrupted_generate_leaves_nothing(
     if moment == "streaming":
         assert process.stdout is not None and process.stdout.read(1)
     else:
-        wait_for(lambda: list(folder.iterdir()))
+        soon(lambda: list(folder.iterdir()))
         time.sleep(0.3)
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -143,7 +133,7 @@ def test_cli_killed_generate_leaves_no_processes(
     assert process.stdout is not None and process.stdout.read(1)
     assert len(processes_naming(str(short_folder))) == 4
     process.kill()
-    wait_for(lambda: not processes_naming(str(short_folder)), 30)
+    soon(lambda: not processes_naming(str(short_folder)))
 
 
 def test_cli_closed_output_ends_quietly(
@@ -272,12 +262,12 @@ def test_cli_up_serves_restarts_and_ends_clean(
             if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
 
-    wait_for(lambda: "all services are ready" in log.read_text())
+    soon(lambda: "all services are ready" in log.read_text())
     undisturbed = generate(target)
     (draft,) = pids("draft_service")
     os.kill(draft, signal.SIGKILL)
     assert generate(target) == undisturbed, "rounds go on without the draft"
-    wait_for(lambda: log.read_text().count("draft       | ready") == 2)
+    soon(lambda: log.read_text().count("draft       | ready") == 2)
     (base,) = pids("verify_service")
     os.kill(base, signal.SIGKILL)
     assert generate(target) == undisturbed, "the request waits for the base to come back"
@@ -300,9 +290,9 @@ def test_cli_killed_up_leaves_no_processes(
             env=env,
             stderr=stream,
         )
-    wait_for(lambda: "all services are ready" in log.read_text())
+    soon(lambda: "all services are ready" in log.read_text())
     process.kill()
-    wait_for(lambda: not processes_naming(str(short_folder)), 30)
+    soon(lambda: not processes_naming(str(short_folder)))
     assert list(short_folder.iterdir()) == [], "sockets were left behind"
 
 

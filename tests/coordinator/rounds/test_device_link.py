@@ -91,7 +91,7 @@ def emptied(pair: SimpleNamespace) -> None:
         time.sleep(0.005)
 
 
-def compared(
+async def compared(
     pair: SimpleNamespace, client_of: Make, requests: list[pb.GenerateRequest], **changes: Any
 ) -> Seen:
     """The same text over messages and over device memory; how the latter's rounds went."""
@@ -106,9 +106,9 @@ def compared(
                 (one.ids, one.text, one.finished.reason) for one in await ask_all(client, requests)
             ]
 
-    wanted = asyncio.run(run("grpc", Seen()))
+    wanted = await run("grpc", Seen())
     seen = Seen()
-    assert asyncio.run(run("cuda-ipc", seen)) == wanted
+    assert await run("cuda-ipc", seen) == wanted
     emptied(pair)
     return seen
 
@@ -116,7 +116,7 @@ def compared(
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("k", [1, 3, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_device_link_gives_what_messages_give(
+async def test_device_link_gives_what_messages_give(
     pair: SimpleNamespace, client_of: Make, batch: int, k: int | None, temperature: float
 ) -> None:
     before = len(pair.verify.free), len(pair.draft.free)
@@ -124,7 +124,7 @@ def test_device_link_gives_what_messages_give(
         ask(prompt, COUNT, k=k, temperature=temperature, seed=i, stopping={"ignore_eos": True})
         for i, prompt in enumerate(PROMPTS[:batch])
     ]
-    seen = compared(pair, client_of, requests)
+    seen = await compared(pair, client_of, requests)
     if k is not None:  # else it may find that the draft does not pay here
         # Where one of several has a single token to go, the hosts take that round.
         assert seen.links["cuda-ipc"] > seen.links["shm"]
@@ -134,31 +134,25 @@ def test_device_link_gives_what_messages_give(
 
 
 @pytest.mark.parametrize(("one", "link"), [(True, "cuda-ipc"), (False, "shm")])
-def test_device_link_is_taken_by_itself_on_one_device_alone(
+async def test_device_link_is_taken_by_itself_on_one_device_alone(
     pair: SimpleNamespace, client_of: Make, monkeypatch: pytest.MonkeyPatch, one: bool, link: str
 ) -> None:
     if not one:
         names = itertools.count()
         monkeypatch.setattr(host_device.HostMemory, "device_uuid", lambda *_: str(next(names)))
 
-    async def run() -> None:
-        async with client_of(pair.verify, pair.draft, **settings(pair, "auto")) as client:
-            info = await client.info()
-            assert (info.link, info.link_reason) == (link, "")
-
-    asyncio.run(run())
+    async with client_of(pair.verify, pair.draft, **settings(pair, "auto")) as client:
+        info = await client.info()
+        assert (info.link, info.link_reason) == (link, "")
 
 
-def test_device_link_streams_a_stop_string(pair: SimpleNamespace, client_of: Make) -> None:
-    async def whole() -> str:
-        async with client_of(pair.verify, pair.draft, **settings(pair, "grpc")) as client:
-            (one,) = await ask_all(client, [ask(PROMPTS[0], 40, stopping={"ignore_eos": True})])
-            return str(one.text)
-
-    text = asyncio.run(whole())
+async def test_device_link_streams_a_stop_string(pair: SimpleNamespace, client_of: Make) -> None:
+    async with client_of(pair.verify, pair.draft, **settings(pair, "grpc")) as client:
+        (one,) = await ask_all(client, [ask(PROMPTS[0], 40, stopping={"ignore_eos": True})])
+    text = str(one.text)
     stop = next(text[i : i + 2] for i in range(20, len(text)) if "\ufffd" not in text[i : i + 2])
     request = ask(PROMPTS[0], 40, k=3, stopping={"ignore_eos": True, "stop": [stop]})
-    assert compared(pair, client_of, [request]).links["cuda-ipc"] > 0
+    assert (await compared(pair, client_of, [request])).links["cuda-ipc"] > 0
 
 
 @pytest.mark.parametrize(
@@ -170,15 +164,15 @@ def test_device_link_streams_a_stop_string(pair: SimpleNamespace, client_of: Mak
     ],
     ids=["penalty", "top_p", "rejection"],
 )
-def test_device_link_leaves_to_the_hosts_what_the_devices_cannot_do(
+async def test_device_link_leaves_to_the_hosts_what_the_devices_cannot_do(
     pair: SimpleNamespace, client_of: Make, changes: dict[str, Any]
 ) -> None:
     request = ask(PROMPTS[0], COUNT, k=3, seed=7, stopping={"ignore_eos": True}, **changes)
-    seen = compared(pair, client_of, [request])
+    seen = await compared(pair, client_of, [request])
     assert seen.links["shm"] > 0 and seen.links["cuda-ipc"] == 0
 
 
-def test_device_link_runs_several_samples_of_one_prompt(
+async def test_device_link_runs_several_samples_of_one_prompt(
     pair: SimpleNamespace, client_of: Make
 ) -> None:
     output = {"num_samples": 3}
@@ -191,10 +185,10 @@ def test_device_link_runs_several_samples_of_one_prompt(
         stopping={"ignore_eos": True},
         output=output,
     )
-    assert compared(pair, client_of, [request]).links["cuda-ipc"] > 0
+    assert (await compared(pair, client_of, [request])).links["cuda-ipc"] > 0
 
 
-def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
+async def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
     pair: SimpleNamespace, client_of: Make
 ) -> None:
     async def run(link: str) -> list[Any]:
@@ -213,20 +207,17 @@ def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
             assert not long.done()
             return [(await long).samples[0].ids, short.samples[0].ids]
 
-    wanted = asyncio.run(run("grpc"))
-    assert asyncio.run(run("cuda-ipc")) == wanted
+    wanted = await run("grpc")
+    assert await run("cuda-ipc") == wanted
     emptied(pair)
 
 
-def test_device_link_that_cannot_be_had_is_an_error_that_says_why(
+async def test_device_link_that_cannot_be_had_is_an_error_that_says_why(
     model_pair: SimpleNamespace, client_of: Make
 ) -> None:
-    async def start() -> None:
-        options = {"link": "cuda-ipc", "tokenizer": str(model_pair.folder)}
-        async with client_of(model_pair.verify, model_pair.draft, **options):
-            pass
-
+    options = {"link": "cuda-ipc", "tokenizer": str(model_pair.folder)}
     with pytest.raises(
         ConfigError, match=r"link = 'cuda-ipc' can't be had: .*takes no turns on a device"
     ):
-        asyncio.run(start())
+        async with client_of(model_pair.verify, model_pair.draft, **options):
+            pass

@@ -22,22 +22,19 @@ from outrider.protos import speculation_pb2 as pb
     ],
     ids=["lost", "answered"],
 )
-def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
+async def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
     happens: Callable[[Drafting], None],
 ) -> None:
-    async def run() -> None:
-        connection: Any = SimpleNamespace(up=True)
-        drafting = Drafting(connection, chunk=8, patience=0.01, vocab_size=10)
-        answer: asyncio.Future[pb.DraftResponse] = asyncio.get_running_loop().create_future()
-        given_up = []
+    connection: Any = SimpleNamespace(up=True)
+    drafting = Drafting(connection, chunk=8, patience=0.01, vocab_size=10)
+    answer: asyncio.Future[pb.DraftResponse] = asyncio.get_running_loop().create_future()
+    given_up = []
 
-        def at_once(future: Any) -> None:
-            given_up.append(not drafting.available)
-            happens(drafting)
+    def at_once(future: Any) -> None:
+        given_up.append(not drafting.available)
+        happens(drafting)
 
-        answer.add_done_callback(at_once)  # runs before whoever waits for the answer runs on
-        assert await drafting.granted(DraftGrant(answer, {})) == 0
-        assert given_up == [True]
-        assert drafting.available
-
-    asyncio.run(run())
+    answer.add_done_callback(at_once)  # runs before whoever waits for the answer runs on
+    assert await drafting.granted(DraftGrant(answer, {})) == 0
+    assert given_up == [True]
+    assert drafting.available

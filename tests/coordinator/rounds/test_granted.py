@@ -21,6 +21,7 @@ from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider_testing import fakes
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
+from outrider_testing.waiting import until
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -46,14 +47,6 @@ class Seen(NoObserver):
 
     def round(self, record: RoundRecord) -> None:
         self.links.append(record.link)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits for ``condition``; fails when it does not come true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.005)
 
 
 def pairwise(*factors: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -153,7 +146,7 @@ def emptied(pair: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(("rule", "k", "batch", "feature", "rounds"), CASES)
-def test_free_running_gives_what_messages_give(
+async def test_free_running_gives_what_messages_give(
     pair: SimpleNamespace, client_of: Make, rule: str, k: int, batch: int, feature: str, rounds: int
 ) -> None:
     sampling = {} if rule == "greedy" else {"temperature": 0.8, "top_p": 0.95}
@@ -213,7 +206,7 @@ def test_free_running_gives_what_messages_give(
             # Nothing is drafted but by message; the last token of all is never worth it.
             assert not free[1] and not any(item.proposal for _, items in free[0] for item in items)
 
-    wanted = asyncio.run(by_messages())
+    wanted = await by_messages()
     ends = {
         "stop_token": pb.FINISH_REASON_STOP_TOKEN,
         "stop_string": pb.FINISH_REASON_STOP_STRING,
@@ -221,7 +214,7 @@ def test_free_running_gives_what_messages_give(
     }
     assert wanted[0].finished.reason == ends.get(feature, pb.FINISH_REASON_MAX_TOKENS)
     for way in ("grants", "mailbox"):
-        asyncio.run(run(way, wanted))
+        await run(way, wanted)
     emptied(pair)
 
 
@@ -250,56 +243,49 @@ def written(tiny_base: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("way", LINKS)
-def test_free_running_greedy_equals_transformers_for_every_k(
+async def test_free_running_greedy_equals_transformers_for_every_k(
     pair: SimpleNamespace, written: list[list[int]], client_of: Make, way: str
 ) -> None:
-    async def run() -> None:
-        async with client_of(pair.verify, pair.draft, **connection(pair, way)) as client:
-            for k in (0, 1, 4, 7, None):
-                requests = [
-                    ask(prompt, COUNT, k=k, repetition_penalty=1.2, stopping={"ignore_eos": True})
-                    for prompt in PROMPTS
-                ]
-                samples = await ask_all(client, requests)
-                assert [one.ids for one in samples] == written
-                if k:
-                    # Of all that can come of a proposal, each came.
-                    figures = [one.finished.speculation for one in samples]
-                    accepted = sum(one.accepted for one in figures)
-                    assert 0 < accepted < sum(one.proposed for one in figures)
-
-    asyncio.run(run())
+    async with client_of(pair.verify, pair.draft, **connection(pair, way)) as client:
+        for k in (0, 1, 4, 7, None):
+            requests = [
+                ask(prompt, COUNT, k=k, repetition_penalty=1.2, stopping={"ignore_eos": True})
+                for prompt in PROMPTS
+            ]
+            samples = await ask_all(client, requests)
+            assert [one.ids for one in samples] == written
+            if k:
+                # Of all that can come of a proposal, each came.
+                figures = [one.finished.speculation for one in samples]
+                accepted = sum(one.accepted for one in figures)
+                assert 0 < accepted < sum(one.proposed for one in figures)
     emptied(pair)
 
 
-def test_free_running_grant_is_renewed_before_it_runs_out(services: Make, client_of: Make) -> None:
+async def test_free_running_grant_is_renewed_before_it_runs_out(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify", seconds_per_round=0.005)
     draft = services("draft", agreement=0)
 
-    async def run() -> None:
-        async with client_of(base, draft, free_rounds=8) as client:
-            assert (await client.generate(ask(PROMPT, 60, k=1))).only.ids == fakes.plain(PROMPT, 60)
-            await until(lambda: len(base.free) == len(draft.free) == 59)
-
-    asyncio.run(run())
+    async with client_of(base, draft, free_rounds=8) as client:
+        assert (await client.generate(ask(PROMPT, 60, k=1))).only.ids == fakes.plain(PROMPT, 60)
+        await until(lambda: len(base.free) == len(draft.free) == 59)
     # One round by message, which opens the sequence on both sides, and one grant.
     assert len({number for number, _ in base.free}) == 1
     # The last token leaves no room for a proposal.
     assert [len(items) for _, items in draft.free] == [1] * 58 + [0]
 
 
-def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
+async def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
     services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.02)
     draft = services("draft", agreement=0)
     silence = {"verify_timeout_seconds": 0.4, "draft_timeout_seconds": 0.4}
 
-    async def run() -> None:
-        async with client_of(base, draft, link="shm", **silence) as client:
-            assert (await client.generate(ask(PROMPT, 45, k=1))).only.ids == fakes.plain(PROMPT, 45)
-
-    asyncio.run(run())
+    async with client_of(base, draft, link="shm", **silence) as client:
+        assert (await client.generate(ask(PROMPT, 45, k=1))).only.ids == fakes.plain(PROMPT, 45)
     assert len({number for number, _ in base.free}) == 1
     assert len(draft.toy.opened) == 1
 
@@ -309,73 +295,66 @@ def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
 
 @pytest.mark.parametrize("standing", ["verify", "draft"])
 @pytest.mark.parametrize("event", ["cancel", "deadline"])
-def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
+async def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
     services: Make, client_of: Make, standing: str, event: str
 ) -> None:
     both = {"verify": services("verify", seconds_per_round=0.002), "draft": services("draft")}
     base, draft = both["verify"], both["draft"]
     toy = both[standing].toy
 
-    async def run() -> None:
-        async with client_of(base, draft, link="shm", draft_patience_seconds=20.0) as client:
-            call = client.stub.Generate(
-                ask(PROMPT, 3000, k=3), timeout=0.3 if event == "deadline" else None
-            )
-            await until(lambda: len(base.free) > 3)
-            gate = toy.stand()
-            await until(gate.reached.is_set)
-            before = base.toy.rounds, draft.toy.rounds
-            if event == "cancel":
-                call.cancel()
-            else:
-                assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            # Time for the word to reach the services, which stand still.
-            await asyncio.sleep(0.2)
-            toy.hold = None
-            gate.set()
-            await until(lambda: base.toy.live == draft.toy.live == 0)
-            assert base.toy.rounds - before[0] == 1
-            assert draft.toy.rounds - before[1] <= 1
-            assert base.toy.used == draft.toy.used == 0
-            info = await client.info()
-            assert (info.running, info.waiting, info.link) == (0, 0, "shm")
-            # And all is as before for the next one.
-            free = len(base.free)
-            assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
-            assert len(base.free) > free
-
-    asyncio.run(run())
+    async with client_of(base, draft, link="shm", draft_patience_seconds=20.0) as client:
+        call = client.stub.Generate(
+            ask(PROMPT, 3000, k=3), timeout=0.3 if event == "deadline" else None
+        )
+        await until(lambda: len(base.free) > 3)
+        gate = toy.stand()
+        await until(gate.reached.is_set)
+        before = base.toy.rounds, draft.toy.rounds
+        if event == "cancel":
+            call.cancel()
+        else:
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        # Time for the word to reach the services, which stand still.
+        await asyncio.sleep(0.2)
+        toy.hold = None
+        gate.set()
+        await until(lambda: base.toy.live == draft.toy.live == 0)
+        assert base.toy.rounds - before[0] == 1
+        assert draft.toy.rounds - before[1] <= 1
+        assert base.toy.used == draft.toy.used == 0
+        info = await client.info()
+        assert (info.running, info.waiting, info.link) == (0, 0, "shm")
+        # And all is as before for the next one.
+        free = len(base.free)
+        assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
+        assert len(base.free) > free
 
 
-def test_free_running_takes_in_a_new_request_after_the_round(
+async def test_free_running_takes_in_a_new_request_after_the_round(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
 
     found = 0
 
-    async def run() -> None:
-        nonlocal found
-        async with client_of(base, draft, link="shm") as client:
-            first = asyncio.create_task(client.generate(ask(PROMPT, 400, k=2)))
-            await until(lambda: len(base.free) > 3)
-            gate = base.toy.stand()
-            await until(gate.reached.is_set)
-            found = len(base.toy.items)
-            second = asyncio.create_task(client.generate(ask([9, 9], 30, k=4)))
-            while not (await client.info()).waiting:
-                await asyncio.sleep(0.005)
-            await asyncio.sleep(0.2)
-            base.toy.hold = None
-            gate.set()
-            assert (await second).only.ids == fakes.plain([9, 9], 30)
-            # They went on together by themselves, and then one of them alone.
-            assert {2} <= {len(items) for _, items in base.free}
-            alone = len(base.free)
-            assert (await first).only.ids == fakes.plain(PROMPT, 400)
-            assert {len(items) for _, items in base.free[alone + 2 :]} == {1}
-
-    asyncio.run(run())
+    async with client_of(base, draft, link="shm") as client:
+        first = asyncio.create_task(client.generate(ask(PROMPT, 400, k=2)))
+        await until(lambda: len(base.free) > 3)
+        gate = base.toy.stand()
+        await until(gate.reached.is_set)
+        found = len(base.toy.items)
+        second = asyncio.create_task(client.generate(ask([9, 9], 30, k=4)))
+        while not (await client.info()).waiting:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.2)
+        base.toy.hold = None
+        gate.set()
+        assert (await second).only.ids == fakes.plain([9, 9], 30)
+        # They went on together by themselves, and then one of them alone.
+        assert {2} <= {len(items) for _, items in base.free}
+        alone = len(base.free)
+        assert (await first).only.ids == fakes.plain(PROMPT, 400)
+        assert {len(items) for _, items in base.free[alone + 2 :]} == {1}
     ids = [item.sequence_id for item in base.toy.items]
     # The round that ran, and the one that takes in the prompt beside it.
     assert ids.index(2) - found <= 2
@@ -383,7 +362,7 @@ def test_free_running_takes_in_a_new_request_after_the_round(
 
 
 @pytest.mark.parametrize("k", [0, 3])
-def test_free_running_ends_after_the_round_that_completes_a_stop_string(
+async def test_free_running_ends_after_the_round_that_completes_a_stop_string(
     services: Make, client_of: Make, tiny_base: Path, k: int
 ) -> None:
     from tokenizers import Tokenizer
@@ -409,20 +388,17 @@ def test_free_running_ends_after_the_round_that_completes_a_stop_string(
 
     base.toy.refuse = pace
 
-    async def run() -> None:
-        async with client_of(base, draft, link="shm", tokenizer=str(tiny_base)) as client:
-            one = (await client.generate(ask(PROMPT, 80, k=k, stopping={"stop": [stop]}))).only
-            assert one.finished.reason == pb.FINISH_REASON_STOP_STRING
-            assert one.ids == ids[: last + 1]
-            assert one.text == text[: text.index(stop)]
-            await until(lambda: base.toy.live == draft.toy.live == 0)
-
-    asyncio.run(run())
+    async with client_of(base, draft, link="shm", tokenizer=str(tiny_base)) as client:
+        one = (await client.generate(ask(PROMPT, 80, k=k, stopping={"stop": [stop]}))).only
+        assert one.finished.reason == pb.FINISH_REASON_STOP_STRING
+        assert one.ids == ids[: last + 1]
+        assert one.text == text[: text.index(stop)]
+        await until(lambda: base.toy.live == draft.toy.live == 0)
     assert len(beyond) == 1
     assert base.free
 
 
-def test_free_running_takes_over_k_while_it_runs(services: Make, client_of: Make) -> None:
+async def test_free_running_takes_over_k_while_it_runs(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft", agreement=50)
     seen = Seen()
     changes = {10: 2, 20: 6}
@@ -439,12 +415,9 @@ def test_free_running_takes_over_k_while_it_runs(services: Make, client_of: Make
 
     base.toy.refuse = change
 
-    async def run() -> None:
-        async with client_of(base, draft, seen, link="shm") as client:
-            one = (await client.generate(ask(PROMPT, 300, k=6))).only
-            assert one.ids == fakes.plain(PROMPT, 300)
-
-    asyncio.run(run())
+    async with client_of(base, draft, seen, link="shm") as client:
+        one = (await client.generate(ask(PROMPT, 300, k=6))).only
+        assert one.ids == fakes.plain(PROMPT, 300)
     rounds = [(number, item.k) for number, items in draft.free for item in items][:40]
     # What is proposed when the word comes is still judged; then it holds, in the same grant.
     assert [k for _, k in rounds] == [6] * 11 + [2] * 10 + [6] * 19

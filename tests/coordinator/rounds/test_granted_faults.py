@@ -23,6 +23,7 @@ from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Refu
 from outrider.shared.link import registry
 from outrider_testing import fakes
 from outrider_testing.clients import ask
+from outrider_testing.waiting import soon, until
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -42,14 +43,6 @@ class Inside(NoObserver):
         return int(self.runtime.mailbox_setup.mailbox)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits for ``condition``; fails when it does not come true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.005)
-
-
 async def resumed(client: Any, request: Any, base: Any, draft: Any) -> None:
     """The services share a mailbox again, and use it."""
     async with asyncio.timeout(10):
@@ -66,7 +59,7 @@ async def resumed(client: Any, request: Any, base: Any, draft: Any) -> None:
 
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
-def test_free_running_service_killed_in_a_grant_changes_no_token(
+async def test_free_running_service_killed_in_a_grant_changes_no_token(
     services: Make, client_of: Make, victim: str
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
@@ -74,93 +67,84 @@ def test_free_running_service_killed_in_a_grant_changes_no_token(
     one = draft if victim == "draft" else base
     inside = Inside()
 
-    async def run() -> None:
-        async with client_of(base, draft, inside, link="shm") as client:
-            first = inside.mailbox
-            call = asyncio.create_task(client.generate(ask(PROMPT, 400, k=3)))
-            await until(lambda: len(draft.free) > 5 and len(base.free) > 5)
-            await asyncio.to_thread(one.kill)
-            await until(lambda: not inside.mailbox)
-            if victim == "draft":
-                info = await client.info()
-                assert (info.link, info.link_reason) == ("grpc", "a service was lost")
-                rounds = base.toy.rounds
-                await until(lambda: base.toy.rounds > rounds + 5)  # it goes on without
-            one.start()
-            assert (await call).only.ids == fakes.plain(PROMPT, 400)
-            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
-            assert inside.mailbox not in (0, first)
-            await until(lambda: base.toy.live == draft.toy.live == 0)
-
-    asyncio.run(run())
+    async with client_of(base, draft, inside, link="shm") as client:
+        first = inside.mailbox
+        call = asyncio.create_task(client.generate(ask(PROMPT, 400, k=3)))
+        await until(lambda: len(draft.free) > 5 and len(base.free) > 5)
+        await asyncio.to_thread(one.kill)
+        await until(lambda: not inside.mailbox)
+        if victim == "draft":
+            info = await client.info()
+            assert (info.link, info.link_reason) == ("grpc", "a service was lost")
+            rounds = base.toy.rounds
+            await until(lambda: base.toy.rounds > rounds + 5)  # it goes on without
+        one.start()
+        assert (await call).only.ids == fakes.plain(PROMPT, 400)
+        await resumed(client, ask(PROMPT, 40, k=3), base, draft)
+        assert inside.mailbox not in (0, first)
+        await until(lambda: base.toy.live == draft.toy.live == 0)
 
 
-def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
+async def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
     inside = Inside()
 
-    async def run() -> None:
-        settings = {"link": "shm", "draft_patience_seconds": 0.2}
-        async with client_of(base, draft, inside, **settings) as client:
-            first = inside.mailbox
-            call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
-            await until(lambda: len(draft.free) > 5)
-            gate = draft.toy.stand()
-            await until(gate.reached.is_set)
-            # The base goes on by itself, which takes no mailbox.
-            assert (await call).only.ids == fakes.plain(PROMPT, 300)
-            assert not any(item.proposal for item in base.free[-1][1])
-            info = await client.info()
-            assert (info.link, inside.mailbox) == ("shm", first)
-            draft.toy.hold = None
-            gate.set()
-            # What it had to say comes late, and it is of use again.
-            await until(lambda: draft.toy.live == 0)
-            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
-            assert inside.mailbox == first
-
-    asyncio.run(run())
+    settings = {"link": "shm", "draft_patience_seconds": 0.2}
+    async with client_of(base, draft, inside, **settings) as client:
+        first = inside.mailbox
+        call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
+        await until(lambda: len(draft.free) > 5)
+        gate = draft.toy.stand()
+        await until(gate.reached.is_set)
+        # The base goes on by itself, which takes no mailbox.
+        assert (await call).only.ids == fakes.plain(PROMPT, 300)
+        assert not any(item.proposal for item in base.free[-1][1])
+        info = await client.info()
+        assert (info.link, inside.mailbox) == ("shm", first)
+        draft.toy.hold = None
+        gate.set()
+        # What it had to say comes late, and it is of use again.
+        await until(lambda: draft.toy.live == 0)
+        await resumed(client, ask(PROMPT, 40, k=3), base, draft)
+        assert inside.mailbox == first
 
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
-def test_free_running_service_that_hangs_in_a_grant_is_given_up(
+async def test_free_running_service_that_hangs_in_a_grant_is_given_up(
     services: Make, client_of: Make, victim: str
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
     toy = draft.toy if victim == "draft" else base.toy
     inside = Inside()
 
-    async def run() -> None:
-        settings = {"link": "shm", "draft_patience_seconds": 0.1, f"{victim}_timeout_seconds": 0.3}
-        async with client_of(base, draft, inside, **settings) as client:
-            first = inside.mailbox
-            call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
-            await until(lambda: len(draft.free) > 5)
-            gate = toy.stand()
-            await until(gate.reached.is_set)
-            await until(lambda: inside.mailbox != first)
-            if victim == "verify":
-                # Nobody waits with it: the draft is told, and says so.
-                draft_connection = inside.runtime.draft_connection
-                assert draft_connection is not None
-                await until(lambda: draft_connection.up and not draft_connection.waiting)
-            toy.hold = None
-            gate.set()
-            assert (await call).only.ids == fakes.plain(PROMPT, 300)
-            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
-            assert inside.mailbox not in (0, first)
-            await until(lambda: base.toy.live == draft.toy.live == 0)
-
-    asyncio.run(run())
+    settings = {"link": "shm", "draft_patience_seconds": 0.1, f"{victim}_timeout_seconds": 0.3}
+    async with client_of(base, draft, inside, **settings) as client:
+        first = inside.mailbox
+        call = asyncio.create_task(client.generate(ask(PROMPT, 300, k=3)))
+        await until(lambda: len(draft.free) > 5)
+        gate = toy.stand()
+        await until(gate.reached.is_set)
+        await until(lambda: inside.mailbox != first)
+        if victim == "verify":
+            # Nobody waits with it: the draft is told, and says so.
+            draft_connection = inside.runtime.draft_connection
+            assert draft_connection is not None
+            await until(lambda: draft_connection.up and not draft_connection.waiting)
+        toy.hold = None
+        gate.set()
+        assert (await call).only.ids == fakes.plain(PROMPT, 300)
+        await resumed(client, ask(PROMPT, 40, k=3), base, draft)
+        assert inside.mailbox not in (0, first)
+        await until(lambda: base.toy.live == draft.toy.live == 0)
 
 
 @pytest.mark.parametrize(
     "code", [RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH, RefusalCode.KV_MISSING]
 )
 @pytest.mark.parametrize("role", ["draft", "verify"])
-def test_free_running_goes_on_after_a_refusal(
+async def test_free_running_goes_on_after_a_refusal(
     services: Make, client_of: Make, role: str, code: RefusalCode
 ) -> None:
     both = {"verify": services("verify"), "draft": services("draft", agreement=90)}
@@ -176,76 +160,62 @@ def test_free_running_goes_on_after_a_refusal(
 
     both[role].toy.refuse = refuse
 
-    async def run() -> None:
-        async with client_of(base, draft, inside, link="shm") as client:
-            first = inside.mailbox
-            one = (await client.generate(ask(PROMPT, 150, k=3))).only
-            assert one.ids == fakes.plain(PROMPT, 150)
-            # Though one service may have been given the sequence anew, and the other not.
-            assert len(draft.free) > refused[0] + 10
-            assert inside.mailbox == first
-
-    asyncio.run(run())
+    async with client_of(base, draft, inside, link="shm") as client:
+        first = inside.mailbox
+        one = (await client.generate(ask(PROMPT, 150, k=3))).only
+        assert one.ids == fakes.plain(PROMPT, 150)
+        # Though one service may have been given the sequence anew, and the other not.
+        assert len(draft.free) > refused[0] + 10
+        assert inside.mailbox == first
     assert base.toy.live == draft.toy.live == 0
 
 
-def test_free_running_mailbox_that_nobody_knows_is_replaced(
+async def test_free_running_mailbox_that_nobody_knows_is_replaced(
     services: Make, client_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     inside = Inside()
 
-    async def run() -> None:
-        async with client_of(base, draft, inside, link="shm") as client:
-            inside.runtime.mailbox_setup.mailbox = 77
-            assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
-            info = await client.info()
-            assert (info.link, info.link_reason) == ("grpc", "mailbox 77 is not mapped here")
-            assert not draft.free
-            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
-
-    asyncio.run(run())
+    async with client_of(base, draft, inside, link="shm") as client:
+        inside.runtime.mailbox_setup.mailbox = 77
+        assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
+        info = await client.info()
+        assert (info.link, info.link_reason) == ("grpc", "mailbox 77 is not mapped here")
+        assert not draft.free
+        await resumed(client, ask(PROMPT, 40, k=3), base, draft)
     assert "lost their mailbox: mailbox 77 is not mapped here" in caplog.text
 
 
-def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
+async def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     threads = threading.active_count()
 
-    async def run() -> None:
-        for _ in range(18):  # more than a service holds at a time
-            async with client_of(base, draft, link="shm") as client:
-                assert (await client.generate(ask(PROMPT, 9, k=1))).only.ids == fakes.plain(
-                    PROMPT, 9
-                )
-
-    asyncio.run(run())
+    for _ in range(18):  # more than a service holds at a time
+        async with client_of(base, draft, link="shm") as client:
+            assert (await client.generate(ask(PROMPT, 9, k=1))).only.ids == fakes.plain(PROMPT, 9)
     assert len(draft.free) >= 18
     # Each side of a mailbox has a thread.
     assert threading.active_count() - threads < 36
 
 
-def test_free_running_coordinators_without_a_request_make_room_in_time(
+async def test_free_running_coordinators_without_a_request_make_room_in_time(
     services: Make, client_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "MOST_MAILBOXES", 3)
     base, draft = services("verify"), services("draft")
 
-    async def run() -> None:
-        for _ in range(3):
-            async with client_of(base, draft, link="shm"):
-                pass
-        # No grant ever named them, so no stream took them along when it ended.
-        with pytest.raises(ConfigError, match=r"3 mailboxes are open or offered \(at most 3\)"):
-            await client_of(base, draft, link="shm").__aenter__()
-        monkeypatch.setattr(registry, "IDLE_SECONDS", 0.0)
-        for _ in range(4):
-            async with client_of(base, draft, link="shm") as client:
-                assert (await client.info()).link == "shm"
-
-    asyncio.run(run())
+    for _ in range(3):
+        async with client_of(base, draft, link="shm"):
+            pass
+    # No grant ever named them, so no stream took them along when it ended.
+    with pytest.raises(ConfigError, match=r"3 mailboxes are open or offered \(at most 3\)"):
+        await client_of(base, draft, link="shm").__aenter__()
+    monkeypatch.setattr(registry, "IDLE_SECONDS", 0.0)
+    for _ in range(4):
+        async with client_of(base, draft, link="shm") as client:
+            assert (await client.info()).link == "shm"
 
 
 # --- where there is no shared memory ---------------------------------------------------------
@@ -269,7 +239,7 @@ def over_tcp(tmp_path: Path) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("far", ["verify", "draft"])
-def test_free_running_link_over_tcp_is_grpc_and_says_why(
+async def test_free_running_link_over_tcp_is_grpc_and_says_why(
     services: Make, over_tcp: Make, client_of: Make, far: str
 ) -> None:
     base = (over_tcp if far == "verify" else services)("verify")
@@ -277,41 +247,33 @@ def test_free_running_link_over_tcp_is_grpc_and_says_why(
     address = base.listen if far == "verify" else draft.listen
     why = f"the {far} service is reached at {address}, not over a unix socket"
 
-    async def run() -> None:
-        with pytest.raises(ConfigError) as error:
-            await client_of(base, draft, link="shm").__aenter__()
-        assert str(error.value).startswith(f"link = 'shm' can't be had: {why}")
-        for link, reason in (("auto", why), ("grpc", "")):
-            async with client_of(base, draft, link=link) as client:
-                for k in (0, 3):
-                    one = (await client.generate(ask(PROMPT, 40, k=k))).only
-                    assert one.ids == fakes.plain(PROMPT, 40)
-                assert one.finished.speculation.accepted > 0
-                info = await client.info()
-                assert info.link == "grpc"
-                assert info.link_reason.startswith(reason) and bool(info.link_reason) == bool(
-                    reason
-                )
-
-    asyncio.run(run())
+    with pytest.raises(ConfigError) as error:
+        await client_of(base, draft, link="shm").__aenter__()
+    assert str(error.value).startswith(f"link = 'shm' can't be had: {why}")
+    for link, reason in (("auto", why), ("grpc", "")):
+        async with client_of(base, draft, link=link) as client:
+            for k in (0, 3):
+                one = (await client.generate(ask(PROMPT, 40, k=k))).only
+                assert one.ids == fakes.plain(PROMPT, 40)
+            assert one.finished.speculation.accepted > 0
+            info = await client.info()
+            assert info.link == "grpc"
+            assert info.link_reason.startswith(reason) and bool(info.link_reason) == bool(reason)
     # Plain decoding needs no draft, and so no mailbox.
     assert base.free and not draft.free
 
 
-def test_free_running_link_is_made_when_the_draft_comes_later(
+async def test_free_running_link_is_made_when_the_draft_comes_later(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     draft.kill()
 
-    async def run() -> None:
-        async with client_of(base, draft, link="shm", draft_start_seconds=0.1) as client:
-            assert (await client.info()).link == "grpc"
-            assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
-            draft.start()
-            await resumed(client, ask(PROMPT, 40, k=3), base, draft)
-
-    asyncio.run(run())
+    async with client_of(base, draft, link="shm", draft_start_seconds=0.1) as client:
+        assert (await client.info()).link == "grpc"
+        assert (await client.generate(ask(PROMPT, 40, k=3))).only.ids == fakes.plain(PROMPT, 40)
+        draft.start()
+        await resumed(client, ask(PROMPT, 40, k=3), base, draft)
 
 
 def test_mailbox_calls_over_tcp_are_refused(over_tcp: Make) -> None:
@@ -433,13 +395,6 @@ def peers(services: Make) -> Iterator[Peers]:
     made = Peers(services("verify"), services("draft", agreement=80))
     yield made
     made.close()
-
-
-def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def stand(service: Any) -> Any:

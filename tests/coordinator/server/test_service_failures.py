@@ -16,17 +16,10 @@ from outrider.shared.core.errors import RefusalCode, SequenceRefused, Vocabulary
 from outrider.shared.core.types import Decoding, Refusal
 from outrider_testing import fakes
 from outrider_testing.clients import ask
+from outrider_testing.waiting import until
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits for ``condition``; fails when it does not come true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.005)
 
 
 async def rounds_more(toy: Any, count: int) -> None:
@@ -36,144 +29,129 @@ async def rounds_more(toy: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_failures_draft_killed_in_mid_stream_changes_no_token(
+async def test_failures_draft_killed_in_mid_stream_changes_no_token(
     services: Make, client_of: Make, seed: int
 ) -> None:
     base = services("verify", seconds_per_round=0.02)  # slow, so that there is a mid-stream
     draft = services("draft", agreement=90)
     rng = random.Random(seed)
 
-    async def run() -> None:
-        async with client_of(base, draft) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 600, k=4)))
-            for _ in range(2):
-                await rounds_more(draft.toy, rng.randrange(8))
-                await asyncio.to_thread(draft.kill)
-                await rounds_more(base.toy, 5)  # it goes on without
-                draft.start()
-            await rounds_more(draft.toy, 3)  # speculation resumed after each return
-            base.toy.seconds_per_round = 0.0
-            one = (await call).only
-            assert one.ids == fakes.plain(PROMPT, 600)
-            assert one.finished.speculation.accepted > 0
-
-    asyncio.run(run())
+    async with client_of(base, draft) as client:
+        call = asyncio.create_task(client.generate(ask(PROMPT, 600, k=4)))
+        for _ in range(2):
+            await rounds_more(draft.toy, rng.randrange(8))
+            await asyncio.to_thread(draft.kill)
+            await rounds_more(base.toy, 5)  # it goes on without
+            draft.start()
+        await rounds_more(draft.toy, 3)  # speculation resumed after each return
+        base.toy.seconds_per_round = 0.0
+        one = (await call).only
+        assert one.ids == fakes.plain(PROMPT, 600)
+        assert one.finished.speculation.accepted > 0
     assert base.toy.live == draft.toy.live == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_failures_verifier_killed_in_mid_stream_changes_no_token(
+async def test_failures_verifier_killed_in_mid_stream_changes_no_token(
     services: Make, client_of: Make, seed: int
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=60)
     rng = random.Random(seed)
 
-    async def run() -> None:
-        async with client_of(base, draft) as client:
-            asks = [ask([1 + i, 2, 3], 150, k=k) for i, k in enumerate((0, 3, None))]
-            calls = [asyncio.create_task(client.generate(one)) for one in asks]
-            for _ in range(2):
-                await rounds_more(base.toy, rng.randrange(1, 10))
-                await asyncio.to_thread(base.kill)
-                await asyncio.sleep(0.05)
-                base.start()
-            for i, call in enumerate(calls):
-                assert (await call).only.ids == fakes.plain([1 + i, 2, 3], 150)
-
-    asyncio.run(run())
+    async with client_of(base, draft) as client:
+        asks = [ask([1 + i, 2, 3], 150, k=k) for i, k in enumerate((0, 3, None))]
+        calls = [asyncio.create_task(client.generate(one)) for one in asks]
+        for _ in range(2):
+            await rounds_more(base.toy, rng.randrange(1, 10))
+            await asyncio.to_thread(base.kill)
+            await asyncio.sleep(0.05)
+            base.start()
+        for i, call in enumerate(calls):
+            assert (await call).only.ids == fakes.plain([1 + i, 2, 3], 150)
     assert len({one.epoch for one in base.toy.opened}) >= 3  # opened anew, under new epochs
     assert base.toy.live == draft.toy.live == 0
 
 
-def test_failures_verifier_away_for_too_long_fails_requests_as_unavailable(
+async def test_failures_verifier_away_for_too_long_fails_requests_as_unavailable(
     services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.005)
 
-    async def run() -> None:
-        async with client_of(base, verify_patience_seconds=0.3) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 2000)))
-            await until(lambda: base.toy.rounds > 3)
-            await asyncio.to_thread(base.kill)
-            result = await call
-            assert result.error.code() is grpc.StatusCode.UNAVAILABLE
-            assert "base" in result.error.details()
-            # The next one is told at once.
-            started = time.monotonic()
+    async with client_of(base, verify_patience_seconds=0.3) as client:
+        call = asyncio.create_task(client.generate(ask(PROMPT, 2000)))
+        await until(lambda: base.toy.rounds > 3)
+        await asyncio.to_thread(base.kill)
+        result = await call
+        assert result.error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "base" in result.error.details()
+        # The next one is told at once.
+        started = time.monotonic()
+        result = await client.generate(ask(PROMPT, 5))
+        assert result.error.code() is grpc.StatusCode.UNAVAILABLE
+        assert time.monotonic() - started < 0.25
+        base.start()
+        await asyncio.sleep(0.5)
+        for _ in range(50):
             result = await client.generate(ask(PROMPT, 5))
-            assert result.error.code() is grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - started < 0.25
-            base.start()
-            await asyncio.sleep(0.5)
-            for _ in range(50):
-                result = await client.generate(ask(PROMPT, 5))
-                if result.error is None:
-                    break
-                await asyncio.sleep(0.1)
-            assert result.only.ids == fakes.plain(PROMPT, 5)
-
-    asyncio.run(run())
+            if result.error is None:
+                break
+            await asyncio.sleep(0.1)
+        assert result.only.ids == fakes.plain(PROMPT, 5)
 
 
-def test_failures_hung_draft_is_not_waited_for(services: Make, client_of: Make) -> None:
+async def test_failures_hung_draft_is_not_waited_for(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
 
-    async def run() -> None:
-        settings = {"draft_patience_seconds": 0.1, "draft_timeout_seconds": 1.0}
-        async with client_of(base, draft, **settings) as client:
-            draft.toy.hold = threading.Event()
-            started = time.monotonic()
-            one = (await client.generate(ask(PROMPT, 60, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 60)
-            assert time.monotonic() - started < 0.9
-            # It answers late, and is of use again.
-            draft.toy.hold.set()
+    settings = {"draft_patience_seconds": 0.1, "draft_timeout_seconds": 1.0}
+    async with client_of(base, draft, **settings) as client:
+        draft.toy.hold = threading.Event()
+        started = time.monotonic()
+        one = (await client.generate(ask(PROMPT, 60, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 60)
+        assert time.monotonic() - started < 0.9
+        # It answers late, and is of use again.
+        draft.toy.hold.set()
+        await asyncio.sleep(0.1)
+        one = (await client.generate(ask(PROMPT, 60, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 60)
+        assert one.finished.speculation.accepted > 0
+        # It hangs for longer than its timeout: the stream is given up and made anew.
+        draft.toy.hold = threading.Event()
+        one = (await client.generate(ask(PROMPT, 20, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 20)
+        await asyncio.sleep(1.3)
+        draft.toy.hold.set()
+        draft.toy.hold = None
+        for _ in range(40):
+            one = (await client.generate(ask(PROMPT, 40, k=4))).only
+            assert one.ids == fakes.plain(PROMPT, 40)
+            if one.finished.speculation.accepted:
+                break
             await asyncio.sleep(0.1)
-            one = (await client.generate(ask(PROMPT, 60, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 60)
-            assert one.finished.speculation.accepted > 0
-            # It hangs for longer than its timeout: the stream is given up and made anew.
-            draft.toy.hold = threading.Event()
-            one = (await client.generate(ask(PROMPT, 20, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 20)
-            await asyncio.sleep(1.3)
-            draft.toy.hold.set()
-            draft.toy.hold = None
-            for _ in range(40):
-                one = (await client.generate(ask(PROMPT, 40, k=4))).only
-                assert one.ids == fakes.plain(PROMPT, 40)
-                if one.finished.speculation.accepted:
-                    break
-                await asyncio.sleep(0.1)
-            assert one.finished.speculation.accepted > 0
-
-    asyncio.run(run())
+        assert one.finished.speculation.accepted > 0
 
 
-def test_failures_hung_verifier_is_given_up_and_tried_again(
+async def test_failures_hung_verifier_is_given_up_and_tried_again(
     services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
 
-    async def run() -> None:
-        async with client_of(base, verify_timeout_seconds=0.3) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 100)))
-            await until(lambda: base.toy.rounds > 5)
-            base.toy.hold = hold = threading.Event()
-            await asyncio.sleep(0.6)
-            base.toy.hold = None
-            hold.set()
-            assert (await call).only.ids == fakes.plain(PROMPT, 100)
-
-    asyncio.run(run())
+    async with client_of(base, verify_timeout_seconds=0.3) as client:
+        call = asyncio.create_task(client.generate(ask(PROMPT, 100)))
+        await until(lambda: base.toy.rounds > 5)
+        base.toy.hold = hold = threading.Event()
+        await asyncio.sleep(0.6)
+        base.toy.hold = None
+        hold.set()
+        assert (await call).only.ids == fakes.plain(PROMPT, 100)
 
 
 @pytest.mark.parametrize(
     "code", [RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH, RefusalCode.KV_MISSING]
 )
 @pytest.mark.parametrize("role", ["draft", "verify"])
-def test_failures_refusals_are_healed_from_the_log(
+async def test_failures_refusals_are_healed_from_the_log(
     services: Make, client_of: Make, role: str, code: RefusalCode
 ) -> None:
     both = {"verify": services("verify"), "draft": services("draft", agreement=90)}
@@ -187,17 +165,16 @@ def test_failures_refusals_are_healed_from_the_log(
 
     both[role].toy.refuse = refuse
 
-    async def run() -> None:
-        async with client_of(both["verify"], both["draft"]) as client:
-            one = (await client.generate(ask(PROMPT, 200, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 200)
-            assert one.finished.speculation.accepted > 0
-
-    asyncio.run(run())
+    async with client_of(both["verify"], both["draft"]) as client:
+        one = (await client.generate(ask(PROMPT, 200, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 200)
+        assert one.finished.speculation.accepted > 0
     assert both["verify"].toy.live == both["draft"].toy.live == 0
 
 
-def test_failures_one_sequence_of_the_model_fails_alone(services: Make, client_of: Make) -> None:
+async def test_failures_one_sequence_of_the_model_fails_alone(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify")
 
     def refuse(item: Any) -> Refusal | None:
@@ -209,98 +186,84 @@ def test_failures_one_sequence_of_the_model_fails_alone(services: Make, client_o
 
     bases: dict[str, int] = {}
 
-    async def run() -> None:
-        async with client_of(base) as client:
-            bad = asyncio.create_task(client.generate(ask([66, 66], 60)))
-            await until(lambda: base.toy.rounds > 0)
-            base.toy.refuse = refuse
-            good = asyncio.create_task(client.generate(ask(PROMPT, 60)))
-            result = await bad
-            assert result.error.code() is grpc.StatusCode.INTERNAL
-            assert "logits are NaN" in result.error.details()
-            assert (await good).only.ids == fakes.plain(PROMPT, 60)
-
-    asyncio.run(run())
+    async with client_of(base) as client:
+        bad = asyncio.create_task(client.generate(ask([66, 66], 60)))
+        await until(lambda: base.toy.rounds > 0)
+        base.toy.refuse = refuse
+        good = asyncio.create_task(client.generate(ask(PROMPT, 60)))
+        result = await bad
+        assert result.error.code() is grpc.StatusCode.INTERNAL
+        assert "logits are NaN" in result.error.details()
+        assert (await good).only.ids == fakes.plain(PROMPT, 60)
     assert base.toy.live == 0
 
 
-def test_failures_broken_draft_model_only_costs_speed(services: Make, client_of: Make) -> None:
+async def test_failures_broken_draft_model_only_costs_speed(
+    services: Make, client_of: Make
+) -> None:
     base, draft = services("verify"), services("draft")
     draft.toy.refuse = lambda item: Refusal(
         item.sequence_id, item.epoch, RefusalCode.MODEL, "logits are NaN"
     )
 
-    async def run() -> None:
-        async with client_of(base, draft) as client:
-            one = (await client.generate(ask(PROMPT, 60, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 60)
-            assert one.finished.speculation.proposed == 0
-            # It was asked a few times, then no more.
-            assert len(draft.toy.items) < 20
-
-    asyncio.run(run())
+    async with client_of(base, draft) as client:
+        one = (await client.generate(ask(PROMPT, 60, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 60)
+        assert one.finished.speculation.proposed == 0
+        # It was asked a few times, then no more.
+        assert len(draft.toy.items) < 20
 
 
-def test_failures_draft_without_room_only_costs_speed(services: Make, client_of: Make) -> None:
+async def test_failures_draft_without_room_only_costs_speed(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify", seconds_per_round=0.001)
     draft = services("draft", arena_tokens=150)  # room for one
 
-    async def run() -> None:
-        async with client_of(base, draft) as client:
-            results = await asyncio.gather(
-                *(client.generate(ask([i, 2, 3], 100, k=4)) for i in range(3))
-            )
-            for i, result in enumerate(results):
-                assert result.only.ids == fakes.plain([i, 2, 3], 100)
-            proposed = [result.only.finished.speculation.proposed for result in results]
-            assert max(proposed) > 0
-
-    asyncio.run(run())
+    async with client_of(base, draft) as client:
+        results = await asyncio.gather(
+            *(client.generate(ask([i, 2, 3], 100, k=4)) for i in range(3))
+        )
+        for i, result in enumerate(results):
+            assert result.only.ids == fakes.plain([i, 2, 3], 100)
+        proposed = [result.only.finished.speculation.proposed for result in results]
+        assert max(proposed) > 0
     assert draft.toy.live == 0
 
 
-def test_failures_draft_of_another_vocabulary_is_refused_with_both_fingerprints(
+async def test_failures_draft_of_another_vocabulary_is_refused_with_both_fingerprints(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", fingerprint="0" * 64)
 
-    async def run() -> None:
-        with pytest.raises(VocabularyMismatch) as error:
-            async with client_of(base, draft):
-                pass
-        assert "f" * 64 in str(error.value)
-        assert "0" * 64 in str(error.value)
-        assert "--no-draft" in str(error.value)
-
-    asyncio.run(run())
+    with pytest.raises(VocabularyMismatch) as error:
+        async with client_of(base, draft):
+            pass
+    assert "f" * 64 in str(error.value)
+    assert "0" * 64 in str(error.value)
+    assert "--no-draft" in str(error.value)
 
 
-def test_failures_draft_that_returns_with_another_vocabulary_is_not_used(
+async def test_failures_draft_that_returns_with_another_vocabulary_is_not_used(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft")
 
-    async def run() -> None:
-        async with client_of(base, draft) as client:
-            await asyncio.to_thread(draft.kill)
-            draft.toy.fingerprint = "0" * 64
-            draft.start()
-            await asyncio.sleep(0.5)
-            one = (await client.generate(ask(PROMPT, 40, k=4))).only
-            assert one.ids == fakes.plain(PROMPT, 40)
-            assert one.finished.speculation.proposed == 0
-            assert not (await client.info()).HasField("draft")
-
-    asyncio.run(run())
+    async with client_of(base, draft) as client:
+        await asyncio.to_thread(draft.kill)
+        draft.toy.fingerprint = "0" * 64
+        draft.start()
+        await asyncio.sleep(0.5)
+        one = (await client.generate(ask(PROMPT, 40, k=4))).only
+        assert one.ids == fakes.plain(PROMPT, 40)
+        assert one.finished.speculation.proposed == 0
+        assert not (await client.info()).HasField("draft")
 
 
-def test_failures_protocol_of_another_version_is_refused(services: Make, client_of: Make) -> None:
+async def test_failures_protocol_of_another_version_is_refused(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify")
-
-    async def run() -> None:
-        with pytest.raises(Exception, match="protocol"):
-            async with client_of(base, start_timeout_seconds=0.5):
-                pass
 
     original = base.toy.protocol
     try:
@@ -308,62 +271,58 @@ def test_failures_protocol_of_another_version_is_refused(services: Make, client_
 
         monkey = pytest.MonkeyPatch()
         monkey.setattr(wire, "PROTOCOL", original + 1)
-        asyncio.run(run())
+        with pytest.raises(Exception, match="protocol"):
+            async with client_of(base, start_timeout_seconds=0.5):
+                pass
     finally:
         monkey.undo()
 
 
-def test_failures_base_that_is_not_there_is_told(services: Make, client_of: Make) -> None:
+async def test_failures_base_that_is_not_there_is_told(services: Make, client_of: Make) -> None:
     base = services("verify")
     base.kill()
 
-    async def run() -> None:
-        with pytest.raises(Exception, match="can't be reached"):
-            async with client_of(base, start_timeout_seconds=0.3):
-                pass
-
-    asyncio.run(run())
+    with pytest.raises(Exception, match="can't be reached"):
+        async with client_of(base, start_timeout_seconds=0.3):
+            pass
 
 
-def test_failures_another_base_in_its_place_is_refused(services: Make, client_of: Make) -> None:
+async def test_failures_another_base_in_its_place_is_refused(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify", seconds_per_round=0.005)
 
-    async def run() -> None:
-        async with client_of(base, verify_patience_seconds=0.5) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 2000)))
-            await until(lambda: base.toy.rounds > 3)
-            await asyncio.to_thread(base.kill)
-            base.toy.fingerprint = "0" * 64
-            base.start()
-            result = await call
-            assert result.error.code() is grpc.StatusCode.UNAVAILABLE
-            assert "another model" in result.error.details()
-
-    asyncio.run(run())
+    async with client_of(base, verify_patience_seconds=0.5) as client:
+        call = asyncio.create_task(client.generate(ask(PROMPT, 2000)))
+        await until(lambda: base.toy.rounds > 3)
+        await asyncio.to_thread(base.kill)
+        base.toy.fingerprint = "0" * 64
+        base.start()
+        result = await call
+        assert result.error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "another model" in result.error.details()
 
 
-def test_failures_room_that_others_hold_is_waited_for(services: Make, client_of: Make) -> None:
+async def test_failures_room_that_others_hold_is_waited_for(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify")
     taken = True
     base.toy.refuse_open = lambda request: (
         SequenceRefused(RefusalCode.NO_CAPACITY, "full") if taken else None
     )
 
-    async def run() -> None:
-        nonlocal taken
-        async with client_of(base) as client:
-            call = asyncio.create_task(client.generate(ask(PROMPT, 10)))
-            await asyncio.sleep(0.3)
-            assert not call.done()
-            assert (await client.info()).waiting == 1
-            taken = False
-            assert (await call).only.ids == fakes.plain(PROMPT, 10)
-
-    asyncio.run(run())
+    async with client_of(base) as client:
+        call = asyncio.create_task(client.generate(ask(PROMPT, 10)))
+        await asyncio.sleep(0.3)
+        assert not call.done()
+        assert (await client.info()).waiting == 1
+        taken = False
+        assert (await call).only.ids == fakes.plain(PROMPT, 10)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_failures_of_all_kinds_at_once_change_no_token(
+async def test_failures_of_all_kinds_at_once_change_no_token(
     services: Make, client_of: Make, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -402,18 +361,15 @@ def test_failures_of_all_kinds_at_once_change_no_token(
         decoding = Decoding(temperature=0.7, seed=i)
         assert result.only.ids == fakes.plain(prompt, count, decoding)
 
-    async def run() -> None:
-        async with client_of(base, draft, prefill_chunk=32) as client:
-            troubles = asyncio.create_task(trouble())
-            await asyncio.gather(*(one(client, i) for i in range(24)))
-            troubles.cancel()
-            await asyncio.gather(troubles, return_exceptions=True)
-            for service in (base, draft):
-                if service._server is None:
-                    service.start()
-            info = await client.info()
-            assert (info.running, info.waiting) == (0, 0)
-            await until(lambda: base.toy.live == draft.toy.live == 0)
-
-    asyncio.run(run())
+    async with client_of(base, draft, prefill_chunk=32) as client:
+        troubles = asyncio.create_task(trouble())
+        await asyncio.gather(*(one(client, i) for i in range(24)))
+        troubles.cancel()
+        await asyncio.gather(troubles, return_exceptions=True)
+        for service in (base, draft):
+            if service._server is None:
+                service.start()
+        info = await client.info()
+        assert (info.running, info.waiting) == (0, 0)
+        await until(lambda: base.toy.live == draft.toy.live == 0)
     assert base.toy.used == draft.toy.used == 0

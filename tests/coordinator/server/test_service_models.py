@@ -36,91 +36,82 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def test_models_greedy_equals_transformers_for_every_k(
+async def test_models_greedy_equals_transformers_for_every_k(
     model_pair: SimpleNamespace, client_of: Make
 ) -> None:
     prompts = [[5, 9, 40], [7] * 20, list(range(1, 90))]
     wanted = [reference(model_pair.folder, prompt, 40) for prompt in prompts]
 
-    async def run() -> None:
-        settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": 32}
-        async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
-            for k in [*range(9), None]:
-                results = await asyncio.gather(
-                    *(
-                        client.generate(ask(prompt, 40, k=k, stopping={"ignore_eos": True}))
-                        for prompt in prompts
-                    )
+    settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": 32}
+    async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
+        for k in [*range(9), None]:
+            results = await asyncio.gather(
+                *(
+                    client.generate(ask(prompt, 40, k=k, stopping={"ignore_eos": True}))
+                    for prompt in prompts
                 )
-                assert [result.only.ids for result in results] == wanted
-
-    asyncio.run(run())
+            )
+            assert [result.only.ids for result in results] == wanted
     assert (
         model_pair.verify.engine.info().sequences == model_pair.draft.engine.info().sequences == 0
     )
     assert model_pair.verify.engine.info().arena_tokens_used == 0
 
 
-def test_models_same_seed_same_tokens_whatever_k_and_company(
+async def test_models_same_seed_same_tokens_whatever_k_and_company(
     model_pair: SimpleNamespace, client_of: Make
 ) -> None:
-    async def run() -> None:
-        async with client_of(
-            model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
-        ) as client:
+    async with client_of(
+        model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
+    ) as client:
 
-            def one(seed: int, k: int | None) -> pb.GenerateRequest:
-                return ask(
-                    [5, 9, 40],
-                    30,
-                    k=k,
-                    temperature=0.9,
-                    top_k=50,
-                    repetition_penalty=1.2,
-                    seed=seed,
-                    stopping={"ignore_eos": True},
-                )
+        def one(seed: int, k: int | None) -> pb.GenerateRequest:
+            return ask(
+                [5, 9, 40],
+                30,
+                k=k,
+                temperature=0.9,
+                top_k=50,
+                repetition_penalty=1.2,
+                seed=seed,
+                stopping={"ignore_eos": True},
+            )
 
-            alone = (await client.generate(one(1, 0))).only.ids
-            for k in (1, 4, 8, None):
-                results = await asyncio.gather(
-                    *(client.generate(one(seed, k)) for seed in (1, 2, 1, 3))
-                )
-                ids = [result.only.ids for result in results]
-                assert ids[0] == ids[2] == alone
-                assert ids[1] != alone and ids[3] != alone
-
-    asyncio.run(run())
+        alone = (await client.generate(one(1, 0))).only.ids
+        for k in (1, 4, 8, None):
+            results = await asyncio.gather(
+                *(client.generate(one(seed, k)) for seed in (1, 2, 1, 3))
+            )
+            ids = [result.only.ids for result in results]
+            assert ids[0] == ids[2] == alone
+            assert ids[1] != alone and ids[3] != alone
 
 
-def test_models_text_and_logprobs_belong_to_the_tokens(
+async def test_models_text_and_logprobs_belong_to_the_tokens(
     model_pair: SimpleNamespace, client_of: Make
 ) -> None:
-    async def run() -> None:
-        async with client_of(
-            model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
-        ) as client:
-            for k in (0, 3):
-                request = pb.GenerateRequest(
-                    prompt="def add(",
-                    stopping=pb.StopConditions(max_new_tokens=25, ignore_eos=True),
-                    speculation=pb.SpeculationParameters(k=k),
-                    output=pb.OutputOptions(logprobs=2, echo=True),
-                )
-                one = (await client.generate(request)).only
-                from tokenizers import Tokenizer
+    async with client_of(
+        model_pair.verify, model_pair.draft, tokenizer=str(model_pair.folder)
+    ) as client:
+        for k in (0, 3):
+            request = pb.GenerateRequest(
+                prompt="def add(",
+                stopping=pb.StopConditions(max_new_tokens=25, ignore_eos=True),
+                speculation=pb.SpeculationParameters(k=k),
+                output=pb.OutputOptions(logprobs=2, echo=True),
+            )
+            one = (await client.generate(request)).only
+            from tokenizers import Tokenizer
 
-                backend = Tokenizer.from_file(str(model_pair.folder / "tokenizer.json"))
-                assert one.text == "def add(" + backend.decode(one.ids)
-                assert len(one.logprobs) == 25
-                for token, entry in zip(one.ids, one.logprobs, strict=True):
-                    assert entry.top[0].token_id == token  # greedy: the likeliest
-                    assert entry.top[0].logprob == pytest.approx(entry.logprob)
-
-    asyncio.run(run())
+            backend = Tokenizer.from_file(str(model_pair.folder / "tokenizer.json"))
+            assert one.text == "def add(" + backend.decode(one.ids)
+            assert len(one.logprobs) == 25
+            for token, entry in zip(one.ids, one.logprobs, strict=True):
+                assert entry.top[0].token_id == token  # greedy: the likeliest
+                assert entry.top[0].logprob == pytest.approx(entry.logprob)
 
 
-def test_models_base_that_dies_and_comes_back_changes_no_token(
+async def test_models_base_that_dies_and_comes_back_changes_no_token(
     tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     config = VerifyConfig(
@@ -130,8 +121,7 @@ def test_models_base_that_dies_and_comes_back_changes_no_token(
     server = start_model("verify", config, listen).server
     base = SimpleNamespace(listen=listen)
 
-    async def run() -> Any:
-        nonlocal server
+    try:
         async with client_of(base, tokenizer=str(tiny_base)) as client:
             request = ask([5, 9, 40], 200, stopping={"ignore_eos": True})
             whole = (await client.generate(request)).only.ids
@@ -140,8 +130,5 @@ def test_models_base_that_dies_and_comes_back_changes_no_token(
             await asyncio.to_thread(server.drain, grace=0)
             server = (await asyncio.to_thread(start_model, "verify", config, listen)).server
             assert (await call).only.ids == whole
-
-    try:
-        asyncio.run(run())
     finally:
         server.drain(grace=0)

@@ -29,33 +29,30 @@ def free(pair: SimpleNamespace) -> bool:
 
 @pytest.mark.parametrize("k", [0, 3, None])
 @pytest.mark.parametrize("chunk", [512, 50])
-def test_samples_equal_independent_requests_with_their_seeds(
+async def test_samples_equal_independent_requests_with_their_seeds(
     model_pair: SimpleNamespace, client_of: Make, k: int | None, chunk: int
 ) -> None:
     count = 4
 
-    async def run() -> None:
-        settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": chunk}
-        async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
-            wanted = []
-            for index in range(count):
-                seed = derived_seed(7, index) if index else 7
-                request = ask(PROMPT, 20, k=0, seed=seed, stopping=ON, **SAMPLING)
-                wanted.append((await client.generate(request)).only.ids)
-            assert len({tuple(one) for one in wanted}) == count
-            for rows in (model_pair.verify.rows, model_pair.draft.rows):
-                rows.clear()
-            request = ask(
-                PROMPT, 20, k=k, seed=7, stopping=ON, output={"num_samples": count}, **SAMPLING
-            )
-            result = await client.generate(request)
-            assert result.error is None
-            assert [result.samples[index].ids for index in range(count)] == wanted
-            for one in result.samples.values():
-                assert one.finished.usage.prompt_tokens == len(PROMPT)
-                assert one.finished.usage.completion_tokens == 20
-
-    asyncio.run(run())
+    settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": chunk}
+    async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
+        wanted = []
+        for index in range(count):
+            seed = derived_seed(7, index) if index else 7
+            request = ask(PROMPT, 20, k=0, seed=seed, stopping=ON, **SAMPLING)
+            wanted.append((await client.generate(request)).only.ids)
+        assert len({tuple(one) for one in wanted}) == count
+        for rows in (model_pair.verify.rows, model_pair.draft.rows):
+            rows.clear()
+        request = ask(
+            PROMPT, 20, k=k, seed=7, stopping=ON, output={"num_samples": count}, **SAMPLING
+        )
+        result = await client.generate(request)
+        assert result.error is None
+        assert [result.samples[index].ids for index in range(count)] == wanted
+        for one in result.samples.values():
+            assert one.finished.usage.prompt_tokens == len(PROMPT)
+            assert one.finished.usage.completion_tokens == 20
     assert free(model_pair)
     if k == 0:
         # The prompt once, less its last token, which each sample forwards; then a row a token.
@@ -70,25 +67,22 @@ def test_samples_equal_independent_requests_with_their_seeds(
         )
 
 
-def test_samples_that_end_at_once_share_too(model_pair: SimpleNamespace, client_of: Make) -> None:
-    async def run() -> None:
-        async with client_of(model_pair.verify, tokenizer=str(model_pair.folder)) as client:
-            model_pair.verify.rows.clear()
-            request = ask(
-                PROMPT, 1, seed=1, temperature=1.0, stopping=ON, output={"num_samples": 16}
-            )
-            result = await client.generate(request)
-            assert [len(one.ids) for one in result.samples.values()] == [1] * 16
-            assert sum(model_pair.verify.rows) == len(PROMPT) - 1 + 16
-            # A prompt of one token leaves nothing to share.
-            result = await client.generate(ask([5], 3, stopping=ON, output={"num_samples": 3}))
-            assert [len(one.ids) for one in result.samples.values()] == [3] * 3
-
-    asyncio.run(run())
+async def test_samples_that_end_at_once_share_too(
+    model_pair: SimpleNamespace, client_of: Make
+) -> None:
+    async with client_of(model_pair.verify, tokenizer=str(model_pair.folder)) as client:
+        model_pair.verify.rows.clear()
+        request = ask(PROMPT, 1, seed=1, temperature=1.0, stopping=ON, output={"num_samples": 16})
+        result = await client.generate(request)
+        assert [len(one.ids) for one in result.samples.values()] == [1] * 16
+        assert sum(model_pair.verify.rows) == len(PROMPT) - 1 + 16
+        # A prompt of one token leaves nothing to share.
+        result = await client.generate(ask([5], 3, stopping=ON, output={"num_samples": 3}))
+        assert [len(one.ids) for one in result.samples.values()] == [3] * 3
     assert free(model_pair)
 
 
-def test_samples_wait_for_room_and_still_come_out_right(
+async def test_samples_wait_for_room_and_still_come_out_right(
     tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     """Room for little more than one sample: the others come as the first ones go."""
@@ -99,7 +93,7 @@ def test_samples_wait_for_room_and_still_come_out_right(
     base = start_model("verify", config, f"unix:{tmp_path}/verify")
     assert base.engine.info().arena_tokens == 200
 
-    async def run() -> None:
+    try:
         async with client_of(base, tokenizer=str(tiny_base)) as client:
 
             def request(**parts: Any) -> pb.GenerateRequest:
@@ -115,15 +109,12 @@ def test_samples_wait_for_room_and_still_come_out_right(
             )
             assert [both[0].samples[i].ids for i in range(5)] == wanted
             assert both[1].only.ids == wanted[0]
-
-    try:
-        asyncio.run(run())
         assert base.engine.info().arena_tokens_used == 0
     finally:
         base.server.drain(grace=0)
 
 
-def test_samples_survive_a_base_that_dies_and_comes_back(
+async def test_samples_survive_a_base_that_dies_and_comes_back(
     tiny_base: Path, tmp_path: Path, client_of: Make
 ) -> None:
     config = VerifyConfig(
@@ -131,8 +122,7 @@ def test_samples_survive_a_base_that_dies_and_comes_back(
     )
     base = start_model("verify", config, f"unix:{tmp_path}/verify")
 
-    async def run() -> None:
-        nonlocal base
+    try:
         async with client_of(base, tokenizer=str(tiny_base)) as client:
             request = ask(
                 PROMPT, 150, seed=4, temperature=0.8, stopping=ON, output={"num_samples": 3}
@@ -149,27 +139,21 @@ def test_samples_survive_a_base_that_dies_and_comes_back(
                 i: one.ids for i, one in whole.samples.items()
             }
             assert sum(base.rows) > 0  # it was needed again
-
-    try:
-        asyncio.run(run())
     finally:
         base.server.drain(grace=0)
 
 
-def test_a_cancelled_request_frees_all_its_samples(
+async def test_a_cancelled_request_frees_all_its_samples(
     model_pair: SimpleNamespace, client_of: Make
 ) -> None:
-    async def run() -> None:
-        settings = {"tokenizer": str(model_pair.folder)}
-        async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
-            request = ask(PROMPT, 700, k=2, stopping=ON, output={"num_samples": 4})
-            call = client.stub.Generate(request)
-            async for message in call:
-                if message.HasField("delta"):
-                    break
-            call.cancel()
-            async with asyncio.timeout(20):
-                while not free(model_pair):
-                    await asyncio.sleep(0.02)
-
-    asyncio.run(run())
+    settings = {"tokenizer": str(model_pair.folder)}
+    async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
+        request = ask(PROMPT, 700, k=2, stopping=ON, output={"num_samples": 4})
+        call = client.stub.Generate(request)
+        async for message in call:
+            if message.HasField("delta"):
+                break
+        call.cancel()
+        async with asyncio.timeout(20):
+            while not free(model_pair):
+                await asyncio.sleep(0.02)

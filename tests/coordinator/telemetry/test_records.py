@@ -55,23 +55,22 @@ class Notes(NoObserver):
 
 
 @pytest.mark.parametrize("link", ["grpc", "shm"])
-def test_records_add_up_to_what_the_client_saw(services: Make, client_of: Make, link: str) -> None:
+async def test_records_add_up_to_what_the_client_saw(
+    services: Make, client_of: Make, link: str
+) -> None:
     base = services("verify", seconds_per_round=0.002)
     draft = services("draft", agreement=80, seconds_per_round=0.001)
     notes = Notes()
 
-    async def run() -> Any:
-        async with client_of(base, draft, observer=notes, link=link) as client:
-            requests = [
-                ask([1, 2, 3], 60, k=4, temperature=0.5, seed=9),
-                ask(list(range(200)), 20, k=0),
-            ]
-            metadata = (("traceparent", "00-abc-def-01"),)
-            return await asyncio.gather(
-                *(client.generate(request, metadata=metadata) for request in requests)
-            )
-
-    results = asyncio.run(run())
+    async with client_of(base, draft, observer=notes, link=link) as client:
+        requests = [
+            ask([1, 2, 3], 60, k=4, temperature=0.5, seed=9),
+            ask(list(range(200)), 20, k=0),
+        ]
+        metadata = (("traceparent", "00-abc-def-01"),)
+        results = await asyncio.gather(
+            *(client.generate(request, metadata=metadata) for request in requests)
+        )
     assert len(notes.requests) == 2
     by_id = {record.request_id: record for record in notes.requests}
     assert sorted(notes.started) == sorted((key, "00-abc-def-01") for key in by_id)
@@ -111,20 +110,17 @@ def test_records_add_up_to_what_the_client_saw(services: Make, client_of: Make, 
     assert [whole.round for whole in notes.rounds] == list(range(1, len(notes.rounds) + 1))
 
 
-def test_records_tell_of_lost_and_returned_services(services: Make, client_of: Make) -> None:
+async def test_records_tell_of_lost_and_returned_services(services: Make, client_of: Make) -> None:
     base = services("verify", seconds_per_round=0.002)
     notes = Notes()
 
-    async def run() -> None:
-        async with client_of(base, observer=notes) as client:
-            call = asyncio.create_task(client.generate(ask([1, 2], 100)))
-            while base.toy.rounds < 5:
-                await asyncio.sleep(0.005)
-            await asyncio.to_thread(base.kill)
-            base.start()
-            assert (await call).only.finished
-
-    asyncio.run(run())
+    async with client_of(base, observer=notes) as client:
+        call = asyncio.create_task(client.generate(ask([1, 2], 100)))
+        while base.toy.rounds < 5:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(base.kill)
+        base.start()
+        assert (await call).only.finished
     told = [(record.service, record.up, record.sequences) for record in notes.connections]
     assert ("verify", False, 1) in told
     assert ("verify", True, 0) in told
@@ -133,19 +129,18 @@ def test_records_tell_of_lost_and_returned_services(services: Make, client_of: M
     assert epochs == sorted(epochs) and epochs[-1] > epochs[0] == 1
 
 
-def test_records_end_of_a_failed_request_has_its_status(services: Make, client_of: Make) -> None:
+async def test_records_end_of_a_failed_request_has_its_status(
+    services: Make, client_of: Make
+) -> None:
     base = services("verify", seconds_per_round=0.002)
     notes = Notes()
 
-    async def run() -> None:
-        async with client_of(base, observer=notes, verify_patience_seconds=0.1) as client:
-            call = asyncio.create_task(client.generate(ask([1, 2], 1000)))
-            while base.toy.rounds < 5:
-                await asyncio.sleep(0.005)
-            await asyncio.to_thread(base.kill)
-            assert (await call).error is not None
-
-    asyncio.run(run())
+    async with client_of(base, observer=notes, verify_patience_seconds=0.1) as client:
+        call = asyncio.create_task(client.generate(ask([1, 2], 1000)))
+        while base.toy.rounds < 5:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(base.kill)
+        assert (await call).error is not None
     (record,) = notes.requests
     assert record.reason == "UNAVAILABLE"
     assert "base" in record.error

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from outrider.shared.link.doorbell import (
     connected,
 )
 from outrider.shared.link.mailbox import BEATS, BELLS, ENDS, Judgement, Layout, Mailbox, VerdictHead
+from outrider_testing.waiting import soon
 
 LAYOUT = Layout(4, 4, 4)
 Pair = tuple[Doorbell, Doorbell]
@@ -93,13 +94,6 @@ def heard(bell: Doorbell) -> None:
             return
         except PeerGone:
             assert time.monotonic() < end
-
-
-def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def write(bell: Doorbell, grant: int, step: int) -> None:

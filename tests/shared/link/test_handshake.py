@@ -32,6 +32,7 @@ from outrider.shared.link.mailbox import (
     ProposalHead,
     VerdictHead,
 )
+from outrider_testing.waiting import soon
 
 Start = Callable[[str, Offered], subprocess.Popen[str]]
 SMALL = Layout(2, 3, 4)
@@ -134,20 +135,13 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.read().strip()
 
 
-def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
 def held() -> tuple[int, int]:
     return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 
 
 def settled() -> tuple[int, int]:
     """What is held once the offers of earlier tests are over."""
-    soon(lambda: not any(one.name == "mailbox offer" for one in threading.enumerate()), 10.0)
+    soon(lambda: not any(one.name == "mailbox offer" for one in threading.enumerate()))
     return held()
 
 
@@ -224,7 +218,7 @@ def test_fetch_in_another_process_shares_the_memory_and_a_kill_frees_it(
 ) -> None:
     before = mappings()
     process = child(DRAFT, verifier.offered)
-    soon(lambda: not verifier._claims.empty(), 20.0)
+    soon(lambda: not verifier._claims.empty())
     verify = verifier.claimed()
     maps = Path(f"/proc/{process.pid}/maps")
     soon(lambda: "memfd:outrider-mailbox" in maps.read_text())

@@ -11,7 +11,6 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from outrider.shared.link import handshake
 from outrider.shared.link.doorbell import Doorbell, address_of
 from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
 from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox
+from outrider_testing.waiting import soon
 
 SMALL = Layout(2, 3, 4)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -46,16 +46,9 @@ def refused(offered: Offered) -> str:
     pytest.fail("it was not refused")
 
 
-def soon(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
 def settled() -> tuple[int, int, int]:
     """What is held once the offers of earlier tests are over."""
-    soon(lambda: not any(one.name == "mailbox offer" for one in threading.enumerate()), 10.0)
+    soon(lambda: not any(one.name == "mailbox offer" for one in threading.enumerate()))
     return held()
 
 

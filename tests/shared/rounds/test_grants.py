@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from hypothesis.stateful import (
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.rounds.grants import Control, End, EndReason, Inbox, end_message
+from outrider_testing.waiting import soon
 
 WAIT = 5.0
 
@@ -71,13 +71,6 @@ def granting(number: int, grant: int, rounds: int = 100) -> pb.VerifyRequest:
 
 def changing(grant: int, rounds: int, ks: tuple[int, ...] = ()) -> pb.VerifyRequest:
     return pb.VerifyRequest(change=pb.GrantChange(id=grant, rounds=rounds, ks=ks))
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.0005)
 
 
 def listening(source: Source, grant: int = 7, rounds: int = 100) -> tuple[Inbox, Any, Control]:

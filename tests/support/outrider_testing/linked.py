@@ -5,10 +5,8 @@ For tests of that link: every request's tokens are checked, and what is left of 
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import CoordinatorConfig
 from outrider_testing import clients, processes
+from outrider_testing.waiting import until
 
 
 class Watch(NoObserver):
@@ -94,14 +93,6 @@ class Pair:
         await until(freely)
         await until(tidy)
         self.names |= processes.abstract_names(self.pid("verify"))
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
-    """Waits for ``condition``; fails when it does not come true."""
-    end = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < end, f"{condition.__name__} did not come true"
-        await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
