@@ -14,6 +14,8 @@ import pytest
 
 from outrider_testing.checkpoints import write_llama
 
+pytest_plugins = ["outrider_testing.alone"]
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
