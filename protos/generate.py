@@ -1,13 +1,15 @@
 """Regenerates the stubs: ``python -m outrider.protos.generate [folder]``.
 
 Needs grpcio-tools 1.80: stubs of that release load on it and on every later grpcio and
-protobuf, which newer generators do not promise.
+protobuf, which newer generators do not promise. And mypy-protobuf, for the types of what
+grpcio-tools leaves without: the clients and servicers.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -15,10 +17,11 @@ PROTOS = ("generation.proto", "speculation.proto")
 
 
 def generate(folder: Path) -> list[Path]:
-    """Writes ``*_pb2.py``, ``*_pb2.pyi`` and ``*_pb2_grpc.py`` into ``folder``."""
+    """Writes ``*_pb2.py`` and ``*_pb2_grpc.py``, with a ``.pyi`` each, into ``folder``."""
     from grpc_tools import protoc  # a development dependency
 
     source = Path(__file__).parent
+    types = Path(sysconfig.get_path("scripts"), "protoc-gen-mypy_grpc")
     with tempfile.TemporaryDirectory() as scratch:
         code = protoc.main(
             [
@@ -27,6 +30,8 @@ def generate(folder: Path) -> list[Path]:
                 f"--python_out={scratch}",
                 f"--pyi_out={scratch}",
                 f"--grpc_python_out={scratch}",
+                f"--plugin=protoc-gen-mypy_grpc={types}",
+                f"--mypy_grpc_out=quiet:{scratch}",
                 *(f"outrider/protos/{name}" for name in PROTOS),
             ]
         )

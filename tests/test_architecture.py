@@ -215,6 +215,12 @@ def test_architecture_rule_sees_imports_the_wrong_way() -> None:
     assert found == {"verify_service", "coordinator", "draft_service"}
 
 
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_type_checker_finds_the_package(package: str) -> None:
+    # Without its link, mypy would take all that the package defines for Any, and say nothing.
+    assert (ROOT / "typings" / "outrider" / package).resolve() == ROOT / package
+
+
 @pytest.mark.parametrize("folder", ["kernels", "tests"])
 def test_folder_is_no_package(folder: str) -> None:
     # An __init__.py would let the folder shadow the package `kernels` that transformers imports.

@@ -79,7 +79,7 @@ async def measure(
     }
 
 
-async def run_once(stub: rpc.GenerationStub, workload: Workload, k: int | None) -> Run:
+async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | None) -> Run:
     """All prompts of the workload, once."""
     run = Run()
     gate = asyncio.Semaphore(workload.concurrency)
@@ -114,7 +114,7 @@ def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateReques
 
 
 async def _generate(
-    stub: rpc.GenerationStub, request: pb.GenerateRequest, run: Run
+    stub: rpc.GenerationAsyncStub, request: pb.GenerateRequest, run: Run
 ) -> tuple[int, ...]:
     start = time.perf_counter()
     first = None

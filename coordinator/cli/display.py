@@ -63,7 +63,7 @@ class Painter:
     def __init__(self, push: Callable[[Sequence[int]], str]) -> None:
         """``push`` is ``Detokenizer.push``."""
         self._push = push
-        self._runs: deque[tuple[int, int]] = deque()  # characters, origin
+        self._runs: deque[tuple[int, pb.TokenOrigin]] = deque()  # characters, origin
 
     def paint(self, delta: pb.Delta) -> str:
         """The delta's text with colours."""
@@ -80,7 +80,7 @@ class Painter:
             piece, text = text[:length], text[length:]
             if len(piece) < length:
                 self._runs.appendleft((length - len(piece), origin))
-            color = _COLORS.get(origin, "")  # type: ignore[call-overload]
+            color = _COLORS.get(origin, "")
             pieces.append(f"{color}{piece}{_RESET}" if color else piece)
         return "".join(pieces) + text
 

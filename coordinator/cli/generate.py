@@ -71,7 +71,7 @@ def _stream(
 ) -> int:
     with open_channel(target, args.ca) as channel:
         metadata = authorization(config.coordinator.token) if args.target else ()
-        stub: Any = stubs.GenerationStub(channel)  # type: ignore[no-untyped-call]
+        stub = stubs.GenerationStub(channel)
         call = stub.Generate(request, metadata=metadata)
         try:
             if collector is None:

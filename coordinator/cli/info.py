@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     target = args.target or config.coordinator.listen
     with open_channel(target, args.ca) as channel:
         try:
-            stub: Any = stubs.GenerationStub(channel)  # type: ignore[no-untyped-call]
+            stub = stubs.GenerationStub(channel)
             info = stub.Info(
                 pb.InfoRequest(),
                 timeout=TIMEOUT_SECONDS,

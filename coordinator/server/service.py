@@ -40,9 +40,11 @@ class GenerationServicer(pb_grpc.GenerationServicer):
     def __init__(self, coordinator: Runtime) -> None:
         self._runtime = coordinator
 
-    # A coroutine that writes, not an async generator: one hop of the event loop less for each
-    # message.
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+    # A coroutine that writes, not an async generator, which is the only kind that the stubs know:
+    # one hop of the event loop less for each message.
+    async def Generate(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: Any
+    ) -> None:
         """Streams one request; see generation.proto."""
         arrived_ns = self._runtime.clock()
         checked = await self._validate(request, _traceparent(context))
@@ -136,7 +138,7 @@ async def serve(
     """
     gate = _Gate()
     # Bound before anything else, so that a port in use is told at once.
-    add: Any = pb_grpc.add_GenerationServicer_to_server  # generated, without types
+    add = pb_grpc.add_GenerationServicer_to_server
     server = AioServer(config, lambda grpc_server: add(gate, grpc_server), [NAME])
     await server.start()
     try:
@@ -190,7 +192,9 @@ class _Gate(pb_grpc.GenerationServicer):
         self._servicer = servicer
         return servicer
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+    async def Generate(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: Any
+    ) -> None:
         """Streams one request."""
         await self._ready().Generate(request, context)
 

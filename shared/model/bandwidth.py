@@ -42,8 +42,8 @@ def _cuda(device: str, size: int = 64 << 20, passes: int = 8) -> float:
         return 0.0
     best = float("inf")
     for _ in range(passes):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         target.copy_(source)
         end.record()

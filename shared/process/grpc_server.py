@@ -152,7 +152,7 @@ class Server:
         self._names = names
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_calls, thread_name_prefix="rpc"),
-            interceptors=(SyncGuard(config.token),),
+            interceptors=[SyncGuard(config.token)],
             options=server_options(config),
             # Calls beyond the threads would wait unseen; this refuses them instead.
             maximum_concurrent_rpcs=config.max_calls,

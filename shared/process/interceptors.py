@@ -51,7 +51,7 @@ def _rebuilt(handler: Any, wrap: Callable[[Callable[..., Any], bool], Callable[.
     return handler
 
 
-class SyncGuard(grpc.ServerInterceptor):  # type: ignore[misc]
+class SyncGuard(grpc.ServerInterceptor):
     """For ``grpc.server``."""
 
     def __init__(self, token: str | None = None) -> None:
@@ -98,7 +98,7 @@ def _sync_wrap(behavior: Callable[..., Any], streaming: bool) -> Callable[..., A
     return stream if streaming else call
 
 
-def _sync_abort(error: Exception, context: grpc.ServicerContext) -> None:
+def _sync_abort(error: Exception, context: Any) -> None:
     if isinstance(error, OutriderError):
         code, message, trailer = to_status(error)
         context.set_trailing_metadata(trailer)
@@ -110,7 +110,7 @@ def _sync_abort(error: Exception, context: grpc.ServicerContext) -> None:
     context.abort(*unexpected(error, log))
 
 
-class AioGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class AioGuard(grpc.aio.ServerInterceptor):
     """For ``grpc.aio.server``."""
 
     def __init__(self, token: str | None = None) -> None:

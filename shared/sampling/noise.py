@@ -100,8 +100,8 @@ def uniform(seeds: Tensor, positions: Tensor, *, stream: int | Tensor) -> Tensor
 def _words(blocks: Tensor, positions: Tensor, stream: int | Tensor, seeds: Tensor) -> list[Tensor]:
     """The four words, int64, of the counters of these blocks of four token ids."""
     if seeds.device.type != "cpu":
-        key = (seeds & _MASK, (seeds >> 32) & _MASK)
-        return philox_torch((blocks, positions, 0, stream), key)
+        halves = (seeds & _MASK, (seeds >> 32) & _MASK)
+        return philox_torch((blocks, positions, 0, stream), halves)
     bits = _unsigned(seeds)
     key = (bits & np.uint64(_MASK), bits >> np.uint64(32))
     label = _unsigned(stream) if isinstance(stream, Tensor) else int(stream)

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[2] / "protos"
 
 def test_stubs_are_generated_from_the_protos(tmp_path: Path) -> None:
     made = generate(tmp_path)
-    kinds = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+    kinds = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
     assert {path.name for path in made} == {
         Path(name).stem + kind for name in PROTOS for kind in kinds
     }

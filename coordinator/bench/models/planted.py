@@ -82,7 +82,7 @@ def config_of(spec: PlantSpec) -> Any:
     from transformers import GPT2Config, LlamaConfig
 
     s = spec.size
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": s.vocabulary,
         "tie_word_embeddings": False,
         "bos_token_id": None,
@@ -101,7 +101,7 @@ def config_of(spec: PlantSpec) -> Any:
         head_dim=s.head_dim,
         intermediate_size=s.intermediate,
         max_position_embeddings=s.positions,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         rms_norm_eps=1e-5,
         **common,
     )

@@ -244,4 +244,5 @@ def _model(
         head_dim=64,
         max_position_embeddings=positions + 1024,
     )
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device=device, dtype=dtype).eval()

@@ -20,7 +20,7 @@ from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule
 from outrider.shared.process import library_env
 from outrider.verify_service.host_rounds import FreeVerify
 
-_RULES = {
+_RULES: dict[int, Rule] = {
     public.ACCEPTANCE_RULE_GREEDY: Rule.GREEDY,
     public.ACCEPTANCE_RULE_COUPLED: Rule.COUPLED,
     public.ACCEPTANCE_RULE_REJECTION: Rule.REJECTION,

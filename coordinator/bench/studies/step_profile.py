@@ -29,7 +29,7 @@ def graph_seconds(run: Callable[[], None], repeats: int = 20) -> float:
         run()
     for _ in range(3):
         graph.replay()
-    means = []
+    means: list[float] = []
     for _ in range(3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -53,7 +53,7 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
         target.copy_(source)
     end.record()
     end.synchronize()
-    return 10 * 2 * size / (begin.elapsed_time(end) / 1e3)
+    return 10 * 2 * size / (float(begin.elapsed_time(end)) / 1e3)
 
 
 def parts(step: Forward, batch: Batch, rows: int, sequences: int, queries: int) -> list[StepPart]:

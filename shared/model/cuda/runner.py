@@ -165,7 +165,7 @@ class CudaRunner(LlamaRunner):
         self.check(spans)
         for span in spans:
             span.extent.begin(span.start + len(span.tokens))
-        verdicts = self._taken
+        verdicts: list[tuple[int, int]] | None = self._taken
         if verdicts is None:
             with self._on_device():
                 verdicts = self._launches.judge(spans, decodings, proposals, rows)

@@ -192,4 +192,6 @@ class ArenaCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See ``ArenaLayer.update``."""
-        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
+        layer: Any = self.layers[layer_idx]  # an `ArenaLayer` or `Blind`
+        written: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
+        return written

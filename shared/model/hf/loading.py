@@ -29,7 +29,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     if reason is not None:
         raise ConfigError(f"path: {path}: {reason}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=choose_dtype(dtype, config, device), low_cpu_mem_usage=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -89,7 +89,7 @@ def choose_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float16
     if own == torch.bfloat16 and not _has_bfloat16(device):
         return torch.float16
-    return own  # type: ignore[no-any-return]
+    return own
 
 
 def _has_bfloat16(device: torch.device) -> bool:
