@@ -144,5 +144,4 @@ def _painter(args: argparse.Namespace, config: Config, out: TextIO) -> display.P
         tokenizer = load_tokenizer(config.coordinator.tokenizer)
     except (OutriderError, OSError):
         return None
-    push = Detokenizer(tokenizer).push
-    return display.Painter(lambda ids: push(ids))
+    return display.Painter(Detokenizer(tokenizer).push)

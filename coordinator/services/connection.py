@@ -81,7 +81,7 @@ class Connection(Generic[RequestT, ResponseT]):
 
     @property
     def role(self) -> str:
-        """ "draft" or "verify"."""
+        """Which service: "draft" or "verify"."""
         return self.endpoint.role
 
     @property

@@ -16,6 +16,7 @@ from outrider.protos import generation_pb2_grpc as rpc
 
 
 def main() -> int:
+    """Runs the program; returns its exit status."""
     if len(sys.argv) != 3:
         print("usage: stream.py TARGET PROMPT", file=sys.stderr)
         return 2

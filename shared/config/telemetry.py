@@ -22,13 +22,13 @@ class TelemetryConfig(Checked):
         "none",
         help="where traces go",
         allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=lambda v: _EXPORTERS.fullmatch(v),
+        check=_EXPORTERS.fullmatch,
     )
     metrics: str = setting(
         "none",
         help="where metrics go, besides Prometheus",
         allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=lambda v: _EXPORTERS.fullmatch(v),
+        check=_EXPORTERS.fullmatch,
     )
     endpoint: str | None = setting(
         None, help="URL of the OTLP collector; none takes OTEL_EXPORTER_OTLP_ENDPOINT"

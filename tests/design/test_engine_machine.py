@@ -377,7 +377,7 @@ class EngineMachine(RuleBasedStateMachine):
             return RefusalCode(result.refusals[0].code)
 
         for session, side, make in (
-            (self.verify, text.verify, lambda *a: VerifyItem(*a)),
+            (self.verify, text.verify, VerifyItem),
             (self.draft, text.draft, lambda *a: ProposeItem(*a, 1)),
         ):
             assert code(session, make(key, epoch - 1, 0, (1,))) == RefusalCode.STALE_EPOCH

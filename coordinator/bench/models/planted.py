@@ -149,7 +149,7 @@ def plant(
         # Its frequencies are computed, not stored: what `to_empty` left there is nothing.
         inner = model.model
         inner.rotary_emb = type(inner.rotary_emb)(config).to(device)
-    tensors = {name: tensor for name, tensor in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     _fill(spec, tensors, device, dtype)
     for name, buffer in model.named_buffers():
         if name.endswith((".attn.bias", ".masked_bias")):

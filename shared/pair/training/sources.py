@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PERMISSIVE = re.compile(
-    r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|CNRI)", re.I
+    r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|Unlicense|CNRI)",
+    re.IGNORECASE,
 )
 RESTRICTIVE = re.compile(
-    r"GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|Commercial|CC-BY-NC", re.I
+    r"GPL|General Public|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|Commercial|CC-BY-NC", re.IGNORECASE
 )
 PSF = "PSF-2.0"
 

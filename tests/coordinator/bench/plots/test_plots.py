@@ -209,7 +209,7 @@ def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_committed_plots_are_those_of_the_committed_figures() -> None:
     import matplotlib
 
-    pin = re.search(r"^matplotlib==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    pin = re.search(r"^matplotlib==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pin is not None
     if matplotlib.__version__ != pin[1]:
         pytest.skip(f"the committed plots are of matplotlib {pin[1]}")
