@@ -2,7 +2,7 @@
 
 The rule ``rejection`` (Leviathan, Kalman and Matias 2023; Chen et al. 2023) for rows whose
 decoding is a temperature alone: same law, streams of noise and formulas as
-``verify_service/acceptance.py``, hence the same verdicts but for ties in floating point.
+``verify_service/rules/rejection.py``, hence the same verdicts but for ties in floating point.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ SHARED_CLASS_NAMES = {
     "_Rounds": "the rounds of a device, in either service",
 }
 PURE = (
+    "outrider.shared.core.types",
     "outrider.shared.kv.slots",
     "outrider.shared.kv.arena",
     "outrider.coordinator.rounds.scheduler",

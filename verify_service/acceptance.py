@@ -1,34 +1,32 @@
-"""The acceptance rules: what stands of a proposal, and the base's own token after it.
+"""Verdicts: what stands of a proposal, and the base's own token after it.
 
-``greedy`` and ``coupled`` compare: a proposed token stands iff it *equals* the token that
-the base itself chooses there, so the output is the base's own whatever was proposed.
-``rejection`` (Leviathan et al. 2023; Chen et al. 2023) accepts ``d ~ q`` with probability
-``min(1, p(d)/q(d))`` and otherwise draws from the normalised positive part of ``p - q``, so
-the output has the law of the base, at the highest acceptance there is.
-
-Randomness is counter-based throughout: the same seed and proposals give the same verdict.
-At temperature 0 all three are the same rule.
+How a proposal is judged is up to its rule (``shared/core/rules``): each has a judge in
+``verify_service/rules``. Randomness is counter-based throughout: the same seed and proposals
+give the same verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from outrider.shared.core.types import Decoding, PositionLogprobs, Rule, SparseRow
-from outrider.shared.sampling.choose import RowContext, choose, process, sample
-from outrider.shared.sampling.noise import Stream, seed_tensor, uniform
+from outrider.shared.core.rules import GREEDY
+from outrider.shared.core.types import Decoding, PositionLogprobs, SparseRow
+from outrider.shared.sampling.choose import RowContext, process
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeItem:
     """One proposal: ``history`` is the committed log, ``rows`` the draft's distributions.
 
-    ``rows`` matters to ``rejection`` only. Without it a proposed token counts as certain
+    ``rows`` matters to rules that need rows only. Without it a proposed token counts as certain
     (q = 1 there), which is right for any proposal, just less often accepted.
     """
 
@@ -50,8 +48,27 @@ class Judged:
     logprobs: tuple[PositionLogprobs, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Proposals and what the base says of them.
+
+    ``processed``: processed logits [rows, vocab], a row for each of ``contexts``; those of item
+    i begin at ``first[i]``, that of its pending token, and one for each proposed token follows.
+    """
+
+    items: Sequence[JudgeItem]
+    first: Sequence[int]
+    contexts: Sequence[RowContext]
+    processed: Tensor
+
+
+Judge: TypeAlias = Callable[[Batch, Sequence[int]], list[tuple[int, int]]]
+"""Judges some items of a batch, given by index: for each, how many of its proposed tokens stand,
+and the token that follows them. An outcome does not depend on the other items."""
+
+
 def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged]:
-    """Judges a ragged batch of proposals.
+    """Judges a ragged batch of proposals, each by its rule.
 
     ``logits``: the base's raw logits [sum(len(proposal) + 1), vocab], item after item: the
     row of the pending token, then that of each proposed token. An empty proposal is plain
@@ -59,103 +76,30 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged]:
     """
     contexts: list[RowContext] = []
     first: list[int] = []
-    for item in items:
+    by_judge: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
         first.append(len(contexts))
         contexts.extend(
-            RowContext(item.decoding, item.history, item.proposal[:i])
-            for i in range(len(item.proposal) + 1)
+            RowContext(item.decoding, item.history, item.proposal[:n])
+            for n in range(len(item.proposal) + 1)
         )
-    processed = process(logits, contexts)
-
+        # Without a proposal there is nothing to judge: the base just chooses.
+        name = item.decoding.rule.judge if item.proposal else GREEDY.judge
+        by_judge.setdefault(name, []).append(i)
+    batch = Batch(items, first, contexts, process(logits, contexts))
     verdicts: list[tuple[int, int]] = [(0, 0)] * len(items)
-    rejection = [i for i, item in enumerate(items) if _draws(item)]
-    if len(rejection) < len(items):
-        targets = choose(processed, contexts)
-        for i, item in enumerate(items):
-            own = targets[first[i] : first[i] + len(item.proposal) + 1]
-            accepted = accepted_prefix(own, item.proposal)
-            verdicts[i] = accepted, own[accepted]
-    if rejection:
-        drawn = [items[i] for i in rejection]
-        for i, verdict in zip(
-            rejection, _judge_drawn(processed, drawn, [first[i] for i in rejection]), strict=True
-        ):
+    for name, mine in by_judge.items():
+        for i, verdict in zip(mine, judge_named(name)(batch, mine), strict=True):
             verdicts[i] = verdict
-    logprobs = _logprobs(processed, items, first, verdicts)
+    logprobs = _logprobs(batch, verdicts)
     return [Judged(a, token, lp) for (a, token), lp in zip(verdicts, logprobs, strict=True)]
 
 
-def accepted_prefix(targets: Sequence[int], proposal: Sequence[int]) -> int:
-    """``greedy`` and ``coupled``: how many proposed tokens equal the base's own choices."""
-    for i, token in enumerate(proposal):
-        if token != targets[i]:
-            return i
-    return len(proposal)
-
-
-def accepted_draws(p_at: Tensor, q_at: Tensor, uniforms: Tensor, lengths: Tensor) -> Tensor:
-    """``rejection``: how many proposed tokens pass ``u < p/q``, up to the first that fails.
-
-    ``p_at``, ``q_at``: probabilities of the proposed tokens under base and draft, and
-    ``uniforms`` in (0, 1), all [items, K]; ``lengths``: int64 [items], each <= K.
-    Returns int64 [items].
-    """
-    inside = torch.arange(p_at.shape[1], device=p_at.device)[None, :] < lengths[:, None]
-    # u * q < p, not u < p / q: no division by zero, and p = 0 never passes.
-    stands = (uniforms * q_at < p_at) & inside
-    return stands.long().cumprod(1).sum(1)
-
-
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """The positive part of ``p - q`` [rows, vocab], unnormalised; ``p`` where that is empty.
-
-    It is empty only if ``p`` equals ``q``; then nothing is ever rejected but by rounding.
-    """
-    weights = (p - q).clamp_(min=0)
-    return torch.where(weights.sum(-1, keepdim=True) > 0, weights, p)
-
-
-def judge_rejection(
-    processed: Tensor,
-    first: Tensor,
-    proposals: Tensor,
-    q_ids: Tensor,
-    q: Tensor,
-    lengths: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The ``rejection`` rule for a batch of items; returns (accepted, next token), [items].
-
-    ``processed``: processed logits [rows, vocab]; ``first``: each item's first row;
-    ``proposals``: [items, K], padded beyond ``lengths``; ``q_ids``, ``q``: the sparse draft
-    distributions [items, K, m], padded with probability 0; ``seeds``; ``positions``: those
-    of each item's first token. Everything int64 but ``processed`` and ``q``.
-
-    Noise: accept tests take stream ACCEPT, a replacement stream RESIDUAL, the token after a
-    wholly accepted proposal stream CHOICE, none of which the draft has looked at.
-    """
-    k = proposals.shape[1]
-    steps = torch.arange(k, device=processed.device)[None, :]
-    inside = steps < lengths[:, None]
-    at = (first[:, None] + steps).where(inside, first[:, None])
-    normaliser = processed.logsumexp(-1)
-    p_at = (processed[at, proposals] - normaliser[at]).exp()
-    q = q / q.sum(-1, keepdim=True).clamp_(min=1e-30)
-    q_at = (q * (q_ids == proposals[..., None])).sum(-1)
-    tests = uniform(seeds[:, None], positions[:, None] + steps, stream=Stream.ACCEPT)
-    accepted = accepted_draws(p_at, q_at, tests, lengths)
-
-    last = first + accepted
-    p = (processed[last] - normaliser[last, None]).exp()
-    whole = accepted == lengths
-    if k:
-        item = torch.arange(len(first), device=processed.device)
-        stop = accepted.clamp(max=k - 1)
-        rejected_q = torch.zeros_like(p).scatter_add_(1, q_ids[item, stop], q[item, stop])
-        p = torch.where(whole[:, None], p, residual(p, rejected_q))
-    stream = torch.where(whole, int(Stream.CHOICE), int(Stream.RESIDUAL))
-    return accepted, sample(p.log(), seeds, positions + accepted, stream=stream)
+@cache
+def judge_named(name: str) -> Judge:
+    """The function ``judge`` of that file in ``verify_service/rules``."""
+    found: Judge = import_module(f"outrider.verify_service.rules.{name}").judge
+    return found
 
 
 def malformed(proposal: Sequence[int], rows: Sequence[SparseRow], vocab_size: int) -> str | None:
@@ -181,60 +125,8 @@ def malformed(proposal: Sequence[int], rows: Sequence[SparseRow], vocab_size: in
     return None
 
 
-def _draws(item: JudgeItem) -> bool:
-    # Without a proposal there is nothing to reject: the base just chooses.
-    return (
-        bool(item.proposal)
-        and item.decoding.rule == Rule.REJECTION
-        and item.decoding.temperature > 0
-    )
-
-
-def _judge_drawn(
-    processed: Tensor, items: Sequence[JudgeItem], first: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Pads ``items`` into tensors for ``judge_rejection``; one transfer back."""
-    device = processed.device
-    k = max(len(item.proposal) for item in items)
-    sparse = [[_row_of(item, i) for i in range(len(item.proposal))] for item in items]
-    m = max((len(row.ids) for rows in sparse for row in rows), default=1)
-    ids = [[_pad(row.ids, m, 0) for row in rows] + [[0] * m] * (k - len(rows)) for rows in sparse]
-    q = [
-        [_pad(row.probabilities, m, 0.0) for row in rows] + [[0.0] * m] * (k - len(rows))
-        for rows in sparse
-    ]
-    integers = [
-        [f, len(item.proposal), len(item.history), *_pad(item.proposal, k, 0)]
-        for f, item in zip(first, items, strict=True)
-    ]
-    packed = torch.tensor(integers, device=device)
-    accepted, token = judge_rejection(
-        processed,
-        packed[:, 0],
-        packed[:, 3:],
-        torch.tensor(ids, dtype=torch.int64, device=device).view(len(items), k, m),
-        torch.tensor(q, dtype=torch.float32, device=device).view(len(items), k, m),
-        packed[:, 1],
-        seed_tensor([item.decoding.seed for item in items], device),
-        packed[:, 2],
-    )
-    return [(a, t) for a, t in torch.stack((accepted, token), dim=1).tolist()]
-
-
-def _row_of(item: JudgeItem, i: int) -> SparseRow:
-    """The distribution of proposed token ``i``: certain, if none was sent."""
-    return item.rows[i] if item.rows else SparseRow((item.proposal[i],), (1.0,))
-
-
-def _pad(values: Sequence[int] | Sequence[float], size: int, fill: float) -> list[float]:
-    return [*values, *[fill] * (size - len(values))]
-
-
 def _logprobs(
-    processed: Tensor,
-    items: Sequence[JudgeItem],
-    first: Sequence[int],
-    verdicts: Sequence[tuple[int, int]],
+    batch: Batch, verdicts: Sequence[tuple[int, int]]
 ) -> list[tuple[PositionLogprobs, ...]]:
     """Log-probabilities of what each item emits, from the processed distribution.
 
@@ -242,6 +134,7 @@ def _logprobs(
     temperature 0 after penalties, bias and bans. Tokens that were dropped have
     probability 0 and are left out of the likeliest ones.
     """
+    items, first, processed = batch.items, batch.first, batch.processed
     wanted = [i for i, item in enumerate(items) if item.decoding.logprobs is not None]
     if not wanted:
         return [()] * len(items)

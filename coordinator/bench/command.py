@@ -15,6 +15,7 @@ from outrider.coordinator.bench import hardware, tables
 from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.schema import Config
+from outrider.shared.core import rules
 from outrider.shared.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=1, help="unmeasured repeats")
     parser.add_argument("--concurrency", type=int, default=1, help="requests at once")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument(
-        "--rule", choices=["auto", "greedy", "coupled", "rejection"], default="auto"
-    )
+    parser.add_argument("--rule", choices=rules.words(), default=rules.AUTO)
     parser.add_argument(
         "--prompt-tokens",
         type=int,
@@ -102,7 +101,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         prompts=prompts(arguments.prompts, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
-        rule={"auto": 0, "greedy": 1, "coupled": 2, "rejection": 3}[arguments.rule],
+        rule=rules.number_of(arguments.rule),
         concurrency=arguments.concurrency,
     )
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outrider.coordinator.cli.argument_types import number, whole
-
-RULES = ("auto", "greedy", "coupled", "rejection")
+from outrider.shared.core import rules
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draft = parser.add_argument_group("speculation")
     draft.add_argument("--k", type=whole(0), help="draft tokens per proposal; unset adapts")
     draft.add_argument("--no-draft", action="store_true", help="the base alone")
-    draft.add_argument("--rule", choices=RULES, default="auto")
+    draft.add_argument("--rule", choices=rules.words(), default=rules.AUTO)
 
 
 def token_ids(text: str) -> list[int]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from outrider.coordinator.cli.generate_flags import token_ids
 from outrider.protos import generation_pb2 as pb
+from outrider.shared.core import rules
 from outrider.shared.core.errors import InvalidRequest
 
-RULES = {
-    "auto": pb.ACCEPTANCE_RULE_UNSPECIFIED,
-    "greedy": pb.ACCEPTANCE_RULE_GREEDY,
-    "coupled": pb.ACCEPTANCE_RULE_COUPLED,
-    "rejection": pb.ACCEPTANCE_RULE_REJECTION,
-}
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "min_new_tokens", "seed"),
@@ -41,7 +37,8 @@ def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
     )
     if args.max_new_tokens is not None:
         stopping.max_new_tokens = args.max_new_tokens
-    speculation = pb.SpeculationParameters(rule=RULES[args.rule])
+    rule: Any = rules.number_of(args.rule)
+    speculation = pb.SpeculationParameters(rule=rule)
     if args.k is not None or args.no_draft:
         speculation.k = 0 if args.no_draft else args.k
     request = pb.GenerateRequest(

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 
 from outrider.protos import generation_pb2 as pb
+from outrider.shared.core import rules
 from outrider.shared.core.errors import InvalidRequest
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.types import Decoding
 
 MIN_TEMPERATURE = 1e-6
 """Below this, scaled logits leave the range of float32; 0 is the way to say greedy."""
@@ -116,18 +117,14 @@ def _bad_words(sampling: pb.SamplingParameters, vocab_size: int) -> tuple[tuple[
     return tuple(dict.fromkeys(tuple(word.ids) for word in sampling.bad_words))
 
 
-def _rule(rule: int, temperature: float) -> Rule:
-    if rule == pb.ACCEPTANCE_RULE_UNSPECIFIED:
-        return Rule.GREEDY if temperature == 0 else Rule.COUPLED
+def _rule(number: int, temperature: float) -> rules.Rule:
     try:
-        asked = Rule(rule)
-    except ValueError:
+        asked = rules.asked(number, temperature)
+    except ValueError as error:
+        raise InvalidRequest("speculation.rule", number, str(error)) from None
+    if temperature > 0 and not asked.samples:
+        others = " or ".join(one.name for one in rules.RULES.values() if one.samples)
         raise InvalidRequest(
-            "speculation.rule", rule, "one of " + ", ".join(f"{r.value} ({r.name})" for r in Rule)
-        ) from None
-    if asked is Rule.GREEDY and temperature > 0:
-        raise InvalidRequest(
-            "speculation.rule", asked.name, f"COUPLED or REJECTION at temperature {temperature:g}"
+            "speculation.rule", asked.name, f"{others} at temperature {temperature:g}"
         )
-    # At temperature 0 there is nothing to sample: all rules are one.
-    return Rule.GREEDY if temperature == 0 else asked
+    return asked

@@ -12,7 +12,7 @@ from outrider.coordinator.requests.acceptance_rate import Acceptance
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.shared.core.types import Decoding, OpenSequence, Rule
+from outrider.shared.core.types import Decoding, OpenSequence
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class Sequence:
     @property
     def needs_rows(self) -> bool:
         """Whether its rule needs the draft's distributions beside the proposed tokens."""
-        return self.decoding.rule is Rule.REJECTION
+        return self.decoding.rule.needs_rows
 
     def base_len(self, state: ServiceState) -> int:
         """Where the next message to the service of ``state`` begins, in tokens of the log.

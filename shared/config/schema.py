@@ -24,8 +24,10 @@ from outrider.shared.config import otel_environment
 from outrider.shared.config.setting import DTYPE_ALIASES, Checked, Setting, coerce, setting
 from outrider.shared.config.telemetry import TelemetryConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.rules import RULES
 
 SECRETS = frozenset({"token", "services_token"})
+_WITH_ROWS = ", ".join(rule.word for rule in RULES.values() if rule.needs_rows)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ class CoordinatorConfig(ServeConfig):
     prefill_chunk: int = setting(512, help="prompt tokens of one prefill round", low=1)
     max_logprobs: int = setting(20, help="most log-probabilities per token", low=0, high=20)
     draft_top: int = setting(
-        64, help="entries kept of the draft's distribution, for rule rejection", low=1, high=4096
+        64,
+        help=f"entries kept of the draft's distribution, for rule {_WITH_ROWS}",
+        low=1,
+        high=4096,
     )
     start_timeout_seconds: float = setting(
         120.0, help="how long to wait for the base at start", low=0.0

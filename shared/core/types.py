@@ -7,16 +7,9 @@ final. The pending token is ``log[n-1]``; its KV is not written yet.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Generic, TypeVar
 
-
-class Rule(IntEnum):
-    """Acceptance rule; the numbers of ``outrider.v1.Rule``."""
-
-    GREEDY = 1
-    COUPLED = 2
-    REJECTION = 3
+from outrider.shared.core.rules import GREEDY, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +17,9 @@ class Decoding:
     """How the tokens of one sequence are chosen, every default resolved.
 
     Meanings are those of Hugging Face transformers' logits processors and warpers.
-    ``temperature`` 0 is argmax. Noise is a pure function of (``seed``, position, token id),
-    where position is the index of the chosen token in the sequence, prompt included.
+    ``temperature`` 0 is argmax: nothing is sampled then, and every rule is ``greedy``. Noise is
+    a pure function of (``seed``, position, token id), where position is the index of the chosen
+    token in the sequence, prompt included.
     """
 
     temperature: float = 0.0
@@ -41,9 +35,14 @@ class Decoding:
     min_new_tokens: int = 0
     prompt_len: int = 0
     seed: int = 0
-    rule: Rule = Rule.GREEDY
+    rule: Rule = GREEDY
     logprobs: int | None = None
     draft_top: int = 64
+
+    def __post_init__(self) -> None:
+        # Nobody who looks at the rule needs to look at the temperature, too.
+        if not self.temperature > 0:
+            object.__setattr__(self, "rule", GREEDY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core import rules
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
 from outrider.shared.core.types import (
     Decoding,
@@ -19,7 +20,6 @@ from outrider.shared.core.types import (
     ProposeItem,
     Refusal,
     RoundResult,
-    Rule,
     SparseRow,
     Verdict,
     VerifyItem,
@@ -53,7 +53,7 @@ def write_open(item: OpenSequence) -> pb.OpenSequence:
             min_new_tokens=d.min_new_tokens,
             prompt_len=d.prompt_len,
             seed=d.seed,
-            rule=int(d.rule),  # type: ignore[arg-type]
+            rule=d.rule.number,  # type: ignore[arg-type]
             logprobs=d.logprobs,
             draft_top=d.draft_top,
         ),
@@ -66,12 +66,10 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
     """The admission asked for; raises ``SequenceRefused`` (INVALID) for an unknown rule."""
     d = message.decoding
     try:
-        rule = Rule(d.rule)
-    except ValueError:
+        rule = rules.numbered(d.rule)
+    except ValueError as error:
         raise SequenceRefused(
-            RefusalCode.INVALID,
-            f"decoding.rule: got {d.rule}; must be one of "
-            + ", ".join(f"{r.value} ({r.name})" for r in Rule),
+            RefusalCode.INVALID, f"decoding.rule: got {d.rule}; must be {error}"
         ) from None
     return OpenSequence(
         message.sequence_id,

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.sampling.noise import Stream, gumbel, gumbel_at, seed_tensor
 from outrider.shared.sampling.penalties import RowContext, apply_penalties, is_penalised
 from outrider.shared.sampling.warpers import truncates, warp
 
-__all__ = ["RowContext", "choice_noise", "choose", "process", "propose", "sample"]
+__all__ = ["RowContext", "choice_noise", "choose", "process", "propose", "reshapes", "sample"]
 
 
 def process(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
@@ -35,6 +35,11 @@ def process(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
     if any(is_penalised(row.decoding) for row in rows):
         scores = apply_penalties(scores, rows)
     return warp(scores, [row.decoding for row in rows])
+
+
+def reshapes(d: Decoding) -> bool:
+    """Whether ``process`` does more for ``d`` than divide by the temperature."""
+    return is_penalised(d) or truncates(d)
 
 
 def choose(processed: Tensor, rows: Sequence[RowContext], noise: Tensor | None = None) -> list[int]:
@@ -117,17 +122,13 @@ def propose(
 ) -> tuple[list[int], list[SparseRow | None]]:
     """The draft's choice for each row of logits [rows, vocab].
 
-    Under ``greedy``, ``coupled``, and at temperature 0 it is ``choose``, and the row is
-    None. Under ``rejection`` the token is drawn, with noise of its own, from the draft's
-    distribution cut to its ``draft_top`` likeliest tokens; that distribution comes with it,
-    likeliest first, as the very float32 numbers that were drawn from.
+    It is ``choose``, and the row is None, unless the rule needs rows. Then the token is
+    drawn, with noise of its own, from the draft's distribution cut to its ``draft_top``
+    likeliest tokens; that distribution comes with it, likeliest first, as the very float32
+    numbers that were drawn from.
     """
     processed = process(logits, rows)
-    drawn = [
-        i
-        for i, row in enumerate(rows)
-        if row.decoding.rule == Rule.REJECTION and row.decoding.temperature > 0
-    ]
+    drawn = [i for i, row in enumerate(rows) if row.decoding.rule.needs_rows]
     tokens = choose(processed, rows, noise) if len(drawn) < len(rows) else [0] * len(rows)
     sparse: list[SparseRow | None] = [None] * len(rows)
     if drawn:

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.sampling.choose import RowContext, choose, process
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
@@ -37,7 +38,7 @@ from outrider_testing import engines
 MAX_K, CHUNK, WINDOW = 4, 5, 6
 SLACK = max(CHUNK, MAX_K + 1)
 GREEDY = Decoding()
-SAMPLED = Decoding(temperature=0.8, top_k=20, seed=7, rule=Rule.COUPLED)
+SAMPLED = Decoding(temperature=0.8, top_k=20, seed=7, rule=COUPLED)
 
 
 class Oracle:

@@ -17,7 +17,8 @@ from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import load
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.rules import COUPLED
+from outrider.shared.core.types import Decoding
 from outrider_testing import processors
 from outrider_testing.checkpoints import write_llama
 
@@ -158,7 +159,7 @@ def test_logprobs_are_those_of_transformers(
     decoding = Decoding(
         temperature=0.9,
         prompt_len=len(prompt),
-        rule=Rule.COUPLED,
+        rule=COUPLED,
         **PENALTIES
         | CUTS
         | {"logit_bias": ((40, 3.0), (50, -100.0)), "bad_words": ((60,), (70, 71))}

@@ -11,7 +11,8 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.kernels import registry
 from outrider.kernels.operation import Tools
 from outrider.shared.config.schema import ModelConfig
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED, REJECTION
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.model.cuda.runner import CudaRunner
 from outrider.shared.model.loading import make_runner
 from outrider.shared.model.runner import Span
@@ -122,7 +123,7 @@ def generate(verify, draft, prompt, count, k, decoding):
 
 @pytest.mark.parametrize(
     "decoding",
-    [Decoding(prompt_len=5), Decoding(prompt_len=5, temperature=0.8, seed=7, rule=Rule.COUPLED)],
+    [Decoding(prompt_len=5), Decoding(prompt_len=5, temperature=0.8, seed=7, rule=COUPLED)],
     ids=["greedy", "coupled"],
 )
 def test_text_does_not_depend_on_k(runners, decoding):
@@ -141,7 +142,7 @@ def test_rejection_on_the_device_writes_what_the_plain_path_writes(runners, seed
     _, base = runners()
     _, draft = runners(seed)
     verify, propose = VerifyEngine(base, 4), DraftEngine(draft, 4)
-    decoding = Decoding(prompt_len=5, temperature=1.0, seed=7, rule=Rule.REJECTION)
+    decoding = Decoding(prompt_len=5, temperature=1.0, seed=7, rule=REJECTION)
     judge, found = base.judge, []
     base.judge = lambda *arguments: found.append(judge(*arguments)) or found[-1]
     drawn = generate(verify, propose, [3, 1, 4, 1, 5], 5, 3, decoding)

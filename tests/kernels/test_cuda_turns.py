@@ -18,7 +18,8 @@ from outrider.draft_service import device_rounds as draft_rounds
 from outrider.draft_service.engine import DraftEngine
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import ModelConfig
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED, REJECTION
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.mailbox import Layout, Mailbox
@@ -206,7 +207,7 @@ class Grant:
 
 DECODINGS = {
     "greedy": Decoding(),
-    "coupled": Decoding(temperature=0.9, seed=5, rule=Rule.COUPLED),
+    "coupled": Decoding(temperature=0.9, seed=5, rule=COUPLED),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 
@@ -391,8 +392,8 @@ def test_turns_end_when_the_coordinator_is_gone(sides: Any) -> None:
 
 NOT_SIMPLE = {
     "penalty": Decoding(repetition_penalty=1.2),
-    "top_k": Decoding(temperature=0.7, top_k=5, rule=Rule.COUPLED),
-    "rejection": Decoding(temperature=0.7, rule=Rule.REJECTION),
+    "top_k": Decoding(temperature=0.7, top_k=5, rule=COUPLED),
+    "rejection": Decoding(temperature=0.7, rule=REJECTION),
     "logprobs": Decoding(logprobs=2),
 }
 

@@ -16,7 +16,8 @@ from outrider.kernels import reject
 from outrider.kernels.choose import gumbel, uniforms
 from outrider.kernels.operation import Tools
 from outrider.kernels.reject import ENTRIES, judged, reference
-from outrider.shared.core.types import Decoding, OpenSequence, Rule, SparseRow, VerifyItem
+from outrider.shared.core.rules import COUPLED, REJECTION
+from outrider.shared.core.types import Decoding, OpenSequence, SparseRow, VerifyItem
 from outrider.shared.model.runner import Span
 from outrider.verify_service.acceptance import JudgeItem, judge
 from outrider.verify_service.engine import VerifyEngine
@@ -44,7 +45,7 @@ def test_decides_as_the_plain_path_does() -> None:
         decoding = Decoding(
             temperature=[0.3, 0.7, 1.0, 1.5][number % 4],
             seed=(number * 0x9E3779B97F4A7C15) % (1 << 64),
-            rule=Rule.REJECTION,
+            rule=REJECTION,
         )
         items.append(JudgeItem(decoding, [0] * (number % 90 + 1), (0,) * k))
     count = sum(len(item.proposal) + 1 for item in items)
@@ -199,13 +200,13 @@ def test_verdict_of_a_sequence_does_not_depend_on_its_batch(emulated: Any) -> No
 
 # -- rounds ----------------------------------------------------------------------------------
 
-DRAWN = Decoding(temperature=0.9, seed=7, rule=Rule.REJECTION)
+DRAWN = Decoding(temperature=0.9, seed=7, rule=REJECTION)
 MIXED = [
     DRAWN,
     Decoding(),
-    Decoding(temperature=0.8, seed=1 << 63, rule=Rule.COUPLED),
-    Decoding(temperature=1.3, seed=(1 << 64) - 5, rule=Rule.REJECTION),
-    Decoding(rule=Rule.REJECTION),
+    Decoding(temperature=0.8, seed=1 << 63, rule=COUPLED),
+    Decoding(temperature=1.3, seed=(1 << 64) - 5, rule=REJECTION),
+    Decoding(rule=REJECTION),
 ]
 
 
@@ -272,7 +273,7 @@ def test_rounds_write_what_the_plain_path_writes(
 def test_distributions_that_the_buffer_has_no_room_for_go_the_plain_way(
     base: Any, draft: Any, asked: Any
 ) -> None:
-    wide = Decoding(temperature=0.9, seed=7, rule=Rule.REJECTION, draft_top=ENTRIES + 1)
+    wide = Decoding(temperature=0.9, seed=7, rule=REJECTION, draft_top=ENTRIES + 1)
     verify = VerifyEngine(base, 4)
     engines.speculate(verify, draft, [[1, 2, 3]], 4, 2, wide)
     assert False in asked()

@@ -10,16 +10,12 @@ import random
 import pytest
 import torch
 
-from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION, RULES
+from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.sampling.choose import RowContext, process, propose
 from outrider.shared.sampling.noise import Stream, gumbel, seed_tensor, uniform
-from outrider.verify_service.acceptance import (
-    Judged,
-    JudgeItem,
-    accepted_prefix,
-    judge,
-    malformed,
-)
+from outrider.verify_service.acceptance import Judged, JudgeItem, judge, malformed
+from outrider.verify_service.rules.comparing import accepted_prefix
 
 VOCAB = 32
 PARAMETERS = {
@@ -101,7 +97,7 @@ PROMPTS = [[1, 2, 3], [4, 4], [30], [7, 8, 9, 10, 5, 5]]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize(("rule", "temperature"), [(Rule.GREEDY, 0.0), (Rule.COUPLED, 0.9)])
+@pytest.mark.parametrize(("rule", "temperature"), [(GREEDY, 0.0), (COUPLED, 0.9)])
 def test_comparing_rules_equal_plain_decoding_for_each_parameter(name, rule, temperature):
     decodings = [
         Decoding(
@@ -133,7 +129,7 @@ def test_a_batch_of_different_parameters_equals_each_alone():
                 PROMPTS,
                 ("all", "repetition", "top_p", "bad_words"),
                 (1.0, 0.0, 0.7, 1.3),
-                (Rule.COUPLED, Rule.GREEDY, Rule.REJECTION, Rule.REJECTION),
+                (COUPLED, GREEDY, REJECTION, REJECTION),
                 strict=True,
             )
         )
@@ -144,16 +140,16 @@ def test_a_batch_of_different_parameters_equals_each_alone():
         assert alone[0] == together[n]
 
 
-@pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.COUPLED, Rule.REJECTION])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_draft_equal_to_the_base_is_always_accepted(rule):
-    temperature = 0.0 if rule == Rule.GREEDY else 1.0
+    temperature = 1.0 if rule.samples else 0.0
     d = Decoding(rule=rule, temperature=temperature, seed=3, draft_top=VOCAB)
     _, _, accepted = generate([d], [[1, 2]], 100, 4, "equal")
     assert accepted == 80
 
 
 def test_rejection_replays_with_the_same_seed_and_draft():
-    d = Decoding(rule=Rule.REJECTION, temperature=1.0, seed=9)
+    d = Decoding(rule=REJECTION, temperature=1.0, seed=9)
     first = generate([d], [[1, 2]], 40, 4, "close")
     assert first == generate([d], [[1, 2]], 40, 4, "close")
     other = generate([dataclasses.replace(d, seed=10)], [[1, 2]], 40, 4, "close")
@@ -162,7 +158,7 @@ def test_rejection_replays_with_the_same_seed_and_draft():
 
 def test_at_temperature_zero_every_rule_is_greedy():
     plain = generate([Decoding()], [[1, 2]], 30, 0, "equal")
-    for rule in Rule:
+    for rule in RULES.values():
         d = Decoding(rule=rule)
         assert generate([d], [[1, 2]], 30, 4, "close")[0] == plain[0]
 
@@ -198,7 +194,7 @@ def test_rejection_equals_the_papers_algorithm_on_ragged_batches():
     for n in range(600):
         name = rng.choice(["nothing", "top_k", "all", "bias"])
         d = Decoding(
-            rule=Rule.REJECTION,
+            rule=REJECTION,
             temperature=rng.choice([0.5, 1.0, 1.5]),
             seed=rng.getrandbits(64),
             draft_top=rng.choice([2, 8, 64]),
@@ -224,8 +220,8 @@ def test_rejection_equals_the_papers_algorithm_on_ragged_batches():
 def test_logprobs_are_those_of_the_processed_distribution():
     for d in (
         Decoding(logprobs=4, repetition_penalty=1.5),
-        Decoding(logprobs=4, temperature=0.7, top_k=3, rule=Rule.COUPLED),
-        Decoding(logprobs=4, temperature=0.7, rule=Rule.REJECTION),
+        Decoding(logprobs=4, temperature=0.7, top_k=3, rule=COUPLED),
+        Decoding(logprobs=4, temperature=0.7, rule=REJECTION),
         Decoding(logprobs=0),
     ):
         history, proposal = [1, 2, 3], drafted("close", d, [1, 2, 3], 3)
@@ -279,16 +275,16 @@ def test_malformed_proposals_are_named(proposal, rows, message):
 
 
 def test_well_formed_proposals_pass():
-    d = Decoding(rule=Rule.REJECTION, temperature=1.0)
+    d = Decoding(rule=REJECTION, temperature=1.0)
     assert malformed(*drafted("close", d, [1, 2], 3), VOCAB) is None
     assert malformed((3, 4), (), VOCAB) is None
     assert malformed((), (), VOCAB) is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_logits_that_are_not_finite_do_not_disturb_the_other_items(rule, bad):
-    d = Decoding(rule=rule, temperature=0.0 if rule == Rule.GREEDY else 1.0, top_p=0.9, logprobs=2)
+    d = Decoding(rule=rule, temperature=1.0 if rule.samples else 0.0, top_p=0.9, logprobs=2)
     items = [JudgeItem(d, [n], *drafted("close", d, [n], 2)) for n in (1, 2, 3)]
     logits = torch.cat([base_rows([n], item.proposal) for n, item in enumerate(items, 1)])
     expected = judge(logits, items)
@@ -303,10 +299,10 @@ def test_judge_and_propose_on_a_gpu_equal_the_cpu():
     rng = random.Random(2)
     items, logits = [], []
     for n in range(300):
-        rule = rng.choice(list(Rule))
+        rule = rng.choice(list(RULES.values()))
         d = Decoding(
             rule=rule,
-            temperature=0.0 if rule == Rule.GREEDY else rng.choice([0.7, 1.0]),
+            temperature=rng.choice([0.7, 1.0]) if rule.samples else 0.0,
             seed=rng.getrandbits(64),
             logprobs=2,
             draft_top=rng.choice([4, 64]),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from outrider.shared.sampling.choose import draw_truncated, sample
 from outrider.shared.sampling.noise import Stream, gumbel, uniform
-from outrider.verify_service import acceptance
+from outrider.verify_service.rules import comparing, rejection
 
 DRAWS = 200_000
 VOCAB = 4
@@ -76,7 +76,7 @@ class Rejection:
         items, rows = logits.shape[:2]
         first = rows * torch.arange(items)
         lengths = torch.full((items,), proposals.shape[1])
-        return acceptance.judge_rejection(
+        return rejection.judge_rejection(
             logits.flatten(0, 1), first, proposals, ids, q, lengths, seeds, positions
         )
 
@@ -109,7 +109,7 @@ class Coupled:
         digits = VOCAB ** torch.arange(size)
         cases, which = (both * digits).sum(1).unique(return_inverse=True)
         outcomes = (cases[:, None] // digits % VOCAB).tolist()
-        counts = [acceptance.accepted_prefix(c[:rows], c[rows:]) for c in outcomes]
+        counts = [comparing.accepted_prefix(c[:rows], c[rows:]) for c in outcomes]
         accepted = torch.tensor(counts)[which]
         return accepted, targets.gather(1, accepted[:, None]).squeeze(1)
 
@@ -236,7 +236,7 @@ class Assembled(Rejection):
         return s.tests * s.q_at < s.p_at
 
     def residual(self, p: Tensor, q: Tensor) -> Tensor:
-        return acceptance.residual(p, q)
+        return rejection.residual(p, q)
 
     def draw(self, weights: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         return sample(weights.log(), seeds, positions, stream=Stream.RESIDUAL)

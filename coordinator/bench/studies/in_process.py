@@ -13,18 +13,12 @@ from typing import Any
 
 from outrider.coordinator.bench.workload import Run, Workload
 from outrider.draft_service.host_rounds import FreeDraft
-from outrider.protos import generation_pb2 as public
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import Config
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core import rules
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.process import library_env
 from outrider.verify_service.host_rounds import FreeVerify
-
-_RULES: dict[int, Rule] = {
-    public.ACCEPTANCE_RULE_GREEDY: Rule.GREEDY,
-    public.ACCEPTANCE_RULE_COUPLED: Rule.COUPLED,
-    public.ACCEPTANCE_RULE_REJECTION: Rule.REJECTION,
-}
 
 
 class InProcess:
@@ -56,9 +50,7 @@ class InProcess:
                 temperature=workload.temperature,
                 prompt_len=len(prompt),
                 seed=workload.seed + index,
-                rule=_RULES.get(
-                    workload.rule, Rule.COUPLED if workload.temperature else Rule.GREEDY
-                ),
+                rule=rules.asked(workload.rule, workload.temperature),
             )
             run.outputs.append(self._generate(run, workload, prompt, decoding, k))
         run.seconds = time.perf_counter() - began

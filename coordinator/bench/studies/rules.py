@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench import tables
+from outrider.shared.core.rules import GREEDY
 
 HEADER = [
     *("temperature", "rule", "K", "acceptance", "by position", "tokens/round", "tokens/s"),
@@ -22,6 +23,7 @@ HEADER = [
 def page(runs: Sequence[dict[str, Any]], note: str = "") -> str:
     """The Markdown page: one row per run and K, in the order of the runs."""
     first = runs[0]
+    alone: set[float] = set()
     hardware, workload = first["hardware"], first["workload"]
     versions = ", ".join(f"{name} {version}" for name, version in hardware["versions"].items())
     models = "; ".join(
@@ -35,7 +37,7 @@ def page(runs: Sequence[dict[str, Any]], note: str = "") -> str:
         "What `coupled` and `rejection` accept of the bundled draft's tokens, and what that is "
         "worth. At temperature 0 all rules are `greedy`. What the rules promise is in "
         "[acceptance.md](../acceptance.md).",
-        tables.markdown(HEADER, [row for run in runs for row in _rows(run)]),
+        tables.markdown(HEADER, [row for run in runs for row in _rows(run, alone)]),
         "Acceptance is accepted over proposed tokens, corrections and bonus tokens not counted. "
         "`rejection` gives the base's distribution but not its very tokens, so another text is "
         "no error there. Speeds are medians over repeats.",
@@ -52,16 +54,20 @@ def page(runs: Sequence[dict[str, Any]], note: str = "") -> str:
     return "\n\n".join(parts)
 
 
-def _rows(run: dict[str, Any]) -> list[list[str]]:
+def _rows(run: dict[str, Any], alone: set[float]) -> list[list[str]]:
+    """``alone``: temperatures at which the base alone has a row; it is the same for all rules."""
     workload, rows = run["workload"], []
+    temperature = workload["temperature"]
     for v in run["variants"]:
-        if v["k"] == 0 and workload["rule"] == "rejection":
-            continue  # the base alone is the same under both rules
-        rule = "greedy" if workload["temperature"] == 0 else workload["rule"]
+        if v["k"] == 0 and temperature in alone:
+            continue
+        if v["k"] == 0:
+            alone.add(temperature)
+        rule = GREEDY.word if temperature == 0 else workload["rule"]
         same = {True: "yes", False: "no", None: "-"}[v.get("same_tokens_as_base")]
         rows.append(
             [
-                tables.number(workload["temperature"], 1),
+                tables.number(temperature, 1),
                 "-" if v["k"] == 0 else rule,
                 "auto" if v["k"] is None else str(v["k"]),
                 tables.number(v["acceptance_rate"], 2, "-"),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.reject import ENTRIES
-from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.core.rules import REJECTION
+from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.passes import MAX_SEQUENCES
@@ -20,7 +21,7 @@ _NOBODY = -1
 
 def draws(decoding: Decoding, proposal: Sequence[int]) -> bool:
     """Whether the proposal is judged by rejection; without one the base just chooses."""
-    return bool(proposal) and decoding.rule == Rule.REJECTION and decoding.temperature > 0
+    return bool(proposal) and decoding.rule.judge == REJECTION.judge
 
 
 def fits(rows: Sequence[Sequence[SparseRow]]) -> bool:

@@ -21,7 +21,8 @@ from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
 from outrider.shared.core.model_facts import ModelFacts
-from outrider.shared.core.types import Decoding, Rule, SparseRow
+from outrider.shared.core.rules import REJECTION
+from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.storage import Storage
 from outrider.shared.link.device.mailbox import DeviceMailbox
 from outrider.shared.model.cuda.forward import Forward, resolve_all
@@ -268,7 +269,7 @@ class CudaRunner(LlamaRunner):
                             self.propose([Span(extent, 0, [0] * pending, 1)], [greedy], [count])
                             arena.rollback(extent, 0)
             # Few ask for rejection: its kernel is compiled here, its graphs wait to be needed.
-            drawn = Decoding(temperature=1.0, rule=Rule.REJECTION)
+            drawn = Decoding(temperature=1.0, rule=REJECTION)
             self.judge([Span(extent, 0, [0] * rows, rows)], [drawn], [[0] * self._max_k])
             arena.rollback(extent, 0)
         finally:

@@ -10,14 +10,16 @@ from outrider.kernels import linear
 from outrider.kernels.attention_shapes import HEAD_DIMS
 from outrider.kernels.operation import Tools
 from outrider.kernels.registry import NotAvailable
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.rules import GREEDY, REJECTION
+from outrider.shared.core.types import Decoding
 from outrider.shared.model.cuda.forward import resolve_all
-from outrider.shared.sampling.penalties import is_penalised
-from outrider.shared.sampling.warpers import truncates
+from outrider.shared.sampling.choose import reshapes
 
 # Operations whose fallback in PyTorch does: one launch a step, only for turns on the device, or
 # what the plain path would do as well.
 _FALLBACK_DOES = frozenset({"embed", "reject", "take", "settle", "follow"})
+# Judges (of ``verify_service/rules``) that have a kernel: ``accept`` and ``reject``.
+_JUDGES = frozenset({GREEDY.judge, REJECTION.judge})
 # Below this temperature the plain path shifts the logits before it divides.
 _TINY_TEMPERATURE = 1e-3
 
@@ -47,12 +49,12 @@ def why_not(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
 def simple(d: Decoding) -> bool:
     """Whether the device chooses by itself, and judges by comparing: argmax, or temperature and
     noise alone."""
-    return judged(d) and (d.temperature == 0 or d.rule != Rule.REJECTION)
+    return judged(d) and d.rule.judge == GREEDY.judge and not d.rule.needs_rows
 
 
 def judged(d: Decoding) -> bool:
     """Whether the device judges proposals by itself: ``simple``, or rejection at a temperature
     alone. It proposes nothing for the latter."""
-    if d.logprobs is not None or is_penalised(d) or truncates(d):
+    if d.logprobs is not None or reshapes(d) or d.rule.judge not in _JUDGES:
         return False
     return d.temperature == 0 or d.temperature >= _TINY_TEMPERATURE

@@ -10,7 +10,8 @@ import pytest
 from outrider.coordinator.requests.validation import Limits, derived_seed, validate
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core.errors import CapacityError, InvalidRequest
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION, Rule
+from outrider.shared.core.types import Decoding
 
 
 class Text:
@@ -207,7 +208,7 @@ def test_requests_every_field_arrives() -> None:
         min_new_tokens=2,
         prompt_len=1,
         seed=2**64 - 1,
-        rule=Rule.REJECTION,
+        rule=REJECTION,
         logprobs=0,
     )
     assert made.stop_strings == ("a", "b")
@@ -222,13 +223,13 @@ def test_requests_every_field_arrives() -> None:
 @pytest.mark.parametrize(
     ("rule", "temperature", "wanted"),
     [
-        (pb.ACCEPTANCE_RULE_UNSPECIFIED, 0.0, Rule.GREEDY),
-        (pb.ACCEPTANCE_RULE_UNSPECIFIED, 0.7, Rule.COUPLED),
-        (pb.ACCEPTANCE_RULE_GREEDY, 0.0, Rule.GREEDY),
-        (pb.ACCEPTANCE_RULE_COUPLED, 0.0, Rule.GREEDY),
-        (pb.ACCEPTANCE_RULE_COUPLED, 0.7, Rule.COUPLED),
-        (pb.ACCEPTANCE_RULE_REJECTION, 0.0, Rule.GREEDY),
-        (pb.ACCEPTANCE_RULE_REJECTION, 0.7, Rule.REJECTION),
+        (pb.ACCEPTANCE_RULE_UNSPECIFIED, 0.0, GREEDY),
+        (pb.ACCEPTANCE_RULE_UNSPECIFIED, 0.7, COUPLED),
+        (pb.ACCEPTANCE_RULE_GREEDY, 0.0, GREEDY),
+        (pb.ACCEPTANCE_RULE_COUPLED, 0.0, GREEDY),
+        (pb.ACCEPTANCE_RULE_COUPLED, 0.7, COUPLED),
+        (pb.ACCEPTANCE_RULE_REJECTION, 0.0, GREEDY),
+        (pb.ACCEPTANCE_RULE_REJECTION, 0.7, REJECTION),
     ],
 )
 def test_requests_rule_is_resolved(rule: int, temperature: float, wanted: Rule) -> None:

@@ -18,6 +18,7 @@ from outrider.coordinator.server.runtime import Runtime
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
+from outrider.shared.core.rules import RULES
 from outrider_testing import fakes
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
@@ -30,7 +31,6 @@ PROMPT = [5, 6, 7, 8]
 PROMPTS = [[7] * 20, [5, 9, 40], [11], list(range(30, 48))]
 COUNT = 18
 LINKS = {"messages": ("grpc", False), "grants": ("grpc", True), "mailbox": ("shm", True)}
-RULES = {"greedy": 1, "coupled": 2, "rejection": 3}
 
 
 class Seen(NoObserver):
@@ -59,7 +59,7 @@ def pairwise(*factors: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     rows = [
         row
         for row in itertools.product(*factors)
-        if not (row[0] == "rejection" and row[2] > 1 and row[3] == "samples")
+        if not (RULES[row[0]].needs_rows and row[2] > 1 and row[3] == "samples")
     ]
     left = set().union(*map(pairs, rows))
     chosen = []
@@ -149,14 +149,14 @@ def emptied(pair: SimpleNamespace) -> None:
 async def test_free_running_gives_what_messages_give(
     pair: SimpleNamespace, client_of: Make, rule: str, k: int, batch: int, feature: str, rounds: int
 ) -> None:
-    sampling = {} if rule == "greedy" else {"temperature": 0.8, "top_p": 0.95}
+    sampling = {"temperature": 0.8, "top_p": 0.95} if RULES[rule].samples else {}
     changes = dict(sampling, **FEATURES[feature])
     count = changes.pop("n", COUNT)
     stopping: dict[str, Any] = {"ignore_eos": feature != "min_new_tokens"}
 
     def requests() -> list[pb.GenerateRequest]:
         return [
-            ask(prompt, count, k=k, rule=RULES[rule], seed=i, stopping=stopping, **changes)
+            ask(prompt, count, k=k, rule=RULES[rule].number, seed=i, stopping=stopping, **changes)
             for i, prompt in enumerate(PROMPTS[:batch])
         ]
 

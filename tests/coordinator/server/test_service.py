@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from outrider.coordinator.requests.validation import derived_seed
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as pb_grpc
-from outrider.shared.core.types import Decoding, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import REJECTION
+from outrider.shared.core.types import Decoding, ProposeItem, VerifyItem
 from outrider_testing import fakes
 from outrider_testing.clients import ask
 from outrider_testing.waiting import until
@@ -440,7 +441,7 @@ async def test_service_rules_and_seeds_reach_the_services(services: Make, client
         )
     for toy in (base.toy, draft.toy):
         (opened,) = toy.opened
-        assert opened.decoding.rule is Rule.REJECTION
+        assert opened.decoding.rule is REJECTION
         assert opened.decoding.seed == 3
         assert opened.decoding.prompt_len == len(PROMPT)
         assert opened.capacity == len(PROMPT) + 5 + 17

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
+from outrider.shared.core.rules import RULES
 from outrider.shared.core.types import (
     Decoding,
     OpenSequence,
@@ -17,7 +18,6 @@ from outrider.shared.core.types import (
     ProposeItem,
     Refusal,
     RoundResult,
-    Rule,
     SparseRow,
     Verdict,
     VerifyItem,
@@ -52,7 +52,7 @@ decoding = st.builds(
     min_new_tokens=u32,
     prompt_len=u32,
     seed=u64,
-    rule=st.sampled_from(Rule),
+    rule=st.sampled_from(list(RULES.values())),
     logprobs=st.none() | u32,
     draft_top=u32,
 )

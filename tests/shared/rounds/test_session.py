@@ -9,7 +9,8 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED, REJECTION, Rule
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
 
@@ -167,7 +168,7 @@ def test_logits_that_are_not_finite_refuse_only_their_sequence() -> None:
     assert drafting.round([ProposeItem(1, 1, 0, PROMPT, 2)]).answers
 
 
-@pytest.mark.parametrize("rule", [Rule.COUPLED, Rule.REJECTION])
+@pytest.mark.parametrize("rule", [COUPLED, REJECTION])
 def test_sampling_needs_no_more_than_the_seed(
     verify: VerifyEngine, draft: DraftEngine, rule: Rule
 ) -> None:
@@ -175,7 +176,7 @@ def test_sampling_needs_no_more_than_the_seed(
     asked = engines.prompts(3, seed=5)
     written = [
         [c.written for c in engines.speculate(verify, draft, asked, 12, k, decoding)]
-        for k in ((0, 2, 5) if rule == Rule.COUPLED else (5, 5))
+        for k in ((0, 2, 5) if rule == COUPLED else (5, 5))
     ]
     assert written[0] == written[1] == written[-1]
     other = Decoding(temperature=0.9, top_p=0.95, seed=12, rule=rule)

@@ -9,7 +9,8 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
 
@@ -21,7 +22,7 @@ CAPACITY = 48
 def decoding(seed: int) -> Decoding:
     return Decoding(
         temperature=0.9,
-        rule=Rule.COUPLED,
+        rule=COUPLED,
         repetition_penalty=1.2,
         presence_penalty=0.3,
         prompt_len=len(PROMPT),

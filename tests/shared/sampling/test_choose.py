@@ -11,7 +11,8 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION
+from outrider.shared.core.types import Decoding
 from outrider.shared.sampling.choose import (
     RowContext,
     choice_noise,
@@ -243,7 +244,7 @@ def test_a_tail_or_penalty_is_noticed():
 
 
 def test_propose_is_choose_under_the_comparing_rules():
-    for rule, temperature in ((Rule.GREEDY, 0.0), (Rule.COUPLED, 0.8), (Rule.REJECTION, 0.0)):
+    for rule, temperature in ((GREEDY, 0.0), (COUPLED, 0.8), (REJECTION, 0.0)):
         make = lambda rng: decoding(temperature=temperature, rule=rule, seed=4)  # noqa: B023, E731
         logits, rows = random_rows(20, make, seed=12)
         tokens, sparse = propose(logits, rows)
@@ -254,7 +255,7 @@ def test_propose_is_choose_under_the_comparing_rules():
 @pytest.mark.parametrize("draft_top", [1, 5, 64, 10_000])
 def test_propose_under_rejection_sends_the_distribution_it_drew_from(draft_top):
     make = lambda rng: decoding(  # noqa: E731
-        temperature=0.9, rule=Rule.REJECTION, draft_top=draft_top, seed=rng.getrandbits(64)
+        temperature=0.9, rule=REJECTION, draft_top=draft_top, seed=rng.getrandbits(64)
     )
     logits, rows = random_rows(20, make, seed=13)
     tokens, sparse = propose(logits, rows)
@@ -271,7 +272,7 @@ def test_propose_under_rejection_sends_the_distribution_it_drew_from(draft_top):
 
 
 def test_propose_leaves_out_entries_of_probability_zero():
-    d = Decoding(temperature=1.0, top_k=3, rule=Rule.REJECTION)
+    d = Decoding(temperature=1.0, top_k=3, rule=REJECTION)
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
     _, (row,) = propose(logits, [RowContext(d, [1, 2])])
     assert row is not None and len(row.ids) == 3
@@ -281,9 +282,9 @@ def test_propose_of_mixed_rules_equals_each_alone():
     rng = random.Random(14)
     kinds = [
         decoding(),
-        decoding(temperature=1.0, rule=Rule.COUPLED),
-        decoding(temperature=0.7, rule=Rule.REJECTION, draft_top=4),
-        decoding(temperature=0.7, rule=Rule.REJECTION, top_p=0.5),
+        decoding(temperature=1.0, rule=COUPLED),
+        decoding(temperature=0.7, rule=REJECTION, draft_top=4),
+        decoding(temperature=0.7, rule=REJECTION, top_p=0.5),
     ]
     make = lambda _: dataclasses.replace(rng.choice(kinds), seed=rng.getrandbits(64))  # noqa: E731
     logits, rows = random_rows(40, make, seed=14)

@@ -9,7 +9,8 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.config.schema import ModelConfig
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Rule, VerifyItem
+from outrider.shared.core.rules import COUPLED
+from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.model.loading import make_runner
 from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
@@ -160,8 +161,8 @@ def generate(
     "decoding",
     [
         Decoding(prompt_len=20),
-        Decoding(prompt_len=20, temperature=1.0, seed=1 << 63, rule=Rule.COUPLED),
-        Decoding(prompt_len=20, temperature=0.9, top_k=40, seed=5, rule=Rule.COUPLED),
+        Decoding(prompt_len=20, temperature=1.0, seed=1 << 63, rule=COUPLED),
+        Decoding(prompt_len=20, temperature=0.9, top_k=40, seed=5, rule=COUPLED),
     ],
     ids=["greedy", "coupled", "coupled-top-k"],
 )
@@ -183,7 +184,7 @@ def test_draft_graph_equals_one_forward_after_the_other():
     for log in logs:
         extent = own.arena.admit(len(log) + 20)
         spans.append(Span(extent, 0, log, 1))
-    decodings = [Decoding(), Decoding(temperature=0.7, seed=3, rule=Rule.COUPLED), Decoding()]
+    decodings = [Decoding(), Decoding(temperature=0.7, seed=3, rule=COUPLED), Decoding()]
     first = own.propose(spans, decodings, [4, 3, 1])
     for _ in range(3):  # eager, captured, replayed
         for span in spans:

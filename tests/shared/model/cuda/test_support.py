@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from outrider.kernels.registry import Choice, operations
-from outrider.shared.core.types import Decoding, Rule
+from outrider.shared.core.rules import COUPLED, REJECTION
+from outrider.shared.core.types import Decoding
 from outrider.shared.model.cuda import support
 from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.support import judged, simple, why_not
@@ -18,11 +19,11 @@ from outrider.shared.model.cuda.support import judged, simple, why_not
     ("decoding", "expected"),
     [
         (Decoding(), True),
-        (Decoding(temperature=0.7, rule=Rule.COUPLED), True),
-        (Decoding(temperature=0.7, rule=Rule.REJECTION), False),
-        (Decoding(rule=Rule.REJECTION), True),
-        (Decoding(temperature=1e-5, rule=Rule.COUPLED), False),
-        (Decoding(temperature=0.7, top_k=5, rule=Rule.COUPLED), False),
+        (Decoding(temperature=0.7, rule=COUPLED), True),
+        (Decoding(temperature=0.7, rule=REJECTION), False),
+        (Decoding(rule=REJECTION), True),
+        (Decoding(temperature=1e-5, rule=COUPLED), False),
+        (Decoding(temperature=0.7, top_k=5, rule=COUPLED), False),
         (Decoding(top_k=5), True),
         (Decoding(repetition_penalty=1.1), False),
         (Decoding(logit_bias=((3, 1.0),)), False),
@@ -32,7 +33,7 @@ from outrider.shared.model.cuda.support import judged, simple, why_not
 def test_simple_is_argmax_or_temperature_and_noise_alone(decoding, expected):
     assert simple(decoding) is expected
     # Judged by the device as well: rejection at a temperature alone.
-    rejection = decoding.rule == Rule.REJECTION and decoding.temperature > 0
+    rejection = decoding.rule == REJECTION and decoding.temperature > 0
     assert judged(decoding) is (expected or rejection)
 
 
@@ -40,7 +41,7 @@ def test_simple_is_argmax_or_temperature_and_noise_alone(decoding, expected):
     "changes", [{"top_p": 0.9}, {"logprobs": 1}, {"temperature": 1e-4}], ids=str
 )
 def test_rejection_with_more_than_a_temperature_is_judged_by_the_host(changes):
-    assert not judged(Decoding(**({"temperature": 0.7, "rule": Rule.REJECTION} | changes)))
+    assert not judged(Decoding(**({"temperature": 0.7, "rule": REJECTION} | changes)))
 
 
 def test_declines_what_its_kernels_do_not_know():
