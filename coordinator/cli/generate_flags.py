@@ -6,9 +6,12 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from outrider.coordinator.cli.argument_types import number, whole
 from outrider.shared.core import rules
+from outrider.shared.core.parameters import Kind, Number, TokenBiases, TokenLists, Whole
+from outrider.shared.core.types import PARAMETERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,21 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--echo", action="store_true", help="print the prompt too")
 
     choice = parser.add_argument_group("how tokens are chosen")
-    choice.add_argument("--temperature", type=number(0.0, math.inf), help="0 is greedy")
-    choice.add_argument("--top-k", type=whole(0, 2**31 - 1), help="0 keeps all")
-    choice.add_argument("--top-p", type=number(0.0, 1.0, low_open=True))
-    choice.add_argument("--min-p", type=number(0.0, 1.0, high_open=True))
-    choice.add_argument("--repetition-penalty", type=number(0.0, math.inf, low_open=True))
-    choice.add_argument("--presence-penalty", type=number(-2.0, 2.0))
-    choice.add_argument("--frequency-penalty", type=number(-2.0, 2.0))
-    choice.add_argument(
-        "--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="may be repeated"
-    )
-    choice.add_argument(
-        "--bad-words", type=token_ids, action="append", metavar="IDS", help="never these in a row"
-    )
-    choice.add_argument("--min-new-tokens", type=whole(0, 2**31 - 1))
-    choice.add_argument("--seed", type=whole(0, 2**64 - 1))
+    for name, one in PARAMETERS.items():
+        choice.add_argument(flag_of(name), help=one.help, **_reading(one.kind))
     choice.add_argument("--n", type=whole(1), metavar="COUNT", help="samples of the prompt")
 
     end = parser.add_argument_group("when it ends")
@@ -53,6 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draft.add_argument("--k", type=whole(0), help="draft tokens per proposal; unset adapts")
     draft.add_argument("--no-draft", action="store_true", help="the base alone")
     draft.add_argument("--rule", choices=rules.words(), default=rules.AUTO)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a sampling parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _reading(kind: Kind) -> dict[str, Any]:
+    """How ``argparse`` reads a parameter of that kind; what is not given stays None."""
+    match kind:
+        case Number():
+            ends = {"low_open": kind.low_open, "high_open": kind.high_open}
+            return {"type": number(kind.low, kind.high, **ends)}
+        case Whole():
+            return {"type": whole(kind.low, kind.high)}
+        case TokenBiases():
+            return {"type": _bias, "action": "append", "metavar": "ID=BIAS"}
+        case TokenLists():
+            return {"type": token_ids, "action": "append", "metavar": "IDS"}
+    raise TypeError(f"no flag reads a {type(kind).__name__}")
 
 
 def token_ids(text: str) -> list[int]:

@@ -11,12 +11,7 @@ from outrider.coordinator.cli.generate_flags import token_ids
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core import rules
 from outrider.shared.core.errors import InvalidRequest
-
-SAMPLING = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "min_new_tokens", "seed"),
-)
-"""Flags that are fields of ``SamplingParameters`` under the same name."""
+from outrider.shared.core.types import PARAMETERS
 
 
 def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
@@ -24,14 +19,13 @@ def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
 
     ``prompt`` is PROMPT, read. Raises ``InvalidRequest`` with the flag's name.
     """
-    sampling = pb.SamplingParameters()
-    for name in SAMPLING:
-        if (value := getattr(args, name)) is not None:
-            setattr(sampling, name, value)
-    for token, bias in args.logit_bias or ():
-        sampling.logit_bias[token] = bias
-    for word in args.bad_words or ():
-        sampling.bad_words.add(ids=word)
+    sampling = pb.SamplingParameters(
+        **{
+            name: one.kind.write(value)
+            for name, one in PARAMETERS.items()
+            if (value := getattr(args, name)) is not None
+        }
+    )
     stopping = pb.StopConditions(
         stop=args.stop or (), stop_token_ids=args.stop_token or (), ignore_eos=args.ignore_eos
     )

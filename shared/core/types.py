@@ -9,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from outrider.shared.core.parameters import (
+    UINT64,
+    Number,
+    TokenBiases,
+    TokenLists,
+    Whole,
+    declared,
+    parameter,
+)
 from outrider.shared.core.rules import GREEDY, Rule
+
+_LEAST_TEMPERATURE = 1e-6
+"""Below this, scaled logits leave the range of float32; 0 is the way to say greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +34,35 @@ class Decoding:
     token in the sequence, prompt included.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    temperature: float = parameter(
+        0.0, Number(0, least=_LEAST_TEMPERATURE), help="0 takes the likeliest token"
+    )
+    top_k: int = parameter(0, Whole(), help="keep the k likeliest; 0 keeps all")
+    top_p: float = parameter(
+        1.0, Number(0, 1, low_open=True), help="keep the fewest that reach this probability"
+    )
+    min_p: float = parameter(
+        0.0, Number(0, 1, high_open=True), help="drop what is below this share of the likeliest one"
+    )
+    repetition_penalty: float = parameter(
+        1.0, Number(0, low_open=True), help="for tokens of prompt and output; 1 is none"
+    )
+    presence_penalty: float = parameter(
+        0.0, Number(-2, 2), help="subtracted once from tokens of the output"
+    )
+    frequency_penalty: float = parameter(
+        0.0, Number(-2, 2), help="subtracted per occurrence in the output"
+    )
+    logit_bias: tuple[tuple[int, float], ...] = parameter(
+        (), TokenBiases(), help="added to its logit; may be repeated"
+    )
+    bad_words: tuple[tuple[int, ...], ...] = parameter(
+        (), TokenLists(), help="never these in a row; may be repeated"
+    )
     eos_token_ids: tuple[int, ...] = ()
-    min_new_tokens: int = 0
+    min_new_tokens: int = parameter(0, Whole(), help="tokens before the text may end")
     prompt_len: int = 0
-    seed: int = 0
+    seed: int = parameter(0, Whole(high=UINT64), help="of the noise; drawn and reported if unset")
     rule: Rule = GREEDY
     logprobs: int | None = None
     draft_top: int = 64
@@ -43,6 +71,10 @@ class Decoding:
         # Nobody who looks at the rule needs to look at the temperature, too.
         if not self.temperature > 0:
             object.__setattr__(self, "rule", GREEDY)
+
+
+PARAMETERS = declared(Decoding)
+"""What a client may ask for, by name."""
 
 
 @dataclass(frozen=True, slots=True)

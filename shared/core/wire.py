@@ -1,7 +1,7 @@
 """Messages of speculation.proto to and from the plain types of ``types.py``.
 
-On the critical path of every round: one comprehension per list, no reflection, and the
-fields that most rounds leave empty (rows, log-probabilities) are not touched.
+On the critical path of every round, admission apart: one comprehension per list, no reflection,
+and the fields that most rounds leave empty (rows, log-probabilities) are not touched.
 Functions named ``read_*`` go from message to types, ``write_*`` the other way.
 """
 
@@ -13,6 +13,7 @@ from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import rules
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
 from outrider.shared.core.types import (
+    PARAMETERS,
     Decoding,
     OpenSequence,
     PositionLogprobs,
@@ -40,19 +41,9 @@ def write_open(item: OpenSequence) -> pb.OpenSequence:
         epoch=item.epoch,
         capacity=item.capacity,
         decoding=pb.Decoding(
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            min_p=d.min_p,
-            repetition_penalty=d.repetition_penalty,
-            presence_penalty=d.presence_penalty,
-            frequency_penalty=d.frequency_penalty,
-            logit_bias=dict(d.logit_bias),
-            bad_words=[pb.TokenSequence(ids=ids) for ids in d.bad_words],
+            **{name: one.kind.write(getattr(d, name)) for name, one in PARAMETERS.items()},
             eos_token_ids=d.eos_token_ids,
-            min_new_tokens=d.min_new_tokens,
             prompt_len=d.prompt_len,
-            seed=d.seed,
             rule=d.rule.number,  # type: ignore[arg-type]
             logprobs=d.logprobs,
             draft_top=d.draft_top,
@@ -76,19 +67,9 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
         message.epoch,
         message.capacity,
         Decoding(
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            min_p=d.min_p,
-            repetition_penalty=d.repetition_penalty,
-            presence_penalty=d.presence_penalty,
-            frequency_penalty=d.frequency_penalty,
-            logit_bias=tuple(sorted(d.logit_bias.items())),
-            bad_words=tuple(tuple(word.ids) for word in d.bad_words),
+            **{name: one.kind.read(getattr(d, name)) for name, one in PARAMETERS.items()},
             eos_token_ids=tuple(d.eos_token_ids),
-            min_new_tokens=d.min_new_tokens,
             prompt_len=d.prompt_len,
-            seed=d.seed,
             rule=rule,
             logprobs=d.logprobs if d.HasField("logprobs") else None,
             draft_top=d.draft_top,

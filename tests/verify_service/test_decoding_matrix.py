@@ -13,6 +13,7 @@ import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.rules import RULES
+from outrider.shared.core.types import PARAMETERS as DECLARED
 from outrider.shared.core.types import Decoding
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines, processors
@@ -46,6 +47,10 @@ def pair() -> tuple[Any, VerifyEngine, DraftEngine]:
         near.lm_head.weight += 0.15 * torch.randn(near.lm_head.weight.shape, generator=generator)
     verify = VerifyEngine(engines.runner(engines.tiny_llama(1)), 8)
     return base, verify, DraftEngine(engines.runner(near), 8)
+
+
+def test_every_parameter_is_in_the_matrix() -> None:
+    assert set(PARAMETERS["all"]) - {"eos_token_ids"} == set(DECLARED) - set(SAMPLED)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

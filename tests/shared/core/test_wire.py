@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
@@ -37,25 +38,25 @@ def sparse_row(draw: st.DrawFn) -> SparseRow:
 
 
 rows = st.lists(sparse_row(), max_size=3).map(tuple)
-decoding = st.builds(
-    Decoding,
-    temperature=real,
-    top_k=u32,
-    top_p=real,
-    min_p=real,
-    repetition_penalty=real,
-    presence_penalty=real,
-    frequency_penalty=real,
-    logit_bias=st.dictionaries(u32, real, max_size=3).map(lambda d: tuple(sorted(d.items()))),
-    bad_words=st.lists(ids, max_size=2).map(tuple),
-    eos_token_ids=ids,
-    min_new_tokens=u32,
-    prompt_len=u32,
-    seed=u64,
-    rule=st.sampled_from(list(RULES.values())),
-    logprobs=st.none() | u32,
-    draft_top=u32,
-)
+FIELDS = {
+    "temperature": real,
+    "top_k": u32,
+    "top_p": real,
+    "min_p": real,
+    "repetition_penalty": real,
+    "presence_penalty": real,
+    "frequency_penalty": real,
+    "logit_bias": st.dictionaries(u32, real, max_size=3).map(lambda d: tuple(sorted(d.items()))),
+    "bad_words": st.lists(ids, max_size=2).map(tuple),
+    "eos_token_ids": ids,
+    "min_new_tokens": u32,
+    "prompt_len": u32,
+    "seed": u64,
+    "rule": st.sampled_from(list(RULES.values())),
+    "logprobs": st.none() | u32,
+    "draft_top": u32,
+}
+decoding = st.builds(Decoding, **FIELDS)
 opened = st.builds(OpenSequence, u64, u32, u32, decoding, st.none() | u64, u32)
 propose = st.builds(ProposeItem, u64, u32, u32, ids, u32)
 verify = st.builds(VerifyItem, u64, u32, u32, ids, ids, rows, st.booleans())
@@ -123,6 +124,10 @@ def test_wire_probabilities_travel_in_single_precision() -> None:
     item = VerifyItem(1, 1, 0, (1,), (2,), (SparseRow((2,), (0.1,)),))
     (got,) = wire.read_verify_items(wire.write_verify_request(1, [item]))
     assert got.rows[0].probabilities == struct.unpack("f", struct.pack("f", 0.1))
+
+
+def test_wire_every_field_of_a_decoding_is_tried() -> None:
+    assert set(FIELDS) == {one.name for one in dataclasses.fields(Decoding)}
 
 
 def test_wire_zero_and_unset_next_token_differ() -> None:
