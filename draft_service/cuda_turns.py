@@ -10,6 +10,7 @@ from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, 
 from outrider.shared.model.cuda.step import draft, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
+from outrider.shared.rounds.grants import next_k
 
 
 class DraftTurns(Turns):
@@ -42,7 +43,7 @@ class DraftTurns(Turns):
         host["positions"][s], host["noise_positions"][s] = n - 2, n
         host["temperatures"][s] = one.decoding.temperature
         host["seeds"][s] = signed(one.decoding.seed)
-        host["active"][: max(0, min(one.k, one.limit - n - 1)), s] = 1
+        host["active"][: next_k(one.k, one.limit, n), s] = 1
 
     def _rehearse(self) -> None:
         for first in (True, False):

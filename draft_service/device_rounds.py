@@ -24,7 +24,7 @@ from outrider.shared.link.doorbell import Doorbell, PeerGone, Watch
 from outrider.shared.link.mailbox import ENDS, Judgement
 from outrider.shared.rounds import device_turns
 from outrider.shared.rounds.device_turns import NotOnDevice
-from outrider.shared.rounds.grants import Control, End, EndReason
+from outrider.shared.rounds.grants import Control, End, EndReason, next_k
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class _Rounds:
                 [
                     Judgement(
                         lane.sequence_id, lane.epoch, accepted, token, committed,
-                        max(0, min(one.k, one.limit - committed - 1)),
+                        next_k(one.k, one.limit, committed),
                     )
                     for lane, one, (accepted, token, committed, _) in zip(
                         lanes, self._granted, verdicts, strict=True
@@ -120,8 +120,7 @@ class _Rounds:
             )  # fmt: skip
         proposed = self._turns.result()
         wanted = [row[: lane.k] for lane, row in zip(lanes, proposed, strict=True) if lane.k]
-        with self._session.engine.runner.taken(wanted):
-            result = self.free.propose()
+        result = self.free.settle(wanted)
         result.model_seconds = seconds
         return result
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import Proposal, ProposeItem, Refusal, SparseRow
 from outrider.shared.model.runner import Span
+from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.sampling.choose import RowContext, choice_noise, propose
 
@@ -51,9 +52,12 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         return len(item.append) + max(self._clipped(item) - 1, 0)
 
     def _clipped(self, item: ProposeItem) -> int:
-        """Tokens to propose: none is placed beyond the model's context."""
+        """Tokens to propose: none is placed beyond the model's context.
+
+        The base's own token after them needs no place.
+        """
         committed = item.base_len + len(item.append)
-        return max(0, min(item.k, self.runner.facts.max_positions - committed))
+        return next_k(item.k, self.runner.facts.max_positions + 1, committed)
 
     def _noise(self, work: Sequence[tuple[ProposeItem, Held]], ks: Sequence[int]) -> _Noise | None:
         """The noise of all positions of the round, drawn at once: it depends on no token."""
@@ -117,12 +121,26 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         found = self.runner.propose(spans, [held.decoding for _, held in work], ks)
         if found is None:
             return None
+        rows = sum(len(span.tokens) for span in spans) + sum(max(k - 1, 0) for k in ks)
+        return self._noted(work, found), rows
+
+    def settle(
+        self, work: Sequence[tuple[ProposeItem, Held]], found: Sequence[Sequence[int]]
+    ) -> tuple[list[Proposal | Refusal], int]:
+        """See ``Engine.settle``; ``found``: as ``Runner.propose`` returns it."""
+        rows = [(*item.append, *tokens[:-1]) for (item, _), tokens in zip(work, found, strict=True)]
+        self.runner.written(spans_of(work, rows, [0] * len(work)))
+        return self._noted(work, found), sum(map(len, rows))
+
+    def _noted(
+        self, work: Sequence[tuple[ProposeItem, Held]], found: Sequence[Sequence[int]]
+    ) -> list[Proposal | Refusal]:
+        """Takes what the device chose into the logs."""
         failed = {i for i, tokens in enumerate(found) if -1 in tokens}
         for i, (_, held) in enumerate(work):
             if i not in failed:
                 held.log.extend(found[i])
-        rows = sum(len(span.tokens) for span in spans) + sum(max(k - 1, 0) for k in ks)
-        return self._answers(work, found, [[] for _ in work], failed), rows
+        return self._answers(work, found, [[] for _ in work], failed)
 
     def _answers(
         self,

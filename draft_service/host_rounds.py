@@ -78,8 +78,17 @@ class FreeDraft:
 
     def propose(self) -> RoundResult[Proposal]:
         """One proposal for each sequence that is to have one."""
+        return self._served(self._session.round)
+
+    def settle(self, found: Sequence[Sequence[int]]) -> RoundResult[Proposal]:
+        """``propose`` where the device has: the tokens of each that is to have some."""
+        return self._served(lambda items: self._session.settle(items, found))
+
+    def _served(
+        self, serve: Callable[[Sequence[ProposeItem]], RoundResult[Proposal]]
+    ) -> RoundResult[Proposal]:
         self.items = [lane.item() for lane in self._lanes.values() if lane.k > 0]
-        result: RoundResult[Proposal] = self._session.round(self.items)
+        result = serve(self.items)
         for answer in result.answers:
             self._lanes[answer.sequence_id].proposed(answer)
         return result

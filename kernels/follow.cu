@@ -28,6 +28,7 @@ ENTRY void __launch_bounds__(64)
   if (goes_on) {
     before = accepted > 0 ? load_fresh(chosen + (min(accepted, steps) - 1) * chosen_columns + s)
                           : load_fresh(pending + s);
+    // `next_k` of shared/rounds/grants.py.
     k = max(0, min(min(load_fresh(ks + s), limit - n - 1), steps));
     pending[s] = token;
   }

@@ -17,6 +17,7 @@ ENTRY void __launch_bounds__(64)
   if (s >= count) return;
   const int n = load_fresh(committed + s), left = load_fresh(limits + s) - n;
   const bool goes_on = left > 0 && (u32)load_fresh(bell) != ENDED;
+  // `next_k` of shared/rounds/grants.py.
   int k = goes_on ? max(0, min(min(load_fresh(ks + s), width - 1), left - 1)) : 0;
   tokens[s * width] = goes_on ? load_fresh(pending + s) : 0;
   for (int j = 0; j < width - 1; ++j) {

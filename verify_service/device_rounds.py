@@ -113,8 +113,7 @@ class _Rounds:
             if tokens
         ]
         verdicts = [(accepted, token) for _, accepted, token in found]
-        with self._session.engine.runner.taken(verdicts):
-            result = self.free.judge(proposals)
+        result = self.free.settle(proposals, verdicts)
         result.model_seconds = seconds
         return result
 

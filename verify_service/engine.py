@@ -83,11 +83,23 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         )
         if found is None:
             return None
-        answers: list[Verdict | Refusal] = [
+        return self._answers(work, found), sum(len(span.tokens) for span in spans)
+
+    def settle(
+        self, work: Sequence[tuple[VerifyItem, Held]], found: Sequence[tuple[int, int]]
+    ) -> tuple[list[Verdict | Refusal], int]:
+        """See ``Engine.settle``; ``found``: as ``Runner.judge`` returns it."""
+        spans = spans_of(work, [self.tokens_of(item) for item, _ in work], [0] * len(work))
+        self.runner.written(spans)
+        return self._answers(work, found), sum(len(span.tokens) for span in spans)
+
+    def _answers(
+        self, work: Sequence[tuple[VerifyItem, Held]], found: Sequence[tuple[int, int]]
+    ) -> list[Verdict | Refusal]:
+        return [
             self._broken(item, held) if token < 0 else _settled(item, held, Judged(accepted, token))
             for (item, held), (accepted, token) in zip(work, found, strict=True)
         ]
-        return answers, sum(len(span.tokens) for span in spans)
 
     def _broken(self, item: VerifyItem, held: Held) -> Refusal:
         """Refuses an item whose logits are not finite; its rows are forgotten."""

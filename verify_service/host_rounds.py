@@ -16,7 +16,7 @@ from outrider.shared.core.errors import ProtocolError
 from outrider.shared.core.types import Proposal, RoundResult, Verdict, VerifyItem
 from outrider.shared.link.doorbell import Doorbell, PeerGone, PeerLate
 from outrider.shared.link.mailbox import ENDS, Judgement, ProposalHead, VerdictHead
-from outrider.shared.rounds.grants import Control, End, EndReason, end_message
+from outrider.shared.rounds.grants import Control, End, EndReason, end_message, next_k
 
 Seen = Callable[[int, Sequence[VerifyItem], RoundResult[Verdict], float, float], None]
 """Step, items, result, and when it began and was answered by ``time.perf_counter``."""
@@ -41,11 +41,6 @@ class Lane:
     def committed_len(self) -> int:
         """Tokens of the log that are final."""
         return self.base_len + len(self.append)
-
-    @property
-    def next_k(self) -> int:
-        """Draft tokens worth having next: the base writes one token itself."""
-        return max(0, min(self.k, self.limit - self.committed_len - 1))
 
     def judged(self, verdict: Verdict, proposal: Sequence[int]) -> bool:
         """Goes on from the verdict; whether the sequence has come to its end."""
@@ -83,6 +78,19 @@ class FreeVerify:
 
     def judge(self, proposals: Sequence[Proposal]) -> RoundResult[Verdict]:
         """Judges one proposal for each sequence; those without one decode a token."""
+        return self._served(proposals, self._session.round)
+
+    def settle(
+        self, proposals: Sequence[Proposal], found: Sequence[tuple[int, int]]
+    ) -> RoundResult[Verdict]:
+        """``judge`` where the device has judged: accepted and next token of each sequence."""
+        return self._served(proposals, lambda items: self._session.settle(items, found))
+
+    def _served(
+        self,
+        proposals: Sequence[Proposal],
+        serve: Callable[[Sequence[VerifyItem]], RoundResult[Verdict]],
+    ) -> RoundResult[Verdict]:
         offered = {one.sequence_id: one for one in proposals}
         self.items = []
         for lane in self.lanes:
@@ -103,7 +111,7 @@ class FreeVerify:
             self.items.append(item)
         if offered:
             raise ProtocolError(f"proposals for sequences {sorted(offered)}, which are not granted")
-        result: RoundResult[Verdict] = self._session.round(self.items)
+        result = serve(self.items)
         if not result.refusals:
             for lane, item, verdict in zip(self.lanes, self.items, result.answers, strict=True):
                 self.stopped |= lane.judged(verdict, item.proposal)
@@ -120,7 +128,7 @@ class FreeVerify:
         return [
             Judgement(
                 one.sequence_id, one.epoch, one.num_accepted, one.next_token or 0,
-                one.committed_len, lane.next_k,
+                one.committed_len, next_k(lane.k, lane.limit, one.committed_len),
             )
             for lane, one in zip(self.lanes, verdicts, strict=True)
             if lane.k

@@ -64,6 +64,12 @@ class Runner(ABC):
             span.extent.advance(span.start + len(span.tokens))
         return logits
 
+    def written(self, spans: Sequence[Span]) -> None:
+        """Takes note of rows that the device has written by itself; raises as ``forward``."""
+        self.check(spans)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+
     def check(self, spans: Sequence[Span]) -> None:
         """Raises ``ValueError`` where the rows of a span may not be written; see ``forward``."""
         limit = self.arena.max_rows

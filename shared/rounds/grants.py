@@ -126,6 +126,15 @@ class Inbox:
         return control is not None and control.hear(message)
 
 
+def next_k(k: int, limit: int, n: int) -> int:
+    """Draft tokens worth having next for a log of ``n`` tokens that is to have ``limit``.
+
+    Of ``k`` at most: the base writes the last token itself. ``take.cu`` and ``follow.cu`` have
+    the same formula.
+    """
+    return max(0, min(k, limit - n - 1))
+
+
 def end_message(grant: pb.Grant, end: End, rounds: int) -> pb.GrantEnd:
     """The end as a message."""
     reason: Any = int(end.reason)

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -56,6 +56,10 @@ class Held:
     log: list[int] = field(default_factory=list)
 
 
+Run = Callable[[Sequence[tuple[ItemT, Held]]], tuple[list[AnswerT | Refusal], int]]
+"""See ``Engine.run``."""
+
+
 class Engine(ABC, Generic[ItemT, AnswerT]):
     """A model, its arena, and the sequences of every stream.
 
@@ -95,6 +99,15 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
 
         Returns one answer or refusal per item, and the rows forwarded. Called with the lock
         held and gradients off.
+        """
+
+    @abstractmethod
+    def settle(
+        self, work: Sequence[tuple[ItemT, Held]], found: Sequence[Any]
+    ) -> tuple[list[AnswerT | Refusal], int]:
+        """``run`` where the device has done it all by itself, and ``found`` this for each item.
+
+        The rows stand in the arena; what is left is the bookkeeping.
         """
 
     def rows_of(self, item: ItemT) -> int:
@@ -175,35 +188,54 @@ class Session(Generic[ItemT, AnswerT]):
 
     def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
         """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""
-        result: RoundResult[AnswerT] = RoundResult()
         engine = self._engine
         with engine.lock, torch.inference_mode():
             began = time.perf_counter()
-            work: list[tuple[ItemT, Held]] = []
-            seen: set[int] = set()
-            for item in items:
-                try:
-                    if item.sequence_id in seen:
-                        raise SequenceRefused(
-                            RefusalCode.INVALID, "the sequence is in this round already"
-                        )
-                    seen.add(item.sequence_id)
-                    work.append((item, self._prepare(item)))
-                except SequenceRefused as error:
-                    result.refusals.append(refusal(item, error.code, str(error), error.held_len))
-            if work:
-                answers, result.rows = self._run(work)
-                for answer in answers:
-                    if isinstance(answer, Refusal):
-                        result.refusals.append(answer)
-                    else:
-                        result.answers.append(answer)
+            result = self._served(items, engine.run)
             result.model_seconds = time.perf_counter() - began
         return result
 
-    def _run(self, work: list[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
+    def settle(self, items: Sequence[ItemT], found: Sequence[Any]) -> RoundResult[AnswerT]:
+        """``round`` for numbers that are known already: the bookkeeping alone.
+
+        ``found``: for each item what the device found, see ``Engine.settle``. What it took is
+        known to the caller alone: ``model_seconds`` is 0.
+        """
+        engine = self._engine
+        known = {item.sequence_id: one for item, one in zip(items, found, strict=True)}
+        with engine.lock:
+            return self._served(
+                items, lambda work: engine.settle(work, [known[one.sequence_id] for one, _ in work])
+            )
+
+    def _served(self, items: Sequence[ItemT], run: Run[ItemT, AnswerT]) -> RoundResult[AnswerT]:
+        result: RoundResult[AnswerT] = RoundResult()
+        work: list[tuple[ItemT, Held]] = []
+        seen: set[int] = set()
+        for item in items:
+            try:
+                if item.sequence_id in seen:
+                    raise SequenceRefused(
+                        RefusalCode.INVALID, "the sequence is in this round already"
+                    )
+                seen.add(item.sequence_id)
+                work.append((item, self._prepare(item)))
+            except SequenceRefused as error:
+                result.refusals.append(refusal(item, error.code, str(error), error.held_len))
+        if work:
+            answers, result.rows = self._run(work, run)
+            for answer in answers:
+                if isinstance(answer, Refusal):
+                    result.refusals.append(answer)
+                else:
+                    result.answers.append(answer)
+        return result
+
+    def _run(
+        self, work: list[tuple[ItemT, Held]], run: Run[ItemT, AnswerT]
+    ) -> tuple[list[AnswerT | Refusal], int]:
         try:
-            return self._engine.run(work)
+            return run(work)
         except Exception as error:
             # A round must answer whatever happens inside it: the peer re-opens from its log.
             # What was written is not trusted.

@@ -9,8 +9,8 @@ docs/numerics.md. What the chain can't do (branches of an extent) goes the way o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -89,7 +89,6 @@ class CudaRunner(LlamaRunner):
         )  # fmt: skip
         self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
         self._launches = Launches(self._step, self._graphs, len(self.arena.pools), max_k)
-        self._taken: Any = None
 
     def turns(
         self,
@@ -104,18 +103,6 @@ class CudaRunner(LlamaRunner):
             stream = CudaStream(device, Graphs(enabled=self._graphs.enabled))
         pools = len(self.arena.pools)
         return kind(Parts(self._step, self._geometry, pools, self._max_k, device), mailbox, stream)
-
-    @contextmanager
-    def taken(self, found: Any) -> Iterator[None]:
-        """Within it, a round's numbers are these: the device has taken that turn already.
-
-        ``found``: what ``judge`` or ``propose`` would find, for the same sequences.
-        """
-        self._taken = found
-        try:
-            yield
-        finally:
-            self._taken = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -166,10 +153,8 @@ class CudaRunner(LlamaRunner):
         self.check(spans)
         for span in spans:
             span.extent.begin(span.start + len(span.tokens))
-        verdicts: list[tuple[int, int]] | None = self._taken
-        if verdicts is None:
-            with self._on_device():
-                verdicts = self._launches.judge(spans, decodings, proposals, rows)
+        with self._on_device():
+            verdicts = self._launches.judge(spans, decodings, proposals, rows)
         for span in spans:
             span.extent.advance(span.start + len(span.tokens))
         return verdicts
@@ -211,12 +196,10 @@ class CudaRunner(LlamaRunner):
         ]
         for span, end in zip(last, ends, strict=True):
             span.extent.begin(end)
-        found = self._taken
-        if found is None:
-            with self._on_device():
-                found = self._launches.propose(
-                    last, [decodings[i] for i in asked], [ks[i] for i in asked]
-                )
+        with self._on_device():
+            found = self._launches.propose(
+                last, [decodings[i] for i in asked], [ks[i] for i in asked]
+            )
         for span, end in zip(last, ends, strict=True):
             span.extent.advance(end)
         answers: list[list[int]] = [[] for _ in spans]

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared.rounds.grants import Control, End, EndReason, Inbox, end_message
+from outrider.shared.rounds.grants import Control, End, EndReason, Inbox, end_message, next_k
 from outrider_testing.waiting import soon
 
 WAIT = 5.0
@@ -381,3 +381,12 @@ def test_end_message_tells_the_end() -> None:
     message = end_message(pb.Grant(id=7), End(EndReason.LATE, "it slept"), 12)
     wanted = pb.GrantEnd(id=7, reason=pb.GRANT_END_REASON_LATE, message="it slept", rounds=12)
     assert message == wanted
+
+
+@pytest.mark.parametrize(
+    ("k", "limit", "n", "wanted"),
+    [(4, 100, 50, 4), (4, 55, 50, 4), (4, 54, 50, 3), (4, 51, 50, 0), (4, 50, 50, 0),
+     (4, 50, 60, 0), (0, 100, 50, 0)],
+)  # fmt: skip
+def test_next_k_leaves_the_base_a_token_of_its_own(k: int, limit: int, n: int, wanted: int) -> None:
+    assert next_k(k, limit, n) == wanted

@@ -195,3 +195,60 @@ def test_what_samples_share_is_not_written_again(verify: VerifyEngine) -> None:
     assert child.next_token == first.next_token
     session.close(2)
     assert session.round([VerifyItem(1, 1, 0, prompt)]).answers == [first]
+
+
+def books(session: Any) -> tuple[list[int], int, int]:
+    """What is kept of sequence 1: its log, and the positions that are valid and were written."""
+    held = session.held(1)
+    return held.log, held.extent.valid_len, held.extent.high
+
+
+@pytest.mark.parametrize("proposal", [(), (1, 2, 3)])
+def test_settled_verdicts_leave_the_books_of_those_that_were_judged(
+    verify: VerifyEngine, proposal: tuple[int, ...]
+) -> None:
+    judged, settled = opened(verify), opened(verify)
+    for session in (judged, settled):
+        session.round([VerifyItem(1, 1, 0, PROMPT[:-1], extend_only=True)])
+    item = VerifyItem(1, 1, 3, PROMPT[3:], proposal)
+    wanted = judged.round([item])
+    (verdict,) = wanted.answers
+    found = settled.settle([item], [(verdict.num_accepted, verdict.next_token)])
+    assert (found.answers, found.rows, found.refusals) == (wanted.answers, wanted.rows, [])
+    assert books(settled) == books(judged)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("pending", [1, 2])
+def test_settled_proposals_leave_the_books_of_those_that_were_made(
+    draft: DraftEngine, k: int, pending: int
+) -> None:
+    made, settled = opened(draft), opened(draft)
+    held = len(PROMPT) - pending
+    for session in (made, settled):
+        session.round([ProposeItem(1, 1, 0, PROMPT[:held], 0)])
+    item = ProposeItem(1, 1, held, PROMPT[held:], k)
+    wanted = made.round([item])
+    found = settled.settle([item], [list(wanted.answers[0].tokens)])
+    assert (found.answers, found.rows, found.refusals) == (wanted.answers, wanted.rows, [])
+    assert books(settled) == books(made)
+
+
+def test_settle_refuses_what_a_round_refuses(verify: VerifyEngine, draft: DraftEngine) -> None:
+    session = opened(verify)
+    session.round([VerifyItem(1, 1, 0, PROMPT[:-1], extend_only=True)])
+    session.open(OpenSequence(2, 1, 64, GREEDY))
+    items = [VerifyItem(2, 1, 3, PROMPT[3:]), VerifyItem(1, 1, 3, PROMPT[3:])]
+    result = session.settle(items, [(0, 7), (0, 9)])
+    assert [(one.sequence_id, one.held_len) for one in result.refusals] == [(2, 0)]
+    # What the other one is told is its own.
+    assert [(one.sequence_id, one.next_token) for one in result.answers] == [(1, 9)]
+    # Logits that were not finite: nothing of that round is kept.
+    broken = session.settle([VerifyItem(1, 1, 4, (9,), (1,))], [(0, -1)])
+    assert refused(broken)[0] == RefusalCode.MODEL
+    assert session.held(1).extent.valid_len == 4
+    drafting = opened(draft)
+    drafting.round([ProposeItem(1, 1, 0, PROMPT[:-1], 0)])
+    broken = drafting.settle([ProposeItem(1, 1, 3, PROMPT[3:], 2)], [[4, -1]])
+    assert refused(broken)[0] == RefusalCode.MODEL
+    assert drafting.held(1).extent.valid_len == 3
