@@ -8,6 +8,7 @@ from typing import Any
 from outrider.draft_service import host_rounds
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
+from outrider.shared.core.links import LINKS
 from outrider.shared.rounds.servicer import RoundsServicer
 
 
@@ -17,7 +18,7 @@ def make_servicer() -> RoundsServicer:
 
 
 def _run_grant(session: Any, message: pb.DraftRequest, *rest: Any) -> Iterator[pb.DraftResponse]:
-    if message.grant.on_device:
+    if LINKS[message.grant.link].way == "device":
         # Imported late: torch comes with the model.
         from outrider.draft_service import device_rounds
 

@@ -261,20 +261,20 @@ class Verdict(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_accepted: _Optional[int] = ..., next_token: _Optional[int] = ..., committed_len: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("id", "mailbox", "rounds", "sequences", "patience_seconds", "on_device")
+    __slots__ = ("id", "mailbox", "rounds", "sequences", "patience_seconds", "link")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAILBOX_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PATIENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     id: int
     mailbox: int
     rounds: int
     sequences: _containers.RepeatedCompositeFieldContainer[GrantedSequence]
     patience_seconds: float
-    on_device: bool
-    def __init__(self, id: _Optional[int] = ..., mailbox: _Optional[int] = ..., rounds: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[GrantedSequence, _Mapping]]] = ..., patience_seconds: _Optional[float] = ..., on_device: bool = ...) -> None: ...
+    link: str
+    def __init__(self, id: _Optional[int] = ..., mailbox: _Optional[int] = ..., rounds: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[GrantedSequence, _Mapping]]] = ..., patience_seconds: _Optional[float] = ..., link: _Optional[str] = ...) -> None: ...
 
 class GrantedSequence(_message.Message):
     __slots__ = ("k", "limit", "stop_token_ids")
@@ -327,34 +327,34 @@ class GrantEnd(_message.Message):
     def __init__(self, id: _Optional[int] = ..., reason: _Optional[_Union[GrantEndReason, str]] = ..., message: _Optional[str] = ..., rounds: _Optional[int] = ...) -> None: ...
 
 class OfferMailboxRequest(_message.Message):
-    __slots__ = ("max_sequences", "max_k", "row_entries", "on_device")
+    __slots__ = ("max_sequences", "max_k", "row_entries", "link")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     ROW_ENTRIES_FIELD_NUMBER: _ClassVar[int]
-    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     max_k: int
     row_entries: int
-    on_device: bool
-    def __init__(self, max_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., row_entries: _Optional[int] = ..., on_device: bool = ...) -> None: ...
+    link: str
+    def __init__(self, max_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., row_entries: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
 
 class OfferMailboxResponse(_message.Message):
-    __slots__ = ("mailbox", "layout", "socket", "secret", "boot_id", "size", "on_device")
+    __slots__ = ("mailbox", "layout", "socket", "secret", "boot_id", "size", "link")
     MAILBOX_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SOCKET_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     mailbox: int
     layout: int
     socket: str
     secret: bytes
     boot_id: str
     size: int
-    on_device: bool
-    def __init__(self, mailbox: _Optional[int] = ..., layout: _Optional[int] = ..., socket: _Optional[str] = ..., secret: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., size: _Optional[int] = ..., on_device: bool = ...) -> None: ...
+    link: str
+    def __init__(self, mailbox: _Optional[int] = ..., layout: _Optional[int] = ..., socket: _Optional[str] = ..., secret: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., size: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
 
 class MapMailboxRequest(_message.Message):
     __slots__ = ("offer",)
@@ -363,12 +363,12 @@ class MapMailboxRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[OfferMailboxResponse, _Mapping]] = ...) -> None: ...
 
 class MapMailboxResponse(_message.Message):
-    __slots__ = ("on_device", "reason")
-    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("link", "reason")
+    LINK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    on_device: bool
+    link: str
     reason: str
-    def __init__(self, on_device: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, link: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PositionLogprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")

@@ -7,6 +7,7 @@ from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
+from outrider.shared.core.links import LINKS
 from outrider.shared.rounds.servicer import RoundsServicer
 from outrider.verify_service import host_rounds
 from outrider.verify_service.prefetch import ahead
@@ -21,7 +22,7 @@ def make_servicer() -> RoundsServicer:
 
 
 def _run_grant(session: Any, message: pb.VerifyRequest, *rest: Any) -> Iterator[pb.VerifyResponse]:
-    if message.grant.on_device:
+    if LINKS[message.grant.link].way == "device":
         # Imported late: torch comes with the model.
         from outrider.verify_service import device_rounds
 

@@ -13,6 +13,7 @@ from outrider.coordinator.cli.generate import open_channel
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider.shared.config.schema import Config
+from outrider.shared.core.links import MESSAGES
 from outrider.shared.process.grpc_server import authorization
 from outrider.shared.process.grpc_status import message_of
 
@@ -54,7 +55,7 @@ def _fields(message: Any) -> dict[str, Any]:
 
 
 def _text(info: pb.InfoResponse) -> str:
-    lines = [f"outrider {info.version}, link {info.link or 'grpc'}"]
+    lines = [f"outrider {info.version}, link {info.link or MESSAGES}"]
     if info.link_reason:
         lines.append(f"  no better link: {info.link_reason}")
     for role, model in (("base", info.base), ("draft", info.draft)):

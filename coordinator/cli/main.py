@@ -20,6 +20,7 @@ from outrider.coordinator.cli.argument_types import whole
 from outrider.shared.config import flags, telemetry_flags
 from outrider.shared.config.schema import Config, load
 from outrider.shared.core.errors import ConfigError, InvalidRequest, OutriderError
+from outrider.shared.core.links import AUTO, LINKS
 from outrider.shared.process import library_env, lifecycle
 
 SERVICES = {"draft": "draft", "verify": "base"}
@@ -242,7 +243,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--link",
         dest="coordinator.link",
-        help="between draft and base: auto, grpc, shm or cuda-ipc",
+        help=f"between draft and base: {', '.join((AUTO, *LINKS))}",
     )
     parser.add_argument(
         "--cuda-mps", action="store_true", help="run NVIDIA's MPS daemon for these processes"

@@ -24,6 +24,7 @@ from outrider.coordinator.services.mailbox_setup import MailboxSetup
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import ServiceUnavailable
+from outrider.shared.core.links import LINKS, MESSAGES
 
 
 @dataclass(slots=True)
@@ -131,9 +132,7 @@ class GrantedRounds:
                 )
                 for seq, k in zip(plan.decode, ks, strict=True)
             ],
-            on_device=self._mailbox_setup.on_device
-            and all(ks)
-            and not any(seq.by_host for seq in plan.decode),
+            link=self._link(plan, ks),
         )
         run = GrantRun(grant, plan, list(ks), traceparent, None, wake, left=self._rounds)
         run.sequences = {seq.sequence_id: seq for seq in plan.decode}
@@ -146,13 +145,6 @@ class GrantedRounds:
             await self._abandon(run)
             return None
         return run
-
-    @staticmethod
-    def link(run: GrantRun) -> str:
-        """How the grant's proposals travel."""
-        if run.drafted is None:
-            return "grpc"
-        return "cuda-ipc" if run.grant.on_device else "shm"
 
     def take(self, run: GrantRun) -> GrantedRound | None:
         """The next round that was reported; None where the report held none, or there is none."""
@@ -218,13 +210,22 @@ class GrantedRounds:
         if run.lost:
             await self._abandon(run)
         rounds = await self._drafting.granted(run.drafted, wait=not run.failed)
-        if run.grant.on_device and not (run.steps or run.revoked or run.lost):
+        if _by_device(run.grant.link) and not (run.steps or run.revoked or run.lost):
             # One of the two can't, and has logged why: the hosts take these turns from now on.
             for sequence in run.plan.decode:
                 sequence.by_host = True
         return max(begun, rounds)
 
     # --- parts -----------------------------------------------------------------------------------
+
+    def _link(self, plan: RoundPlan[Sequence], ks: list[int]) -> str:
+        """Name of the link that proposals for ``plan``, with these Ks, are to travel by."""
+        if not any(ks):
+            return MESSAGES
+        name = self._mailbox_setup.link
+        # The devices draft for all, or take no turns.
+        hosts = not all(ks) or any(seq.by_host for seq in plan.decode)
+        return LINKS[name].beneath if hosts and _by_device(name) else name
 
     def _fits(self, sequences: int, k: int, drafted: list[Sequence]) -> bool:
         limits = self._mailbox_setup.limits
@@ -238,16 +239,14 @@ class GrantedRounds:
 
     def _for_draft(self, grant: pb.Grant) -> pb.Grant:
         """The draft waits as long as the verifier's process lives: that one may be slow."""
-        mine = pb.Grant(
+        return pb.Grant(
             id=grant.id,
             mailbox=grant.mailbox,
             rounds=grant.rounds,
             patience_seconds=3600.0,
-            on_device=grant.on_device,
+            sequences=[one for one in grant.sequences if one.k],
+            link=grant.link,
         )
-        if grant.on_device:
-            mine.sequences.extend(grant.sequences)
-        return mine
 
     async def _abandon(self, run: GrantRun) -> None:
         """No verifier will tell the draft of the end."""
@@ -286,3 +285,7 @@ class GrantedRounds:
         verdicts.timing = ServiceTiming(
             sent, answered, timing.model_seconds, timing.service_seconds, timing.rows
         )
+
+
+def _by_device(link: str) -> bool:
+    return LINKS[link].way == "device"

@@ -10,6 +10,7 @@ from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Verdicts
 from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, SequenceRound
 from outrider.shared.core.errors import OutriderError
+from outrider.shared.core.links import MESSAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class DoneRound:
     finished_ns: int
     waiting: int
     """Sequences waiting for admission."""
-    link: str = "grpc"
+    link: str = MESSAGES
 
 
 def round_record(done: DoneRound) -> RoundRecord:

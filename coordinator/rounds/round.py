@@ -212,7 +212,7 @@ class RoundRunner:
             self._observer.follow(self._round, _request_ids(run.plan), traceparent)
         return DoneRound(
             self._round, traceparent, run.plan, run.ks, told.proposals, told.verdicts,
-            told.started_ns, told.finished_ns, waiting, self._granted.link(run),
+            told.started_ns, told.finished_ns, waiting, run.grant.link,
         )  # fmt: skip
 
     # --- parts -------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import time
 from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import CoordinatorConfig
+from outrider.shared.core import links
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable
+from outrider.shared.core.links import AUTO, LINKS, MESSAGES, Link, Reached
 
 log = logging.getLogger(__name__)
 
@@ -41,39 +43,28 @@ class MailboxSetup:
             row_entries=config.draft_top,
         )
         """What one round in the mailbox may hold."""
-        self._targets = (config.base_target, config.draft_target)
         self._changed = asyncio.Event()
         self._since = 0.0
         self.mailbox = 0
         """The open mailbox; 0: none."""
-        self.on_device = False
-        """Whether draft and verifier share device memory too."""
+        self.link = MESSAGES
+        """Name of the link in use."""
         self.reason = ""
-        """Why there is none, or no device memory, where it might be."""
-
-    @property
-    def link(self) -> str:
-        """The link in use."""
-        if not self.mailbox:
-            return "grpc"
-        return "cuda-ipc" if self.on_device else "shm"
+        """Why it is no better one, where it might be."""
 
     def changed(self) -> None:
         """A service came or went: what it had mapped is gone with it."""
-        self.mailbox, self.on_device, self.reason = 0, False, "a service was lost"
-        self._changed.set()
+        self._drop("a service was lost")
 
     def lost(self, reason: str) -> None:
         """The mailbox is of no more use; another one is arranged."""
         log.warning("draft and verifier have lost their mailbox: %s", reason)
-        self.mailbox, self.on_device, self.reason = 0, False, reason
-        self._changed.set()
+        self._drop(reason)
 
     async def first(self) -> None:
         """Tries once; raises ``ConfigError`` where the link was asked for by name and failed."""
         await self._set_up()
-        wanted = self._wanted in ("shm", "cuda-ipc")
-        if wanted and self._both_up and self.link != self._wanted:
+        if self._wanted not in (AUTO, self.link) and self._both_up:
             raise ConfigError(f"link = {self._wanted!r} can't be had: {self.reason}")
 
     async def run(self) -> None:
@@ -94,49 +85,51 @@ class MailboxSetup:
         draft = self._draft_connection
         return self._verify_connection.up and draft is not None and draft.up
 
-    @property
-    def _on_one_device(self) -> bool:
-        """Whether device memory is asked for: by name, or since both run on one device, which
-        takes turns by itself. Two devices are left to who asks by name."""
-        if self._wanted != "auto":
-            return self._wanted == "cuda-ipc"
-        connections = (self._verify_connection, self._draft_connection)
-        found = {one.info.device_uuid if one and one.info else "" for one in connections}
-        return len(found) == 1 and "" not in found
+    def _drop(self, reason: str) -> None:
+        self.mailbox, self.link, self.reason = 0, MESSAGES, reason
+        self._changed.set()
+
+    def _asked_for(self) -> tuple[Link, str]:
+        """The link to ask the services for, and why it is no better one; both are up."""
+        assert self._draft_connection is not None
+        verify, draft = (
+            Reached(one.role, one.endpoint.target, one.info.device_uuid if one.info else "")
+            for one in (self._verify_connection, self._draft_connection)
+        )
+        return links.wanted(self._wanted, verify, draft)
 
     def _possible(self) -> bool:
-        """Whether it is worth asking at all; sets the reason where not."""
-        if self._wanted == "grpc":
-            self.reason = ""
-            return False
-        for role, target in zip(("verify", "draft"), self._targets, strict=True):
-            if target is not None and not target.startswith("unix:"):
-                self.reason = (
-                    f"the {role} service is reached at {target}, not over a unix socket, so it "
-                    "may be on another host"
-                )
-                return False
-        return True
+        """Whether the services are to share anything; sets the reason where not."""
+        link, reason = self._asked_for()
+        if not link.carrier:
+            self.reason = reason
+        return bool(link.carrier)
 
     async def _set_up(self) -> None:
         draft = self._draft_connection
         if self.mailbox or draft is None or not self._both_up or not self._possible():
             return
-        request = pb.OfferMailboxRequest(on_device=self._on_one_device)
-        request.MergeFrom(self.limits)
-        try:
-            offer = await self._verify_connection.ask("OfferMailbox", request)
-            mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
-        except ServiceUnavailable as error:
-            if str(error) != self.reason:
-                level = logging.WARNING if self._wanted == "auto" else logging.ERROR
-                log.log(level, "no shared memory between draft and verifier: %s", error)
-            self.reason = str(error)
-        else:
-            self.mailbox, self.on_device = offer.mailbox, mapped.on_device
-            self.reason = mapped.reason
-            self._since = time.monotonic()
-            log.info("draft and verifier share a mailbox of %d bytes", offer.size)
-            if offer.on_device and not mapped.on_device:
-                level = logging.WARNING if self._wanted == "auto" else logging.ERROR
-                log.log(level, "no device memory between draft and verifier: %s", mapped.reason)
+        link, reason = self._asked_for()
+        while link.carrier:
+            request = pb.OfferMailboxRequest(link=link.name)
+            request.MergeFrom(self.limits)
+            try:
+                offer = await self._verify_connection.ask("OfferMailbox", request)
+                mapped = await draft.ask("MapMailbox", pb.MapMailboxRequest(offer=offer))
+            except ServiceUnavailable as error:
+                if str(error) != self.reason:
+                    self._note_lack(link, str(error))
+                link, reason = LINKS[link.beneath], reason or str(error)
+            else:
+                self.mailbox, self.link = offer.mailbox, mapped.link
+                self._since = time.monotonic()
+                log.info("draft and verifier share a mailbox of %d bytes", offer.size)
+                if mapped.link != link.name:
+                    self._note_lack(link, mapped.reason)
+                reason = reason or mapped.reason
+                break
+        self.reason = reason
+
+    def _note_lack(self, link: Link, reason: str) -> None:
+        level = logging.WARNING if self._wanted == AUTO else logging.ERROR
+        log.log(level, "draft and verifier do without the link %s: %s", link.name, reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.attributes import OPERATION, PROVIDER
 from outrider.coordinator.telemetry.records import ConnectionRecord, RequestRecord, RoundRecord
+from outrider.shared.core.links import MESSAGES
 from outrider.shared.telemetry.metrics import Instruments
 
 WINDOW = 256
@@ -23,7 +24,7 @@ class Now:
 
     running: int = 0
     waiting: int = 0
-    link: str = "grpc"
+    link: str = MESSAGES
     model: str = ""
     ceiling: Callable[[float, float], float | None] = lambda tokens, k: None
     """Tokens and mean K per round -> tokens per second that memory allows; None: not known."""

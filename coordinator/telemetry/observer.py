@@ -16,6 +16,7 @@ from outrider.coordinator.telemetry.recent_rounds import RoundsKept
 from outrider.coordinator.telemetry.records import ConnectionRecord, RequestRecord, RoundRecord
 from outrider.coordinator.telemetry.span_attributes import mode_of
 from outrider.coordinator.telemetry.tracing import Tracing
+from outrider.shared.core.links import MESSAGES
 from outrider.shared.core.model_facts import model_name
 from outrider.shared.process.logs import fields
 from outrider.shared.telemetry.setup import Telemetry
@@ -112,7 +113,7 @@ class TelemetryObserver:
             log.exception("telemetry failed")
 
     def _link(self) -> str:
-        return "grpc" if self._runtime is None else str(self._runtime.mailbox_setup.link)
+        return MESSAGES if self._runtime is None else str(self._runtime.mailbox_setup.link)
 
     def _now(self) -> Now:
         runtime = self._runtime

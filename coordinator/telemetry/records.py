@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from outrider.shared.core.links import MESSAGES
 from outrider.shared.core.types import Decoding
 
 
@@ -92,7 +93,7 @@ class RoundRecord:
     sequences: tuple[SequenceRound, ...]
     waiting: int
     """Sequences waiting for admission."""
-    link: str = "grpc"
+    link: str = MESSAGES
     """How the round's proposals and verdicts travelled."""
     lost: str = ""
     """Name of the service that was lost during the round."""

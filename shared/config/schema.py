@@ -24,6 +24,7 @@ from outrider.shared.config import otel_environment
 from outrider.shared.config.setting import DTYPE_ALIASES, Checked, Setting, coerce, setting
 from outrider.shared.config.telemetry import TelemetryConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.links import AUTO, LINKS
 from outrider.shared.core.rules import RULES
 
 SECRETS = frozenset({"token", "services_token"})
@@ -170,9 +171,9 @@ class CoordinatorConfig(ServeConfig):
         1.0, help="how long a round waits for proposals before it goes on without", low=0.001
     )
     link: str = setting(
-        "auto",
+        AUTO,
         help="how proposals travel between draft and verifier; auto takes the best there is",
-        choices=("auto", "grpc", "shm", "cuda-ipc"),
+        choices=(AUTO, *LINKS),
     )
     free_rounds: int = setting(
         64, help="rounds that the services run by themselves at a time; 0: none", low=0

@@ -65,10 +65,12 @@ class Doorbell:
         self._mine, self._other = _INDEX[side], 1 - _INDEX[side]
         self._spin = spin
         self._rings = 0
+        self.link = ""
+        """Name of the link that the two share."""
+        self.reason = ""
+        """Why it is a lesser one than was asked for."""
         self.device: DeviceMailbox | None = None
-        """What the two share in device memory."""
-        self.device_reason = ""
-        """Why they share none, where they were to."""
+        """What they share in device memory."""
         self.turns: Any = None
         """This side's turns over it, once there are any."""
         self._closed = threading.Event()

@@ -36,7 +36,6 @@ from outrider.shared.link.doorbell import Doorbell, Side, address_of, connected
 from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox, layout_of
 
 if TYPE_CHECKING:
-    from outrider.shared.link.device.handshake import DeviceSide
     from outrider.shared.link.device.mailbox import DeviceMailbox
 
 log = logging.getLogger(__name__)
@@ -45,8 +44,6 @@ OFFER_SECONDS = 5.0
 """How long an offer stands."""
 STEP_SECONDS = 2.0
 """How long either side waits for the other within the hand-over."""
-DEVICE_SECONDS = 10.0
-"""The same where device memory is allocated and mapped."""
 MOST_BYTES = 256 << 20
 SECRET_BYTES = 32
 _MAPPED, _AGREED = b"M", b"A"
@@ -68,8 +65,28 @@ class Offered:
     secret: bytes
     boot_id: str
     size: int
-    on_device: bool = False
-    """Handles of device memory are exchanged on the socket, once the mailbox is handed over."""
+    link: str = ""
+    """Name of the link that it is for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What two that share a mailbox share beside it."""
+
+    link: str
+    """Name of the link that this makes."""
+    device: DeviceMailbox | None = None
+    reason: str = ""
+    """Why it is a lesser one than was asked for."""
+
+
+Exchange = Callable[[socket.socket, Layout, Side], Beside]
+"""Called on both sides at once, over the connection that has handed the mailbox over."""
+
+
+def nothing_beside(peer: socket.socket, layout: Layout, side: Side) -> Beside:
+    """A mailbox for its own sake."""
+    return Beside("")
 
 
 class Offer:
@@ -81,13 +98,13 @@ class Offer:
         claimed: Callable[[int, Doorbell], None],
         *,
         spin: float = 0.0,
-        on_device: bool = False,
-        device: DeviceSide | None = None,
+        link: str = "",
+        exchange: Exchange = nothing_beside,
     ) -> None:
         """``claimed(mailbox, doorbell)`` is called, on that thread, before the draft goes on.
 
         A draft that hangs up at that very moment leaves it a doorbell that is closed.
-        ``on_device``: device memory is asked for too; ``device``: what there is of it here.
+        ``link``: what it is for; ``exchange``: what the two share beside the mailbox.
         """
         if layout.size > MOST_BYTES:
             raise InvalidRequest(
@@ -98,12 +115,12 @@ class Offer:
         self._layout = layout
         self._claimed = claimed
         self._spin = spin
-        self._device = device
+        self._exchange = exchange
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._listener, self._path, self._folder = _listen()
         self.offered = Offered(
             secrets.randbits(63) | 1, LAYOUT, self._path, self._secret, boot_id(), layout.size,
-            on_device,
+            link,
         )  # fmt: skip
         threading.Thread(target=self._serve, name="mailbox offer", daemon=True).start()
 
@@ -148,11 +165,8 @@ class Offer:
             os.close(descriptor)
         if _receive(peer, 1) != _MAPPED or not mailbox.proven(canary):
             raise HandoverFailed("the other side did not prove that it maps the same memory")
-        found: tuple[DeviceMailbox | None, str] = (None, "")
-        if self.offered.on_device:
-            found = _device_memory(peer, self._layout, "verify", self._device)
-        doorbell = Doorbell(mailbox, peer, "verify", spin=self._spin)
-        doorbell.device, doorbell.device_reason = found
+        beside = self._exchange(peer, self._layout, "verify")
+        doorbell = _doorbell(mailbox, peer, "verify", self._spin, beside)
         # First known here, then agreed: a grant may follow as soon as the draft has its word.
         self._claimed(self.offered.mailbox, doorbell)
         try:
@@ -162,7 +176,7 @@ class Offer:
             raise
 
 
-def fetch(offered: Offered, *, spin: float = 0.0, device: DeviceSide | None = None) -> Doorbell:
+def fetch(offered: Offered, *, spin: float = 0.0, exchange: Exchange = nothing_beside) -> Doorbell:
     """The draft's half: maps what was offered; raises ``HandoverFailed`` saying why it can't."""
     if offered.layout != LAYOUT:
         raise HandoverFailed(f"the mailbox has layout {offered.layout}, this side {LAYOUT}")
@@ -183,9 +197,7 @@ def fetch(offered: Offered, *, spin: float = 0.0, device: DeviceSide | None = No
         mailbox = _map(peer, offered.size)
         mailbox.prove()
         peer.sendall(_MAPPED)
-        found: tuple[DeviceMailbox | None, str] = (None, "")
-        if offered.on_device:
-            found = _device_memory(peer, mailbox.layout, "draft", device)
+        beside = exchange(peer, mailbox.layout, "draft")
         if _receive(peer, 1) != _AGREED:
             raise HandoverFailed("the verifier did not accept the proof")
     except (OSError, ValueError, ProtocolError) as error:
@@ -194,28 +206,15 @@ def fetch(offered: Offered, *, spin: float = 0.0, device: DeviceSide | None = No
     except BaseException:
         peer.close()
         raise
-    doorbell = Doorbell(mailbox, peer, "draft", spin=spin)
-    doorbell.device, doorbell.device_reason = found
-    return doorbell
+    return _doorbell(mailbox, peer, "draft", spin, beside)
 
 
-def _device_memory(
-    peer: socket.socket, layout: Layout, side: Side, device: DeviceSide | None
-) -> tuple[DeviceMailbox | None, str]:
-    """What the two share in device memory, or why they don't."""
-    # Only here: a service whose link needs no device should not load torch to listen.
-    from outrider.shared.link.device.handshake import NoDeviceMemory, exchange
-    from outrider.shared.link.device.mailbox import DeviceLayout
-
-    peer.settimeout(DEVICE_SECONDS)
-    try:
-        sizes = DeviceLayout(layout.max_sequences, layout.max_k)
-        return exchange(peer, sizes, side, device), ""
-    except NoDeviceMemory as error:
-        log.warning("draft and verifier share no device memory: %s", error)
-        return None, str(error)
-    finally:
-        peer.settimeout(STEP_SECONDS)
+def _doorbell(
+    mailbox: Mailbox, peer: socket.socket, side: Side, spin: float, beside: Beside
+) -> Doorbell:
+    made = Doorbell(mailbox, peer, side, spin=spin)
+    made.link, made.device, made.reason = beside.link, beside.device, beside.reason
+    return made
 
 
 def boot_id() -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import CapacityError, InvalidRequest
+from outrider.shared.link.carrier import carrier_of
 from outrider.shared.link.doorbell import Doorbell
-from outrider.shared.link.handshake import OFFER_SECONDS, HandoverFailed, Offer, Offered, fetch
+from outrider.shared.link.handshake import OFFER_SECONDS, HandoverFailed, Offered
 from outrider.shared.link.mailbox import MOST_K, MOST_ROW_ENTRIES, MOST_SEQUENCES, Layout
 
 if TYPE_CHECKING:
@@ -54,13 +55,8 @@ class Mailboxes:
             if not 1 <= value <= most:
                 raise InvalidRequest(name, value, f"in 1..{most}")
         layout = Layout(request.max_sequences, request.max_k, request.row_entries)
-        made = Offer(
-            layout,
-            self._keep,
-            spin=self.spin,
-            on_device=request.on_device,
-            device=self.device,
-        ).offered
+        carrier = carrier_of(request.link, self.spin, self.device)
+        made = carrier.offer(layout, self._keep)
         with self._lock:
             self._offered[made.mailbox] = time.monotonic()
         return pb.OfferMailboxResponse(
@@ -70,7 +66,7 @@ class Mailboxes:
             secret=made.secret,
             boot_id=made.boot_id,
             size=made.size,
-            on_device=made.on_device,
+            link=made.link,
         )
 
     def map(self, request: pb.MapMailboxRequest, caller: str) -> pb.MapMailboxResponse:
@@ -79,13 +75,11 @@ class Mailboxes:
         offer = request.offer
         offered = Offered(
             offer.mailbox, offer.layout, offer.socket, offer.secret, offer.boot_id, offer.size,
-            offer.on_device,
+            offer.link,
         )  # fmt: skip
-        doorbell = fetch(offered, spin=self.spin, device=self.device)
+        doorbell = carrier_of(offer.link, self.spin, self.device).fetch(offered)
         self._keep(offer.mailbox, doorbell)
-        return pb.MapMailboxResponse(
-            on_device=doorbell.device is not None, reason=doorbell.device_reason
-        )
+        return pb.MapMailboxResponse(link=doorbell.link, reason=doorbell.reason)
 
     def get(self, mailbox: int) -> Doorbell | None:
         """The mailbox of that id, while both sides hold it."""

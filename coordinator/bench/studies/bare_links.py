@@ -21,9 +21,11 @@ import grpc
 from outrider.coordinator.local.private_stack import Deployed
 from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as rpc
+from outrider.shared.core.links import LINKS
 from outrider.shared.core.types import Proposal
+from outrider.shared.link.carrier import carrier_of
 from outrider.shared.link.doorbell import Doorbell
-from outrider.shared.link.handshake import Offer, Offered, fetch
+from outrider.shared.link.handshake import Offered
 from outrider.shared.link.mailbox import ENDS, Judgement, Layout, ProposalHead, VerdictHead
 
 ROUNDS, WARMUP = 2000, 200
@@ -37,11 +39,14 @@ _GRANT = 1
 def measure(deployed: Deployed, links: Sequence[str]) -> list[dict[str, object]]:
     """Seconds of one round over each of ``links``: median and 99th percentile."""
     made = []
-    if "grpc" in links and deployed.draft is not None:
-        made.append(_figures("grpc, two exchanges", _grpc(deployed.draft, deployed.base)))
-    if "shm" in links:
-        made.append(_figures("shm", _shm(0.0)))
-        made.append(_figures("shm, spinning", _shm(SPIN)))
+    for link in links:
+        way = LINKS[link].way
+        if way == "alone" and deployed.draft is not None:
+            seconds = _messages(deployed.draft, deployed.base)
+            made.append(_figures(f"{link}, two exchanges", seconds))
+        elif way == "host":
+            made.append(_figures(link, _mailbox(link, 0.0)))
+            made.append(_figures(f"{link}, spinning", _mailbox(link, SPIN)))
     return made
 
 
@@ -59,7 +64,7 @@ def _timed(turn: Callable[[int], None]) -> list[float]:
     return seconds[WARMUP:]
 
 
-def _grpc(draft: str, base: str) -> list[float]:
+def _messages(draft: str, base: str) -> list[float]:
     """Rounds without sequences, to the services themselves: draft first, then verify."""
     with grpc.insecure_channel(draft) as to_draft, grpc.insecure_channel(base) as to_base:
         sides: list[tuple[Any, Any]] = [
@@ -85,11 +90,12 @@ def _grpc(draft: str, base: str) -> list[float]:
         return seconds
 
 
-def _shm(spin: float) -> list[float]:
+def _mailbox(link: str, spin: float) -> list[float]:
     """Rounds through a mailbox, with a draft in another process that proposes at once."""
     claimed: queue.SimpleQueue[Doorbell] = queue.SimpleQueue()
-    offer = Offer(_LAYOUT, lambda mailbox, doorbell: claimed.put(doorbell), spin=spin)
-    known = dataclasses.asdict(offer.offered) | {"secret": offer.offered.secret.hex()}
+    carrier = carrier_of(link, spin, None)
+    offered = carrier.offer(_LAYOUT, lambda mailbox, doorbell: claimed.put(doorbell))
+    known = dataclasses.asdict(offered) | {"secret": offered.secret.hex()}
     child = subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import propose; propose()"],
         stdin=subprocess.PIPE,
@@ -121,7 +127,8 @@ def propose() -> None:
     """The draft's side, in its own process: what to fetch stands on standard input."""
     known = json.load(sys.stdin)
     known["offered"]["secret"] = bytes.fromhex(known["offered"]["secret"])
-    doorbell = fetch(Offered(**known["offered"]), spin=known["spin"])
+    offered = Offered(**known["offered"])
+    doorbell = carrier_of(offered.link, known["spin"], None).fetch(offered)
     step, length = 0, 100
     while True:
         doorbell.mailbox.write_proposals(

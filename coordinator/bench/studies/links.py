@@ -28,14 +28,11 @@ from outrider.coordinator.requests.text.tokenizer import load_tokenizer
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.config.schema import Config
+from outrider.shared.core.links import LINKS
 
 NEEDS_MODELS = True
-LINKS: Mapping[str, Mapping[str, Any]] = {
-    "grpc": {"link": "grpc", "free_rounds": 0},
-    "shm": {"link": "shm"},
-    "cuda-ipc": {"link": "cuda-ipc"},
-}
-"""What each coordinator has of its own. Over grpc every round is two exchanges of messages."""
+BY_HOST = [link.name for link in LINKS.values() if link.way != "device"]
+"""Links that can be measured on any host."""
 IN_PROCESS = "in-process"
 
 Variant = tuple[str, int]
@@ -43,7 +40,7 @@ Variant = tuple[str, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--links", type=names, default=["grpc", "shm"], help="default: grpc,shm")
+    add_links(parser)
     parser.add_argument(
         "--in-process",
         action=argparse.BooleanOptionalAction,
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         prompts = [encode(str(text)) for text in prompts]
     workload = Workload(prompts=prompts, max_new_tokens=args.max_new_tokens)
     yardstick = InProcess(config) if args.in_process else None
-    own = {link: LINKS[link] for link in args.links}
+    own = {link: settings(link) for link in args.links}
     log = sys.stderr if args.verbose else None
     with (
         cuda_mps.daemon(args.cuda_mps) as environment,
@@ -175,6 +172,19 @@ def _figures(variant: Variant, runs: Mapping[Variant, list[Run]]) -> dict[str, o
             a.outputs == b.outputs for a, b in zip(runs[variant], yardstick, strict=True)
         )
     return made
+
+
+def add_links(parser: argparse.ArgumentParser) -> None:
+    """Declares the flag that says over which links."""
+    parser.add_argument(
+        "--links", type=names, default=BY_HOST, help=f"default: {','.join(BY_HOST)}"
+    )
+
+
+def settings(link: str) -> dict[str, Any]:
+    """What the coordinator of a link has of its own."""
+    # Where draft and base share nothing every round is two exchanges of messages.
+    return {"link": link} | ({} if LINKS[link].carrier else {"free_rounds": 0})
 
 
 def names(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """``outrider bench timeline``: who works when, draft and base, over each link.
 
 Rounds from the midst of a traced request, as both services' spans have them (see
-``docs/observability.md``). Both run on this host, so their clocks are one. Under ``cuda-ipc`` a
-span is the device's own turn, without the wait before it.
+``docs/observability.md``). Both run on this host, so their clocks are one. Where the
+devices take the turns a span is the device's own turn, without the wait before it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NoRounds(OutriderError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the study's flags."""
-    parser.add_argument("--links", type=links.names, default=["grpc", "shm"], help="default: both")
+    links.add_links(parser)
     parser.add_argument("--k", type=int, default=3, help="draft tokens a round (default: 3)")
     parser.add_argument("--rounds", type=int, default=8, help="how many to show (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "spans"
         traced = dataclasses.replace(config.telemetry, traces="file", file=str(file))
-        own = {link: links.LINKS[link] for link in args.links}
+        own = {link: links.settings(link) for link in args.links}
         with (
             cuda_mps.daemon(args.cuda_mps) as environment,
             deployments(

@@ -7,18 +7,27 @@ it finds there. Where either side can't, both do without and both know why.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from outrider.shared.core.errors import OutriderError, ProtocolError
+from outrider.shared.link.carrier import SharedMemory
 from outrider.shared.link.device import cuda_ipc
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion
+from outrider.shared.link.doorbell import Side
+from outrider.shared.link.handshake import STEP_SECONDS, Beside
+from outrider.shared.link.mailbox import Layout
 
+log = logging.getLogger(__name__)
+
+DEVICE_SECONDS = 10.0
+"""How long either side waits for the other where device memory is allocated and mapped."""
 MOST_FRAME = 512
 _HEAD = struct.Struct("<cH")
 _GO, _NO = b"G", b"N"
@@ -54,17 +63,31 @@ def side_of(engine: Any) -> DeviceSide | None:
 class SharedMailbox(DeviceMailbox):
     """A device mailbox together with the memory that it stands in."""
 
-    def __init__(
-        self, own: Any, other: Any, layout: DeviceLayout, side: Literal["verify", "draft"]
-    ) -> None:
+    def __init__(self, own: Any, other: Any, layout: DeviceLayout, side: Side) -> None:
         super().__init__(DeviceRegion(own.tensor, layout), DeviceRegion(other.tensor, layout), side)
         self._memory = (own, other)
+
+
+class DeviceMemory(SharedMemory):
+    """The carrier of links over device memory; a mailbox is shared as well."""
+
+    def _exchange(self, peer: socket.socket, layout: Layout, side: Side) -> Beside:
+        """The device's mailbox; the link beneath where it can't be had."""
+        peer.settimeout(DEVICE_SECONDS)
+        try:
+            sizes = DeviceLayout(layout.max_sequences, layout.max_k)
+            return Beside(self._link.name, exchange(peer, sizes, side, self._device))
+        except NoDeviceMemory as error:
+            log.warning("draft and verifier share no device memory: %s", error)
+            return Beside(self._link.beneath, reason=str(error))
+        finally:
+            peer.settimeout(STEP_SECONDS)
 
 
 def exchange(
     peer: socket.socket,
     layout: DeviceLayout,
-    side: Literal["verify", "draft"],
+    side: Side,
     own: DeviceSide | None,
 ) -> SharedMailbox:
     """Both sides call this at once; ``own`` None: this one has no device.

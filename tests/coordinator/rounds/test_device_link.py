@@ -18,6 +18,7 @@ from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.links import LINKS
 from outrider_testing import host_device
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
@@ -142,6 +143,15 @@ async def test_device_link_is_taken_by_itself_on_one_device_alone(
         monkeypatch.setattr(host_device.HostMemory, "device_uuid", lambda *_: str(next(names)))
 
     async with client_of(pair.verify, pair.draft, **settings(pair, "auto")) as client:
+        info = await client.info()
+        assert (info.link, info.link_reason) == (link, "")
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_info_tells_the_link_that_was_asked_for(
+    pair: SimpleNamespace, client_of: Make, link: str
+) -> None:
+    async with client_of(pair.verify, pair.draft, **settings(pair, link)) as client:
         info = await client.info()
         assert (info.link, info.link_reason) == (link, "")
 

@@ -27,7 +27,7 @@ from outrider_testing.waiting import soon, until
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
-SIZES = pb.OfferMailboxRequest(max_sequences=4, max_k=8, row_entries=8)
+SIZES = pb.OfferMailboxRequest(max_sequences=4, max_k=8, row_entries=8, link="shm")
 
 
 class Inside(NoObserver):
@@ -297,7 +297,8 @@ def test_mailbox_that_is_too_large_is_refused(services: Make) -> None:
     base = services("verify")
     with grpc.insecure_channel(base.listen) as channel, pytest.raises(grpc.RpcError) as error:
         stubs.VerifyStub(channel).OfferMailbox(
-            pb.OfferMailboxRequest(max_sequences=1024, max_k=64, row_entries=4096), timeout=5
+            pb.OfferMailboxRequest(max_sequences=1024, max_k=64, row_entries=4096, link=SIZES.link),
+            timeout=5,
         )
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.value.details().startswith(
@@ -373,6 +374,7 @@ class Peers:
         """``epochs``: of the sequence as the verifier is told, and the draft."""
         settings: dict[str, Any] = {
             "id": 1, "mailbox": self.mailbox, "rounds": 1000, "patience_seconds": 10.0,
+            "link": SIZES.link,
         } | parts  # fmt: skip
         items: list[Any] = [ProposeItem(1, epochs[1], 0, tuple(draft_log), k)]
         self.propose.send(items, pb.Grant(**settings))

@@ -16,7 +16,7 @@ from outrider.shared.link.handshake import HandoverFailed
 from outrider.shared.link.mailbox import Judgement, Layout, ProposalHead, VerdictHead
 from outrider.shared.link.registry import Mailboxes
 
-SIZES = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4)
+SIZES = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4, link="shm")
 UNIX = "unix:"  # what gRPC calls a caller over a unix socket
 
 
@@ -216,9 +216,23 @@ def test_mailboxes_refuse_sizes_out_of_range(services: Services) -> None:
         request = pb.OfferMailboxRequest(max_sequences=1, max_k=65, row_entries=1)
         services.verify.offer(request, UNIX)
     with pytest.raises(InvalidRequest, match="max_sequences, max_k, row_entries: got"):
-        request = pb.OfferMailboxRequest(max_sequences=1024, max_k=64, row_entries=4096)
+        request = pb.OfferMailboxRequest(max_sequences=1024, max_k=64, row_entries=4096, link="shm")
         services.verify.offer(request, UNIX)
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("link", ["", "grpc", "pigeons"])
+def test_mailboxes_refuse_a_link_that_has_none(services: Services, link: str) -> None:
+    request = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4, link=link)
+    with pytest.raises(InvalidRequest, match=f"link: got '{link}'; must be one of shm, cuda-ipc"):
+        services.verify.offer(request, UNIX)
+    offer = services.verify.offer(SIZES, UNIX)
+    wrong = pb.OfferMailboxResponse()
+    wrong.CopyFrom(offer)
+    wrong.link = link
+    with pytest.raises(InvalidRequest, match="must be one of"):
+        services.draft.map(pb.MapMailboxRequest(offer=wrong), UNIX)
+    services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX)
 
 
 def test_mailboxes_that_can_not_be_mapped_are_not_open(services: Services) -> None:
