@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from outrider.draft_service import host_rounds
+from outrider.draft_service.host_rounds import DraftTaker, HostTurns
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
-from outrider.shared.core.links import LINKS
+from outrider.shared.core.types import RoundResult
+from outrider.shared.rounds import grant_loop
+from outrider.shared.rounds.grant_loop import Turn
 from outrider.shared.rounds.servicer import RoundsServicer
+
+
+def _device_turns(*rest: Any) -> DraftTaker:
+    # Imported late: torch comes with the model.
+    from outrider.draft_service.device_rounds import DeviceTurns
+
+    return DeviceTurns(*rest)
+
+
+class DraftSide:
+    """The draft in a grant, see ``Side``: it answers once, at the end."""
+
+    ways: Mapping[str, grant_loop.TakerOf[pb.DraftRequest, Turn]] = {
+        "host": HostTurns,
+        "device": _device_turns,
+    }
+
+    leave = staticmethod(host_rounds.leave)
+
+    def report(self, message: pb.DraftRequest, turn: Turn) -> None:
+        """See ``Side``: the verifier reports each round."""
+
+    def last(self, message: pb.DraftRequest, turn: Turn | None) -> pb.DraftResponse:
+        """See ``Side``; with what the last round refused."""
+        last: RoundResult[Any] = RoundResult()
+        if turn is not None:
+            result = turn.result
+            last = RoundResult([], result.refusals, result.model_seconds, result.rows)
+        return wire.write_draft_response(message.round, last, 0.0)
+
+
+SIDE = DraftSide()
 
 
 def make_servicer() -> RoundsServicer:
@@ -17,10 +52,5 @@ def make_servicer() -> RoundsServicer:
     return RoundsServicer(wire.read_propose_items, wire.write_draft_response, _run_grant)
 
 
-def _run_grant(session: Any, message: pb.DraftRequest, *rest: Any) -> Iterator[pb.DraftResponse]:
-    if LINKS[message.grant.link].way == "device":
-        # Imported late: torch comes with the model.
-        from outrider.draft_service import device_rounds
-
-        return device_rounds.run(session, message, *rest)
-    return host_rounds.run(session, message, *rest)
+def _run_grant(*rest: Any) -> Iterator[pb.DraftResponse]:
+    return grant_loop.run(SIDE, *rest)

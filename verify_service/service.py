@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
-from outrider.shared.core.links import LINKS
+from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.servicer import RoundsServicer
 from outrider.verify_service import host_rounds
+from outrider.verify_service.host_rounds import AloneTurns, HostTurns, VerifyTaker, VerifyTurn
 from outrider.verify_service.prefetch import ahead
 
 REPORTS_AHEAD = 16
 """Rounds that a grant may be ahead of what the coordinator has been told."""
+
+
+def _device_turns(*rest: Any) -> VerifyTaker:
+    # Imported late: torch comes with the model.
+    from outrider.verify_service.device_rounds import DeviceTurns
+
+    return DeviceTurns(*rest)
+
+
+class VerifySide:
+    """The verifier in a grant, see ``Side``: it reports each round."""
+
+    ways: Mapping[str, grant_loop.TakerOf[pb.VerifyRequest, VerifyTurn]] = {
+        "alone": AloneTurns,
+        "host": HostTurns,
+        "device": _device_turns,
+    }
+
+    leave = staticmethod(host_rounds.leave)
+
+    def report(self, message: pb.VerifyRequest, turn: VerifyTurn) -> pb.VerifyResponse:
+        """See ``Side``."""
+        seconds = (turn.done - turn.began) / 1e9
+        response = wire.write_verify_response(message.round, turn.result, seconds)
+        report = response.free
+        report.step = turn.step
+        for item in turn.items:
+            report.proposals.add(
+                sequence_id=item.sequence_id,
+                epoch=item.epoch,
+                committed_len=item.base_len + len(item.append),
+                tokens=item.proposal,
+            )
+        head = turn.head
+        if head is not None:
+            report.draft.model_seconds = head.model_seconds
+            report.draft.service_seconds = head.service_seconds
+            report.draft.rows = head.rows
+            # At first it began by itself, and perhaps sooner than the verifier.
+            by_itself = turn.began - int(head.service_seconds * 1e9)
+            report.draft_asked_ns = min(turn.asked, by_itself)
+            report.draft_answered_ns = turn.began
+        report.verify_asked_ns, report.verify_answered_ns = turn.began, turn.done
+        return response
+
+    def last(self, message: pb.VerifyRequest, turn: VerifyTurn | None) -> pb.VerifyResponse:
+        """See ``Side``."""
+        return pb.VerifyResponse(round=message.round)
+
+
+SIDE = VerifySide()
 
 
 def make_servicer() -> RoundsServicer:
@@ -21,10 +73,5 @@ def make_servicer() -> RoundsServicer:
     return RoundsServicer(wire.read_verify_items, wire.write_verify_response, _run_grant)
 
 
-def _run_grant(session: Any, message: pb.VerifyRequest, *rest: Any) -> Iterator[pb.VerifyResponse]:
-    if LINKS[message.grant.link].way == "device":
-        # Imported late: torch comes with the model.
-        from outrider.verify_service import device_rounds
-
-        return ahead(device_rounds.run(session, message, *rest), REPORTS_AHEAD)
-    return ahead(host_rounds.run(session, message, *rest), REPORTS_AHEAD)
+def _run_grant(*rest: Any) -> Iterator[pb.VerifyResponse]:
+    return ahead(grant_loop.run(SIDE, *rest), REPORTS_AHEAD)

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from outrider.protos import speculation_pb2 as pb
-from outrider.shared.core.errors import OutriderError
 from outrider.shared.core.types import ProposeItem, VerifyItem
 from outrider.shared.link.doorbell import Doorbell, Watch
 from outrider.shared.model.cuda.turns.turns import Turns, TurnSequence
+from outrider.shared.rounds.grants import NotOnDevice
+from outrider.shared.rounds.session import Session
 
 LOOK_SECONDS = 5e-5
 """How often the host looks whether a turn is done. Nobody waits for the host meanwhile: the other
@@ -20,30 +21,28 @@ TurnsT = TypeVar("TurnsT", bound=Turns)
 ItemT = TypeVar("ItemT", ProposeItem, VerifyItem)
 
 
-class NotOnDevice(OutriderError):
-    """The device can't take these turns; the message says why, and the host can."""
-
-    status = "FAILED_PRECONDITION"
-
-
 @contextmanager
-def turns_of(session: Any, doorbell: Doorbell | None, kind: type[TurnsT]) -> Iterator[TurnsT]:
-    """The device's turns, with the engine to themselves. Raises ``NotOnDevice``.
+def taking(session: Session[Any, Any], doorbell: Doorbell, kind: type[TurnsT]) -> Iterator[TurnsT]:
+    """The device's turns, with the engine to themselves; none is left queued behind.
+
+    Raises ``NotOnDevice``.
 
     Two coordinators with a pair of engines in common could otherwise wait for each other: one's
     turn on the draft's device for a verifier that waits, in the other's turn, for that draft.
     """
     engine = session.engine
-    if doorbell is None or doorbell.device is None:
+    if doorbell.device is None:
         raise NotOnDevice("draft and verifier share no device memory")
-    if not hasattr(engine.runner, "turns"):
+    runner: Any = engine.runner
+    if not hasattr(runner, "turns"):
         raise NotOnDevice(f"the runner {engine.info().facts.runner!r} takes no turns by itself")
     if not engine.lock.acquire(blocking=False):
         raise NotOnDevice("another coordinator's round is running")
     try:
         if doorbell.turns is None:
-            doorbell.turns = engine.runner.turns(kind, doorbell.device)
-        yield doorbell.turns
+            doorbell.turns = runner.turns(kind, doorbell.device)
+        with _left_in_order(doorbell.turns):
+            yield doorbell.turns
     finally:
         engine.lock.release()
 
@@ -57,7 +56,11 @@ def in_order(
 
 
 def start(
-    turns: Turns, session: Any, grant: int, lanes: Sequence[Any], granted: Sequence[Any]
+    turns: Turns,
+    session: Session[Any, Any],
+    grant: int,
+    lanes: Sequence[Any],
+    granted: Sequence[Any],
 ) -> None:
     """Begins a grant's turns and queues the first one. Raises ``NotOnDevice``.
 
@@ -71,14 +74,14 @@ def start(
     turns.queue()
 
 
-def take_in(session: Any, items: Sequence[Any]) -> None:
+def take_in(session: Session[Any, Any], items: Sequence[Any]) -> None:
     """Has the host take in what is behind the pending tokens. Raises ``NotOnDevice``."""
     refused = session.round(items).refusals if items else []
     if refused:
         raise NotOnDevice(refused[0].message)
 
 
-def _sequence(session: Any, lane: Any, granted: pb.GrantedSequence) -> TurnSequence:
+def _sequence(session: Session[Any, Any], lane: Any, granted: pb.GrantedSequence) -> TurnSequence:
     held = session.held(lane.sequence_id)
     if not granted.k or held.epoch != lane.epoch or held.extent.valid_len < lane.base_len:
         raise NotOnDevice(f"sequence {lane.sequence_id} is not ready for turns")
@@ -104,7 +107,7 @@ def look_on(turns: Turns, watch: Watch, heard: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def left_in_order(turns: Turns) -> Iterator[None]:
+def _left_in_order(turns: Turns) -> Iterator[None]:
     """Leaves no turn queued behind, however it is left: one that waits passes and does nothing."""
     try:
         yield

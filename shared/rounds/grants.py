@@ -15,6 +15,7 @@ from enum import IntEnum
 from typing import Any
 
 from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core.errors import OutriderError
 
 
 class EndReason(IntEnum):
@@ -35,6 +36,12 @@ class End:
 
     reason: EndReason
     message: str = ""
+
+
+class NotOnDevice(OutriderError):
+    """The device can't take these turns; the message says why, and the host can."""
+
+    status = "FAILED_PRECONDITION"
 
 
 class Control:

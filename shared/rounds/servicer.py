@@ -12,50 +12,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.core.errors import RefusalCode, SequenceRefused, ServiceUnavailable
-from outrider.shared.core.model_facts import EngineInfo, write_description
+from outrider.shared.core.model_facts import write_description
 from outrider.shared.core.resident_memory import resident_bytes
 from outrider.shared.core.traceparent import stepped
-from outrider.shared.core.types import OpenSequence, Refusal, RoundResult
+from outrider.shared.core.types import Refusal, RoundResult
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.registry import Mailboxes
+from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grants import Control, Inbox
 
 if TYPE_CHECKING:
     from outrider.shared.link.device.handshake import DeviceSide
+    from outrider.shared.rounds.session import Engine, Session
 
 log = logging.getLogger(__name__)
-
-
-class Session(Protocol):
-    """What the engine keeps for one stream; see ``session.Session``."""
-
-    def open(self, request: OpenSequence) -> None: ...
-    def close(self, sequence_id: int) -> None: ...
-    def round(self, items: Sequence[Any]) -> RoundResult[Any]: ...
-    def release(self) -> None: ...
-
-
-class Engine(Protocol):
-    """What serves the rounds: ``DraftEngine`` or ``VerifyEngine``."""
-
-    def connect(self) -> Any: ...
-    def info(self) -> EngineInfo: ...
 
 
 Seen = Callable[[Any, Sequence[Any], RoundResult[Any], float, float], None]
 """Message, items, result, and when it arrived and was answered by ``time.perf_counter``."""
 
-SeenFree = Callable[[int, Sequence[Any], RoundResult[Any], float, float], None]
-"""The same for a free-running round, by its step within the grant."""
-RunGrant = Callable[[Any, Any, Doorbell | None, Control, SeenFree], Iterator[Any]]
-"""Runs a grant: the session, the message that brought it, and what a round needs besides."""
+RunGrant = Callable[
+    ["Session[Any, Any]", Any, Doorbell | None, Control, grant_loop.Seen], Iterator[Any]
+]
+"""See ``grant_loop.run``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,7 @@ class RoundsServicer:
         self._write_response = write_response
         self._run_grant = run_grant
         self._mailboxes = Mailboxes()
-        self._engine: Engine | None = None
+        self._engine: Engine[Any, Any] | None = None
         self._seen: Seen | None = None
         self.memory_bandwidth = 0.0
         """Bytes per second, for ``Info``; 0 where it was not measured."""
@@ -93,7 +79,7 @@ class RoundsServicer:
         self._streams = 0
 
     def attach(
-        self, engine: Engine, *, link_spin: float = 0.0, device: DeviceSide | None = None
+        self, engine: Engine[Any, Any], *, link_spin: float = 0.0, device: DeviceSide | None = None
     ) -> None:
         """From now on rounds are served.
 
@@ -117,7 +103,7 @@ class RoundsServicer:
 
     def Rounds(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:
         """One coordinator connection: what it opened is freed when it ends, however it ends."""
-        session: Session = self._ready().connect()
+        session: Session[Any, Any] = self._ready().connect()
         with self._lock:
             self._streams += 1
         peer = context.peer()
@@ -153,7 +139,7 @@ class RoundsServicer:
                 # Cancelled, connection lost, or half-closed: all the same to us.
                 log.warning("stream from %s ended without goodbye; its extents are freed", peer)
 
-    def _granted(self, session: Session, message: Any, inbox: Inbox) -> Iterator[Any]:
+    def _granted(self, session: Session[Any, Any], message: Any, inbox: Inbox) -> Iterator[Any]:
         """Rounds that run by themselves until the grant ends."""
         control = Control(message.grant)
 
@@ -198,12 +184,12 @@ class RoundsServicer:
             device_uuid=device.uuid if device is not None else "",
         )
 
-    def _ready(self) -> Engine:
+    def _ready(self) -> Engine[Any, Any]:
         if self._engine is None:
             raise ServiceUnavailable("the model is still loading")
         return self._engine
 
-    def _admit(self, session: Session, message: Any) -> list[Refusal]:
+    def _admit(self, session: Session[Any, Any], message: Any) -> list[Refusal]:
         """Frees and reserves what the message asks for; returns what was refused."""
         for sequence_id in message.close:
             session.close(sequence_id)

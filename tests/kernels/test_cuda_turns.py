@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.draft_service import device_rounds as draft_rounds
 from outrider.draft_service.engine import DraftEngine
+from outrider.draft_service.service import SIDE as DRAFT
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.rules import COUPLED, REJECTION
@@ -24,9 +24,10 @@ from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, Dev
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.mailbox import Layout, Mailbox
 from outrider.shared.model.loading import make_runner
+from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grants import Control
-from outrider.verify_service import device_rounds as verify_rounds
 from outrider.verify_service.engine import VerifyEngine
+from outrider.verify_service.service import SIDE as VERIFY
 from outrider_testing import host_device
 
 VOCAB = 64
@@ -141,8 +142,9 @@ class Grant:
         ]
         assert not sides.verify.session.round(self.heads).refusals
         self.grant = pb.Grant(
-            id=number, mailbox=1, rounds=rounds, patience_seconds=patience, sequences=granted
-        )
+            id=number, mailbox=1, rounds=rounds, patience_seconds=patience, sequences=granted,
+            link="cuda-ipc",
+        )  # fmt: skip
         self.asked = {
             "verify": pb.VerifyRequest(round=7, grant=self.grant),
             "draft": pb.DraftRequest(round=7, grant=self.grant),
@@ -182,8 +184,8 @@ class Grant:
 
     def _verify(self) -> None:
         side = self.sides.verify
-        for response in verify_rounds.run(
-            side.session, self.asked["verify"], side.bell, self.controls["verify"],
+        for response in grant_loop.run(
+            VERIFY, side.session, self.asked["verify"], side.bell, self.controls["verify"],
             self._seen("verify"),
         ):  # fmt: skip
             self.reports.append(response)
@@ -198,8 +200,8 @@ class Grant:
 
     def _draft(self) -> None:
         side = self.sides.draft
-        (response,) = draft_rounds.run(
-            side.session, self.asked["draft"], side.bell, self.controls["draft"],
+        (response,) = grant_loop.run(
+            DRAFT, side.session, self.asked["draft"], side.bell, self.controls["draft"],
             self._seen("draft"),
         )  # fmt: skip
         self.draft_end = response.grant_end
@@ -378,9 +380,9 @@ def test_turns_end_when_the_other_side_is_gone(sides: Any, gone: str) -> None:
 
 def test_turns_end_when_the_coordinator_is_gone(sides: Any) -> None:
     made = Grant(sides, PROMPTS[:1], 200, 2, Decoding())
-    running = verify_rounds.run(
-        sides.verify.session, made.asked["verify"], sides.verify.bell, made.controls["verify"],
-        lambda *_: None,
+    running = grant_loop.run(
+        VERIFY, sides.verify.session, made.asked["verify"], sides.verify.bell,
+        made.controls["verify"], lambda *_: None,
     )  # fmt: skip
     made.threads[1].start()
     next(running)

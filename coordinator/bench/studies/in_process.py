@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from outrider.coordinator.bench.workload import Run, Workload
-from outrider.draft_service.host_rounds import FreeDraft
+from outrider.draft_service.granted import DraftRounds
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
 from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, VerifyItem
 from outrider.shared.process import library_env
-from outrider.verify_service.host_rounds import FreeVerify
+from outrider.verify_service.granted import VerifyRounds
 
 
 class InProcess:
@@ -73,11 +73,11 @@ class InProcess:
             # The pending token is the prompt's last; everything before it is taken in.
             at, append = len(prompt) - 1, (prompt[-1],)
             granted = pb.GrantedSequence(k=k, limit=limit)
-            free = FreeVerify(verify, [VerifyItem(self._sequence, 1, at, append)], [granted])
-            mine = FreeDraft(draft, [ProposeItem(self._sequence, 1, at, append, k)] if k else [])
+            base = VerifyRounds(verify, [VerifyItem(self._sequence, 1, at, append)], [granted])
+            mine = DraftRounds(draft, [ProposeItem(self._sequence, 1, at, append, k)] if k else [])
             tokens: list[int] = []
-            while not free.stopped:
-                self._round(run, free, mine if k else None, tokens)
+            while not base.stopped:
+                self._round(run, base, mine if k else None, tokens)
                 if len(run.first_token_seconds) < len(run.outputs) + 1:
                     run.first_token_seconds.append(time.perf_counter() - began)
         finally:
@@ -94,18 +94,18 @@ class InProcess:
                 draft.round([ProposeItem(self._sequence, 1, 0, head, 0)])
 
     @staticmethod
-    def _round(run: Run, free: Any, mine: Any, tokens: list[int]) -> None:
+    def _round(run: Run, base: Any, mine: Any, tokens: list[int]) -> None:
         began = time.perf_counter()
         proposals: Any = []
         if mine is not None:
             proposed = mine.propose()
             proposals = proposed.answers
             run.draft_seconds += proposed.model_seconds
-        result = free.judge(proposals)
+        result = base.judge(proposals)
         (verdict,) = result.answers
         if mine is not None:
-            mine.judged(free.judgements(result.answers))
-        offered = free.items[0].proposal
+            mine.judged(base.judgements(result.answers))
+        offered = base.items[0].proposal
         tokens.extend((*offered[: verdict.num_accepted], verdict.next_token))
         run.rounds += 1
         run.proposed += len(offered)
