@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from outrider.shared.rounds.session import Session
 
 
-class DeviceTurns(DraftTaker):
+class DraftDeviceTurns(DraftTaker):
     """On the device: look on until its turn is done, settle its numbers, queue the next."""
 
     _turns: DraftTurns

@@ -52,7 +52,7 @@ def leave(doorbell: Doorbell, grant: int, step: int) -> None:
         doorbell.ring()
 
 
-class HostTurns(DraftTaker):
+class DraftHostTurns(DraftTaker):
     """Through the mailbox: wait for its verdicts, write proposals, ring."""
 
     def __init__(

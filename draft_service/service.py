@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from outrider.draft_service import host_rounds
-from outrider.draft_service.host_rounds import DraftTaker, HostTurns
+from outrider.draft_service.host_rounds import DraftHostTurns, DraftTaker
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
 from outrider.shared.core.types import RoundResult
@@ -17,26 +17,26 @@ from outrider.shared.rounds.servicer import RoundsServicer
 
 def _device_turns(*rest: Any) -> DraftTaker:
     # Imported late: torch comes with the model.
-    from outrider.draft_service.device_rounds import DeviceTurns
+    from outrider.draft_service.device_rounds import DraftDeviceTurns
 
-    return DeviceTurns(*rest)
+    return DraftDeviceTurns(*rest)
 
 
 class DraftSide:
-    """The draft in a grant, see ``Side``: it answers once, at the end."""
+    """The draft in a grant, see ``GrantSide``: it answers once, at the end."""
 
     ways: Mapping[str, grant_loop.TakerOf[pb.DraftRequest, Turn]] = {
-        "host": HostTurns,
+        "host": DraftHostTurns,
         "device": _device_turns,
     }
 
     leave = staticmethod(host_rounds.leave)
 
     def report(self, message: pb.DraftRequest, turn: Turn) -> None:
-        """See ``Side``: the verifier reports each round."""
+        """See ``GrantSide``: the verifier reports each round."""
 
     def last(self, message: pb.DraftRequest, turn: Turn | None) -> pb.DraftResponse:
-        """See ``Side``; with what the last round refused."""
+        """See ``GrantSide``; with what the last round refused."""
         last: RoundResult[Any] = RoundResult()
         if turn is not None:
             result = turn.result

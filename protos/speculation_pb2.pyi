@@ -229,20 +229,20 @@ class VerifyItem(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., base_len: _Optional[int] = ..., append: _Optional[_Iterable[int]] = ..., proposal: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[_Union[SparseRow, _Mapping]]] = ..., extend_only: bool = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("round", "verdicts", "errors", "timing", "free", "grant_end")
+    __slots__ = ("round", "verdicts", "errors", "timing", "granted", "grant_end")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     VERDICTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
-    FREE_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
     GRANT_END_FIELD_NUMBER: _ClassVar[int]
     round: int
     verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     timing: Timing
-    free: FreeRound
+    granted: GrantedRound
     grant_end: GrantEnd
-    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., free: _Optional[_Union[FreeRound, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., granted: _Optional[_Union[GrantedRound, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("sequence_id", "epoch", "num_accepted", "next_token", "committed_len", "logprobs")
@@ -296,7 +296,7 @@ class GrantChange(_message.Message):
     ks: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, id: _Optional[int] = ..., rounds: _Optional[int] = ..., ks: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class FreeRound(_message.Message):
+class GrantedRound(_message.Message):
     __slots__ = ("step", "proposals", "draft", "draft_asked_ns", "draft_answered_ns", "verify_asked_ns", "verify_answered_ns")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]

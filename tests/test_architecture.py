@@ -70,12 +70,6 @@ MAY_IMPORT_WITHIN = {
 }
 MOST_ENTRIES = 12
 # Class names that several files define, and why they may.
-SHARED_CLASS_NAMES = {
-    "Engine": "shared/rounds/servicer.py has a protocol of the class of shared/rounds/session.py",
-    "Session": "the same",
-    "Lane": "one sequence of a grant, in either service",
-    "_Rounds": "the rounds of a device, in either service",
-}
 PURE = (
     "outrider.shared.core.types",
     "outrider.shared.kv.slots",
@@ -183,11 +177,9 @@ def test_class_names_have_one_owner() -> None:
             if isinstance(node, ast.ClassDef):
                 owners.setdefault(node.name, set()).add(str(path.relative_to(ROOT)))
     several = {name: sorted(files) for name, files in owners.items() if len(files) > 1}
-    wrong = {name: files for name, files in several.items() if name not in SHARED_CLASS_NAMES}
-    assert not wrong, "one word, one meaning: " + "; ".join(
-        f"{name} in {' and '.join(files)}" for name, files in wrong.items()
+    assert not several, "one word, one meaning: " + "; ".join(
+        f"{name} in {' and '.join(files)}" for name, files in several.items()
     )
-    assert set(SHARED_CLASS_NAMES) <= set(several), "an exception that nobody needs any more"
 
 
 @pytest.mark.parametrize("module", PURE)

@@ -1,6 +1,6 @@
 """Verdicts: what stands of a proposal, and the base's own token after it.
 
-How a proposal is judged is up to its rule (``shared/core/rules``): each has a judge in
+How a proposal is judged is up to its rule (``shared/core/rules.py``): each has a judge in
 ``verify_service/rules``. Randomness is counter-based throughout: the same seed and proposals
 give the same verdict.
 """
@@ -49,7 +49,7 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class JudgeBatch:
     """Proposals and what the base says of them.
 
     ``processed``: processed logits [rows, vocab], a row for each of ``contexts``; those of item
@@ -62,7 +62,7 @@ class Batch:
     processed: Tensor
 
 
-Judge: TypeAlias = Callable[[Batch, Sequence[int]], list[tuple[int, int]]]
+Judge: TypeAlias = Callable[[JudgeBatch, Sequence[int]], list[tuple[int, int]]]
 """Judges some items of a batch, given by index: for each, how many of its proposed tokens stand,
 and the token that follows them. An outcome does not depend on the other items."""
 
@@ -86,7 +86,7 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged]:
         # Without a proposal there is nothing to judge: the base just chooses.
         name = item.decoding.rule.judge if item.proposal else GREEDY.judge
         by_judge.setdefault(name, []).append(i)
-    batch = Batch(items, first, contexts, process(logits, contexts))
+    batch = JudgeBatch(items, first, contexts, process(logits, contexts))
     verdicts: list[tuple[int, int]] = [(0, 0)] * len(items)
     for name, mine in by_judge.items():
         for i, verdict in zip(mine, judge_named(name)(batch, mine), strict=True):
@@ -126,7 +126,7 @@ def malformed(proposal: Sequence[int], rows: Sequence[SparseRow], vocab_size: in
 
 
 def _logprobs(
-    batch: Batch, verdicts: Sequence[tuple[int, int]]
+    batch: JudgeBatch, verdicts: Sequence[tuple[int, int]]
 ) -> list[tuple[PositionLogprobs, ...]]:
     """Log-probabilities of what each item emits, from the processed distribution.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from outrider.shared.rounds.session import Session
 
 
-class DeviceTurns(VerifyTaker):
+class VerifyDeviceTurns(VerifyTaker):
     """On the device: look on until its turn is done, settle its numbers, queue the next."""
 
     _turns: VerifyTurns

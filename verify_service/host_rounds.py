@@ -113,7 +113,7 @@ class AloneTurns(VerifyTaker):
         self._done(turn)
 
 
-class HostTurns(VerifyTaker):
+class VerifyHostTurns(VerifyTaker):
     """Through the mailbox: wait for its proposals, judge them, write the verdicts, ring."""
 
     def __init__(

@@ -10,7 +10,7 @@ from outrider.shared.core import wire
 from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.servicer import RoundsServicer
 from outrider.verify_service import host_rounds
-from outrider.verify_service.host_rounds import AloneTurns, HostTurns, VerifyTaker, VerifyTurn
+from outrider.verify_service.host_rounds import AloneTurns, VerifyHostTurns, VerifyTaker, VerifyTurn
 from outrider.verify_service.prefetch import ahead
 
 REPORTS_AHEAD = 16
@@ -19,27 +19,27 @@ REPORTS_AHEAD = 16
 
 def _device_turns(*rest: Any) -> VerifyTaker:
     # Imported late: torch comes with the model.
-    from outrider.verify_service.device_rounds import DeviceTurns
+    from outrider.verify_service.device_rounds import VerifyDeviceTurns
 
-    return DeviceTurns(*rest)
+    return VerifyDeviceTurns(*rest)
 
 
 class VerifySide:
-    """The verifier in a grant, see ``Side``: it reports each round."""
+    """The verifier in a grant, see ``GrantSide``: it reports each round."""
 
     ways: Mapping[str, grant_loop.TakerOf[pb.VerifyRequest, VerifyTurn]] = {
         "alone": AloneTurns,
-        "host": HostTurns,
+        "host": VerifyHostTurns,
         "device": _device_turns,
     }
 
     leave = staticmethod(host_rounds.leave)
 
     def report(self, message: pb.VerifyRequest, turn: VerifyTurn) -> pb.VerifyResponse:
-        """See ``Side``."""
+        """See ``GrantSide``."""
         seconds = (turn.done - turn.began) / 1e9
         response = wire.write_verify_response(message.round, turn.result, seconds)
-        report = response.free
+        report = response.granted
         report.step = turn.step
         for item in turn.items:
             report.proposals.add(
@@ -61,7 +61,7 @@ class VerifySide:
         return response
 
     def last(self, message: pb.VerifyRequest, turn: VerifyTurn | None) -> pb.VerifyResponse:
-        """See ``Side``."""
+        """See ``GrantSide``."""
         return pb.VerifyResponse(round=message.round)
 
 

@@ -155,7 +155,7 @@ class GrantedRounds:
         if response.HasField("grant_end"):
             run.over = True
             self._note_end(run, response.grant_end)
-        if not response.HasField("free"):
+        if not response.HasField("granted"):
             return None
         run.left -= 1
         run.steps += 1
@@ -165,14 +165,14 @@ class GrantedRounds:
         proposals = Proposals(
             {
                 one.sequence_id: DraftOffer(list(one.tokens), ())
-                for one in response.free.proposals
+                for one in response.granted.proposals
                 if one.tokens
             }
         )
         self._time(run, response, verdicts, proposals)
         started = run.last_ns or proposals.timing.sent_ns or verdicts.timing.sent_ns
         run.last_ns = verdicts.timing.answered_ns
-        return GrantedRound(response.free.step, verdicts, proposals, started, run.last_ns)
+        return GrantedRound(response.granted.step, verdicts, proposals, started, run.last_ns)
 
     async def steer(self, run: GrantRun, ks: list[int]) -> None:
         """Changes K where it should, and sees to it that the rounds do not run out."""
@@ -266,21 +266,23 @@ class GrantedRounds:
         self, run: GrantRun, response: pb.VerifyResponse, verdicts: Verdicts, proposals: Proposals
     ) -> None:
         """The exchanges as the services saw them; they share this host's clock."""
-        free, timing = response.free, response.timing
+        granted, timing = response.granted, response.timing
         if run.drafted is None:
             # The verifier may be anywhere: its clock is set by when its first report came. When
             # each one came says less, for some wait longer to be read.
-            run.ahead_ns = run.ahead_ns or self._clock() - free.verify_answered_ns
-            sent = free.verify_asked_ns + run.ahead_ns
-            answered = free.verify_answered_ns + run.ahead_ns
+            run.ahead_ns = run.ahead_ns or self._clock() - granted.verify_answered_ns
+            sent = granted.verify_asked_ns + run.ahead_ns
+            answered = granted.verify_answered_ns + run.ahead_ns
         else:
-            sent, answered = map(self._clock.at, (free.verify_asked_ns, free.verify_answered_ns))
+            sent, answered = map(
+                self._clock.at, (granted.verify_asked_ns, granted.verify_answered_ns)
+            )
             proposals.timing = ServiceTiming(
-                self._clock.at(free.draft_asked_ns),
-                self._clock.at(free.draft_answered_ns),
-                free.draft.model_seconds,
-                free.draft.service_seconds,
-                free.draft.rows,
+                self._clock.at(granted.draft_asked_ns),
+                self._clock.at(granted.draft_answered_ns),
+                granted.draft.model_seconds,
+                granted.draft.service_seconds,
+                granted.draft.rows,
             )
         verdicts.timing = ServiceTiming(
             sent, answered, timing.model_seconds, timing.service_seconds, timing.rows

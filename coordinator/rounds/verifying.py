@@ -162,7 +162,7 @@ class Verifying:
     ) -> Verdicts:
         """What one round of a grant did to those of ``sequences`` that still run."""
         verdicts = Verdicts()
-        offered = {one.sequence_id: one for one in response.free.proposals}
+        offered = {one.sequence_id: one for one in response.granted.proposals}
         for verdict in response.verdicts:
             asked = _asked(sequences, offered, verdict.sequence_id, verdict.epoch)
             if asked is not None:

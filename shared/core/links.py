@@ -94,7 +94,7 @@ LINKS: dict[str, Link] = {
             travels="through memory that both processes map; no message in a round",
             where="one host, one user, Linux",
             way="host",
-            carrier="outrider.shared.link.carrier:SharedMemory",
+            carrier="outrider.shared.link.carrier:HostMemoryCarrier",
             why_not=may_be_apart,
         ),
         Link(
@@ -102,7 +102,7 @@ LINKS: dict[str, Link] = {
             travels="through device memory; no host between draft and base in a round",
             where="one GPU (by name also two), one host, one user, Linux",
             way="device",
-            carrier="outrider.shared.link.device.handshake:DeviceMemory",
+            carrier="outrider.shared.link.device.handshake:DeviceMemoryCarrier",
             beneath="shm",
             why_not=may_be_apart,
             why_by_name=not_one_device,

@@ -38,7 +38,7 @@ class Carrier(Protocol):
         ...
 
 
-class SharedMemory:
+class HostMemoryCarrier:
     """The carrier of links over a mailbox in shared memory; see ``Carrier``."""
 
     def __init__(self, link: Link, spin: float, device: DeviceSide | None) -> None:

@@ -1,7 +1,7 @@
 """A grant as a service runs it: turn after turn until its end, over whatever link.
 
 Written once, for both services. How a turn is taken is a ``TurnTaker``'s, one class for each way
-of ``shared.core.links``; what is particular to draft or verifier is its ``Side``'s.
+of ``shared.core.links``; what is particular to draft or verifier is its ``GrantSide``'s.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Turn:
 TurnT = TypeVar("TurnT", bound=Turn)
 MessageT = TypeVar("MessageT", pb.DraftRequest, pb.VerifyRequest)
 ResponseT = TypeVar("ResponseT", pb.DraftResponse, pb.VerifyResponse)
+MessageInT = TypeVar("MessageInT", pb.DraftRequest, pb.VerifyRequest, contravariant=True)
+ResponseOutT = TypeVar("ResponseOutT", pb.DraftResponse, pb.VerifyResponse, covariant=True)
 
 
 class TurnTaker(Protocol[TurnT]):
@@ -69,11 +71,11 @@ class TurnTaker(Protocol[TurnT]):
         ...
 
 
-class Side(Protocol[MessageT, ResponseT, TurnT]):
+class GrantSide(Protocol[MessageInT, ResponseOutT, TurnT]):
     """What the loop has to know of the service that it runs in."""
 
     @property
-    def ways(self) -> Mapping[str, TakerOf[MessageT, TurnT]]:
+    def ways(self) -> Mapping[str, TakerOf[MessageInT, TurnT]]:
         """Who takes the turns, by ``Link.way``."""
         ...
 
@@ -81,11 +83,11 @@ class Side(Protocol[MessageT, ResponseT, TurnT]):
         """This side's last word to the other one, in place of what ``step`` would have brought."""
         ...
 
-    def report(self, message: MessageT, turn: TurnT) -> ResponseT | None:
+    def report(self, message: MessageInT, turn: TurnT) -> ResponseOutT | None:
         """What the coordinator is told of a turn; None where it is told of the end alone."""
         ...
 
-    def last(self, message: MessageT, turn: TurnT | None) -> ResponseT:
+    def last(self, message: MessageInT, turn: TurnT | None) -> ResponseOutT:
         """What it is told at the end, where no report says it; ``turn``: the last one."""
         ...
 
@@ -96,7 +98,7 @@ TakerOf = Callable[["Session[Any, Any]", MessageT, Any, Control], TurnTaker[Turn
 
 
 def run(
-    side: Side[MessageT, ResponseT, TurnT],
+    side: GrantSide[MessageT, ResponseT, TurnT],
     session: Session[Any, Any],
     message: MessageT,
     doorbell: Doorbell | None,
@@ -146,7 +148,7 @@ def run(
 
 
 def _taker(
-    side: Side[MessageT, ResponseT, TurnT],
+    side: GrantSide[MessageT, ResponseT, TurnT],
     session: Session[Any, Any],
     message: MessageT,
     doorbell: Doorbell | None,
@@ -163,7 +165,7 @@ def _taker(
 
 
 def _left(
-    side: Side[Any, Any, Any], doorbell: Doorbell | None, grant: pb.Grant, steps: int, end: End
+    side: GrantSide[Any, Any, Any], doorbell: Doorbell | None, grant: pb.Grant, steps: int, end: End
 ) -> End:
     """Has the other side not wait for a turn that this one does not take."""
     if doorbell is not None:

@@ -1,8 +1,8 @@
 """Grants, as a service's stream sees them: messages that come while rounds run by themselves.
 
-A stream's handler runs free rounds on its own thread. What the coordinator sends meanwhile is
-read on a second one: a change to the grant takes effect with the next round, anything else ends
-the grant after the round that runs and is handled then, in order.
+A stream's handler runs the rounds of a grant on its own thread. What the coordinator sends
+meanwhile is read on a second one: a change to the grant takes effect with the next round, anything
+else ends the grant after the round that runs and is handled then, in order.
 """
 
 from __future__ import annotations

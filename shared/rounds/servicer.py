@@ -45,8 +45,8 @@ RunGrant = Callable[
 
 
 @dataclass(frozen=True, slots=True)
-class FreeRoundMessage:
-    """What a free-running round has in place of a message."""
+class GrantedRoundMessage:
+    """What a round of a grant has in place of a message."""
 
     round: int
     traceparent: str
@@ -65,7 +65,7 @@ class RoundsServicer:
         write_response: Callable[[int, RoundResult[Any], float], Any],
         run_grant: RunGrant,
     ) -> None:
-        """The two functions of ``wire`` for the service's messages, and its free rounds."""
+        """The two functions of ``wire`` for the service's messages, and its rounds by grant."""
         self._read_items = read_items
         self._write_response = write_response
         self._run_grant = run_grant
@@ -146,7 +146,7 @@ class RoundsServicer:
         def seen(step: int, items: Any, result: Any, arrived: float, answered: float) -> None:
             if self._seen is not None:
                 traceparent = message.traceparent and stepped(message.traceparent, step)
-                told = FreeRoundMessage(message.round, traceparent)
+                told = GrantedRoundMessage(message.round, traceparent)
                 self._seen(told, items, result, arrived, answered)
 
         inbox.listen(control)

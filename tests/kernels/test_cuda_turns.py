@@ -1,4 +1,4 @@
-"""Turns that the device takes by itself, with the device played by the host (tests/device.py)."""
+"""Turns that the device takes by itself, with the device played by the host."""
 
 from __future__ import annotations
 
@@ -189,14 +189,14 @@ class Grant:
             self._seen("verify"),
         ):  # fmt: skip
             self.reports.append(response)
-            offered = {one.sequence_id: one for one in response.free.proposals}
+            offered = {one.sequence_id: one for one in response.granted.proposals}
             for verdict in response.verdicts:
                 proposal = offered[verdict.sequence_id].tokens
                 log = self.logs[self.index[verdict.sequence_id]]
                 assert offered[verdict.sequence_id].committed_len == len(log)
                 log += [*proposal[: verdict.num_accepted], verdict.next_token]
                 assert verdict.committed_len == len(log)
-            self.after_round(response.free.step)
+            self.after_round(response.granted.step)
 
     def _draft(self) -> None:
         side = self.sides.draft
@@ -233,7 +233,7 @@ def test_turns_write_what_the_base_writes_alone(sides: Any, rule: str, k: int, c
     )
     assert all(items == count for _, items, _ in rounds)
     accepted = sum(v.num_accepted for r in made.reports for v in r.verdicts)
-    proposed = sum(len(p.tokens) for r in made.reports for p in r.free.proposals)
+    proposed = sum(len(p.tokens) for r in made.reports for p in r.granted.proposals)
     if sides.twin:
         assert accepted == proposed  # the draft's KV was right in every turn
     else:
@@ -279,7 +279,7 @@ def test_turns_of_the_draft_hold_what_the_coordinator_relies_on(sides: Any) -> N
     for i, log in enumerate(made.logs):
         # As the pointers' contract has it: after accepting `a` of K at n, min(n + a, n + K - 1).
         last = made.reports[-1]
-        n, a = last.free.proposals[i].committed_len, last.verdicts[i].num_accepted
+        n, a = last.granted.proposals[i].committed_len, last.verdicts[i].num_accepted
         base_len = min(n + a, n + 2)
         assert sides.draft.session.held(i + 1).extent.valid_len >= base_len
         item = ProposeItem(i + 1, 1, base_len, tuple(log[base_len:]), 4)

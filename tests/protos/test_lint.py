@@ -21,7 +21,7 @@ def test_buf_refuses_an_enum_without_the_unspecified_zero(tmp_path: Path) -> Non
         )
 
     shutil.copy(ROOT / "buf.yaml", tmp_path)
-    shutil.copytree(ROOT / ".buf", tmp_path / ".buf", symlinks=True)
+    shutil.copytree(ROOT / "typings", tmp_path / "typings", symlinks=True)
     shutil.copytree(ROOT / "protos", tmp_path / "protos", ignore=shutil.ignore_patterns("*.py*"))
     done = lint()
     assert done.returncode == 0, done.stdout + done.stderr

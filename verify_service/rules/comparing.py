@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.shared.sampling.choose import choose
-from outrider.verify_service.acceptance import Batch
+from outrider.verify_service.acceptance import JudgeBatch
 
 
-def judge(batch: Batch, mine: Sequence[int]) -> list[tuple[int, int]]:
+def judge(batch: JudgeBatch, mine: Sequence[int]) -> list[tuple[int, int]]:
     """See ``acceptance.Judge``."""
     targets = choose(batch.processed, batch.contexts)
     verdicts = []

@@ -14,10 +14,10 @@ from torch import Tensor
 from outrider.shared.core.types import SparseRow
 from outrider.shared.sampling.choose import sample
 from outrider.shared.sampling.noise import Stream, seed_tensor, uniform
-from outrider.verify_service.acceptance import Batch, JudgeItem
+from outrider.verify_service.acceptance import JudgeBatch, JudgeItem
 
 
-def judge(batch: Batch, mine: Sequence[int]) -> list[tuple[int, int]]:
+def judge(batch: JudgeBatch, mine: Sequence[int]) -> list[tuple[int, int]]:
     """See ``acceptance.Judge``; one transfer back from the device."""
     device = batch.processed.device
     items, first = [batch.items[i] for i in mine], [batch.first[i] for i in mine]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from outrider.shared.core.errors import OutriderError, ProtocolError
-from outrider.shared.link.carrier import SharedMemory
+from outrider.shared.link.carrier import HostMemoryCarrier
 from outrider.shared.link.device import cuda_ipc
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion
 from outrider.shared.link.doorbell import Side
@@ -68,7 +68,7 @@ class SharedMailbox(DeviceMailbox):
         self._memory = (own, other)
 
 
-class DeviceMemory(SharedMemory):
+class DeviceMemoryCarrier(HostMemoryCarrier):
     """The carrier of links over device memory; a mailbox is shared as well."""
 
     def _exchange(self, peer: socket.socket, layout: Layout, side: Side) -> Beside:

@@ -1,4 +1,4 @@
-"""The link `cuda-ipc` end to end, with the devices played by the host (tests/device.py)."""
+"""The link `cuda-ipc` end to end, with the devices played by the host."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def emptied(pair: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(("rule", "k", "batch", "feature", "rounds"), CASES)
-async def test_free_running_gives_what_messages_give(
+async def test_granted_rounds_gives_what_messages_give(
     pair: SimpleNamespace, client_of: Make, rule: str, k: int, batch: int, feature: str, rounds: int
 ) -> None:
     sampling = {"temperature": 0.8, "top_p": 0.95} if RULES[rule].samples else {}
@@ -243,7 +243,7 @@ def written(tiny_base: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("way", LINKS)
-async def test_free_running_greedy_equals_transformers_for_every_k(
+async def test_granted_rounds_greedy_equals_transformers_for_every_k(
     pair: SimpleNamespace, written: list[list[int]], client_of: Make, way: str
 ) -> None:
     async with client_of(pair.verify, pair.draft, **connection(pair, way)) as client:
@@ -262,7 +262,7 @@ async def test_free_running_greedy_equals_transformers_for_every_k(
     emptied(pair)
 
 
-async def test_free_running_grant_is_renewed_before_it_runs_out(
+async def test_granted_rounds_grant_is_renewed_before_it_runs_out(
     services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.005)
@@ -277,7 +277,7 @@ async def test_free_running_grant_is_renewed_before_it_runs_out(
     assert [len(items) for _, items in draft.free] == [1] * 58 + [0]
 
 
-async def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
+async def test_granted_rounds_grant_may_take_longer_than_a_service_may_be_silent(
     services: Make, client_of: Make
 ) -> None:
     base = services("verify", seconds_per_round=0.02)
@@ -295,7 +295,7 @@ async def test_free_running_grant_may_take_longer_than_a_service_may_be_silent(
 
 @pytest.mark.parametrize("standing", ["verify", "draft"])
 @pytest.mark.parametrize("event", ["cancel", "deadline"])
-async def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_more(
+async def test_granted_rounds_ends_after_the_round_in_which_nobody_wants_it_any_more(
     services: Make, client_of: Make, standing: str, event: str
 ) -> None:
     both = {"verify": services("verify", seconds_per_round=0.002), "draft": services("draft")}
@@ -330,7 +330,7 @@ async def test_free_running_ends_after_the_round_in_which_nobody_wants_it_any_mo
         assert len(base.free) > free
 
 
-async def test_free_running_takes_in_a_new_request_after_the_round(
+async def test_granted_rounds_takes_in_a_new_request_after_the_round(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
@@ -362,7 +362,7 @@ async def test_free_running_takes_in_a_new_request_after_the_round(
 
 
 @pytest.mark.parametrize("k", [0, 3])
-async def test_free_running_ends_after_the_round_that_completes_a_stop_string(
+async def test_granted_rounds_ends_after_the_round_that_completes_a_stop_string(
     services: Make, client_of: Make, tiny_base: Path, k: int
 ) -> None:
     from tokenizers import Tokenizer
@@ -398,7 +398,7 @@ async def test_free_running_ends_after_the_round_that_completes_a_stop_string(
     assert base.free
 
 
-async def test_free_running_takes_over_k_while_it_runs(services: Make, client_of: Make) -> None:
+async def test_granted_rounds_takes_over_k_while_it_runs(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft", agreement=50)
     seen = Seen()
     changes = {10: 2, 20: 6}

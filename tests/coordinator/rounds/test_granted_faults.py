@@ -59,7 +59,7 @@ async def resumed(client: Any, request: Any, base: Any, draft: Any) -> None:
 
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
-async def test_free_running_service_killed_in_a_grant_changes_no_token(
+async def test_granted_rounds_service_killed_in_a_grant_changes_no_token(
     services: Make, client_of: Make, victim: str
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
@@ -85,7 +85,7 @@ async def test_free_running_service_killed_in_a_grant_changes_no_token(
         await until(lambda: base.toy.live == draft.toy.live == 0)
 
 
-async def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
+async def test_granted_rounds_draft_that_is_late_is_gone_without_and_keeps_the_mailbox(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
@@ -112,7 +112,7 @@ async def test_free_running_draft_that_is_late_is_gone_without_and_keeps_the_mai
 
 
 @pytest.mark.parametrize("victim", ["draft", "verify"])
-async def test_free_running_service_that_hangs_in_a_grant_is_given_up(
+async def test_granted_rounds_service_that_hangs_in_a_grant_is_given_up(
     services: Make, client_of: Make, victim: str
 ) -> None:
     base, draft = services("verify", seconds_per_round=0.001), services("draft", agreement=90)
@@ -144,7 +144,7 @@ async def test_free_running_service_that_hangs_in_a_grant_is_given_up(
     "code", [RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH, RefusalCode.KV_MISSING]
 )
 @pytest.mark.parametrize("role", ["draft", "verify"])
-async def test_free_running_goes_on_after_a_refusal(
+async def test_granted_rounds_goes_on_after_a_refusal(
     services: Make, client_of: Make, role: str, code: RefusalCode
 ) -> None:
     both = {"verify": services("verify"), "draft": services("draft", agreement=90)}
@@ -170,7 +170,7 @@ async def test_free_running_goes_on_after_a_refusal(
     assert base.toy.live == draft.toy.live == 0
 
 
-async def test_free_running_mailbox_that_nobody_knows_is_replaced(
+async def test_granted_rounds_mailbox_that_nobody_knows_is_replaced(
     services: Make, client_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
@@ -186,7 +186,7 @@ async def test_free_running_mailbox_that_nobody_knows_is_replaced(
     assert "lost their mailbox: mailbox 77 is not mapped here" in caplog.text
 
 
-async def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
+async def test_granted_rounds_coordinators_that_come_and_go_leave_no_mailbox(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
@@ -200,7 +200,7 @@ async def test_free_running_coordinators_that_come_and_go_leave_no_mailbox(
     assert threading.active_count() - threads < 36
 
 
-async def test_free_running_coordinators_without_a_request_make_room_in_time(
+async def test_granted_rounds_coordinators_without_a_request_make_room_in_time(
     services: Make, client_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "MOST_MAILBOXES", 3)
@@ -239,7 +239,7 @@ def over_tcp(tmp_path: Path) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("far", ["verify", "draft"])
-async def test_free_running_link_over_tcp_is_grpc_and_says_why(
+async def test_granted_rounds_link_over_tcp_is_grpc_and_says_why(
     services: Make, over_tcp: Make, client_of: Make, far: str
 ) -> None:
     base = (over_tcp if far == "verify" else services)("verify")
@@ -263,7 +263,7 @@ async def test_free_running_link_over_tcp_is_grpc_and_says_why(
     assert base.free and not draft.free
 
 
-async def test_free_running_link_is_made_when_the_draft_comes_later(
+async def test_granted_rounds_link_is_made_when_the_draft_comes_later(
     services: Make, client_of: Make
 ) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
@@ -418,8 +418,8 @@ def test_grant_ends_for_both_at_the_limit(peers: Peers) -> None:
     reports = peers.verify.reports()
     ids: list[int] = []
     for step, report in enumerate(reports):
-        (verdict,), (proposal,) = report.verdicts, report.free.proposals
-        assert report.free.step == step
+        (verdict,), (proposal,) = report.verdicts, report.granted.proposals
+        assert report.granted.step == step
         assert proposal.committed_len == len(PROMPT) + len(ids)
         ids += [*proposal.tokens[: verdict.num_accepted], verdict.next_token]
         assert verdict.committed_len == len(PROMPT) + len(ids)
@@ -499,7 +499,7 @@ def test_grant_of_a_draft_that_is_late_ends_for_both_and_the_mailbox_stays(peers
     gate = stand(peers.draft)
     last = peers.verify.reports()[-1]
     assert last.grant_end.reason == pb.GRANT_END_REASON_LATE
-    assert not last.HasField("free")
+    assert not last.HasField("granted")
     go_on(peers.draft, gate)
     answer = peers.propose.reports()[-1].grant_end
     assert answer.reason == pb.GRANT_END_REASON_STOPPED

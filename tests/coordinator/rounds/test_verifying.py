@@ -27,7 +27,7 @@ def report(committed_len: int, proposed: int, accepted: int) -> pb.VerifyRespons
         committed_len=committed_len + accepted + 1,
     )  # fmt: skip
     made = pb.VerifyResponse(round=1, verdicts=[verdict])
-    made.free.proposals.add(
+    made.granted.proposals.add(
         sequence_id=4, epoch=1, committed_len=committed_len, tokens=[3] * proposed
     )
     return made

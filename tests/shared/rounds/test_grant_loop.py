@@ -79,7 +79,7 @@ class Script:
         if not self.reports:
             return None
         response = pb.VerifyResponse(round=message.round)
-        response.free.step = turn.step
+        response.granted.step = turn.step
         return response
 
     def last(self, message: Any, turn: Turn | None) -> Any:
@@ -104,7 +104,7 @@ def told(answers: list[Any]) -> list[tuple[int | None, int, int]]:
     assert all(one.round == 5 for one in answers)
     return [
         (
-            one.free.step if one.HasField("free") else None,
+            one.granted.step if one.HasField("granted") else None,
             one.grant_end.reason,
             one.grant_end.rounds,
         )

@@ -32,7 +32,7 @@ from outrider.shared.core.types import (
     VerifyItem,
 )
 from outrider.shared.process.grpc_server import Server
-from outrider.shared.rounds.servicer import FreeRoundMessage, add_to_server
+from outrider.shared.rounds.servicer import GrantedRoundMessage, add_to_server
 from outrider.verify_service import service as verify_service
 
 VOCAB = 300
@@ -317,7 +317,7 @@ class ToyService:
         self._server.serving()
 
     def _seen(self, message: Any, items: Sequence[Any], *_: Any) -> None:
-        if isinstance(message, FreeRoundMessage):
+        if isinstance(message, GrantedRoundMessage):
             self.free.append((message.round, list(items)))
 
     def kill(self) -> None:

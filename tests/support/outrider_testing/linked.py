@@ -73,7 +73,7 @@ class Pair:
         return bool((await self.stub.Info(pb.InfoRequest())).link == self.link)
 
     async def settled(self) -> None:
-        """Free rounds run over shared memory again, and nothing of earlier mailboxes is left."""
+        """Granted rounds run over shared memory again, and nothing of earlier mailboxes is left."""
 
         async def freely() -> bool:
             before = self.watch.rounds[self.link]

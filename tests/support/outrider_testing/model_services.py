@@ -8,7 +8,7 @@ from typing import Any
 
 from outrider.shared.config.schema import ServeConfig
 from outrider.shared.process.grpc_server import Server
-from outrider.shared.rounds.servicer import FreeRoundMessage, add_to_server
+from outrider.shared.rounds.servicer import GrantedRoundMessage, add_to_server
 
 
 def start_model(
@@ -45,7 +45,7 @@ def start_model(
     free: list[tuple[int, list[Any]]] = []
 
     def seen(message: Any, items: Any, *_: Any) -> None:
-        if isinstance(message, FreeRoundMessage):
+        if isinstance(message, GrantedRoundMessage):
             free.append((message.round, list(items)))
 
     engine.run = counted
