@@ -39,7 +39,7 @@ def add_parsers(
             module.add_arguments(study)
 
 
-def run(args: argparse.Namespace, config: Config) -> int:
+def run_study(args: argparse.Namespace, config: Config) -> int:
     """Runs the study that was asked for; returns the exit status."""
     return int(_module(args.study).run(args, config))
 

@@ -208,7 +208,7 @@ def _bench(args: argparse.Namespace) -> int:
     from outrider.coordinator.local.private_stack import deployment
 
     if args.study is not None:
-        return registry.run(args, config)
+        return registry.run_study(args, config)
     if args.in_process:
         return command.measure_in_process(args, config)
     if args.target is not None:
