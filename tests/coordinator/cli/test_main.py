@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def test_cli_json_has_everything_and_leaves_nothing(
 ) -> None:
     args = [*pair(tiny_base, tiny_draft), "--max-new-tokens", "12", "--k", "3", "--ignore-eos"]
     process = spawn(CLI, "generate", "def add(", *args, "--json", env={"TMPDIR": str(folder)})
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     made = json.loads(out)
     assert set(made) == {"text", "token_ids", "finish_reason", "usage", "seed", "speculation"}
@@ -87,7 +86,7 @@ def test_cli_same_tokens_without_the_draft(
             *("--max-new-tokens", "20", "--temperature", "0.8", "--seed", "5", *extra),
             env={"TMPDIR": str(folder)},
         )
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         made.append(json.loads(out))
     assert made[0]["token_ids"] == made[1]["token_ids"]
@@ -115,10 +114,9 @@ def test_cli_interrupted_generate_leaves_nothing(
     if moment == "streaming":
         assert process.stdout is not None and process.stdout.read(1)
     else:
-        soon(lambda: list(folder.iterdir()))
-        time.sleep(0.3)
+        soon(lambda: len(processes_naming(str(folder))) == 4)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == status
 
 
@@ -148,7 +146,7 @@ def test_cli_closed_output_ends_quietly(
     process.stdout.read(1)
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.wait(200) == 128 + signal.SIGPIPE
     assert "Traceback" not in errors and "Error" not in errors
 
 
@@ -161,7 +159,7 @@ def test_cli_missing_model_is_told_with_its_path(
             *(CLI, "generate", "x", *pair(tiny_base, tiny_draft), flag, path),
             env={"TMPDIR": str(folder)},
         )
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=200)
         assert process.returncode == 1, err
         assert words in err and "Traceback" not in err
 
@@ -176,7 +174,7 @@ def test_cli_vocabulary_mismatch_names_both_fingerprints(
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     process = spawn(CLI, "generate", "x", *pair(tiny_base, other), env={"TMPDIR": str(folder)})
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "do not share a vocabulary" in err
     assert err.count("fingerprint") >= 2 and "--no-draft" in err
@@ -202,16 +200,18 @@ def test_cli_vocabulary_mismatch_names_both_fingerprints(
     ],
 )
 def test_cli_bad_flags_are_refused_before_anything_starts(
-    args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = time.monotonic()
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     try:
         status = main.main(["generate", "x", *args])
     except SystemExit as end:
         status = int(end.code or 0)
     assert status == 2
     assert words in capsys.readouterr().err
-    assert time.monotonic() - before < 5
 
 
 def test_cli_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,11 +232,11 @@ def test_cli_unreachable_target_is_an_error(capsys: pytest.CaptureFixture[str]) 
 
 def test_cli_serve_refuses_bad_flags_and_taken_addresses(spawn: Spawn, tiny_base: Path) -> None:
     process = spawn(CLI, "serve", "verify", "--max-k", "65")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "base.max_k = '65'; must be a whole number >= 0 and <= 64" in err
     process = spawn(CLI, "serve", "draft", "--path", str(tiny_base), "--listen", "nowhere")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "listen = 'nowhere'; must be host:port" in err
 
@@ -302,7 +302,7 @@ def test_cli_up_ends_when_a_part_cannot_start(spawn: Spawn, folder: Path, tiny_b
         "OUTRIDER_COORDINATOR_LISTEN": f"unix:{folder}/c",
     }
     process = spawn(CLI, "up", "--no-draft", "--base", "/no/such", env=env)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "/no/such" in err
 

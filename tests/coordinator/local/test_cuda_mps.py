@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from outrider.coordinator.local import cuda_mps
 from outrider.shared.core.errors import ConfigError
+from outrider_testing.waiting import soon
 
 STAND_IN = """#!/bin/sh
 if [ "$1" = "-d" ]; then
@@ -70,10 +70,7 @@ def test_daemon_ends_with_a_killed_supervisor(control: Path) -> None:
         assert supervisor.stdout is not None
         folder = Path(supervisor.stdout.readline().strip()).parent
         supervisor.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 20
-    while folder.exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not folder.exists()
+    soon(lambda: not folder.exists())
     assert control.read_text().splitlines()[1:] == ["quit -t 5"]
 
 

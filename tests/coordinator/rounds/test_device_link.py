@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from outrider.shared.core.links import LINKS
 from outrider_testing import host_device
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
+from outrider_testing.waiting import soon
 
 Make = Callable[..., Any]
 PROMPTS = [[7] * 20, [5, 9, 40], list(range(30, 48))]
@@ -86,10 +86,7 @@ async def ask_all(client: Any, requests: list[pb.GenerateRequest]) -> list[Any]:
 
 def emptied(pair: SimpleNamespace) -> None:
     """Waits until both services have let go of everything, the engines' locks among it."""
-    end = time.monotonic() + 5
-    while any(one.engine.info().arena_tokens_used for one in (pair.verify, pair.draft)):
-        assert time.monotonic() < end, "something is held"
-        time.sleep(0.005)
+    soon(lambda: not any(one.engine.info().arena_tokens_used for one in (pair.verify, pair.draft)))
 
 
 async def compared(
@@ -208,10 +205,10 @@ async def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
             long = asyncio.ensure_future(
                 client.generate(ask(PROMPTS[0], 150, k=2, stopping={"ignore_eos": True}))
             )
-            leaving = asyncio.ensure_future(
-                client.generate(ask(PROMPTS[1], 150, k=2, stopping={"ignore_eos": True}))
-            )
-            await asyncio.sleep(0.15)
+            leaving = client.stub.Generate(ask(PROMPTS[1], 150, k=2, stopping={"ignore_eos": True}))
+            async for message in leaving:
+                if message.HasField("delta"):
+                    break
             leaving.cancel()
             short = await client.generate(ask(PROMPTS[2], 8, k=2, stopping={"ignore_eos": True}))
             assert not long.done()

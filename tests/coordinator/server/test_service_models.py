@@ -14,6 +14,7 @@ from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import VerifyConfig
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
+from outrider_testing.waiting import until
 
 Make = Callable[..., Any]
 
@@ -118,15 +119,17 @@ async def test_models_base_that_dies_and_comes_back_changes_no_token(
         path=str(tiny_base), device="cpu", dtype="float32", arena_bytes=8 << 20, threads=1
     )
     listen = f"unix:{tmp_path}/verify"
-    server = start_model("verify", config, listen).server
+    first = start_model("verify", config, listen)
+    server = first.server
     base = SimpleNamespace(listen=listen)
 
     try:
         async with client_of(base, tokenizer=str(tiny_base)) as client:
             request = ask([5, 9, 40], 200, stopping={"ignore_eos": True})
             whole = (await client.generate(request)).only.ids
+            rows = sum(first.rows)
             call = asyncio.create_task(client.generate(request))
-            await asyncio.sleep(0.05)
+            await until(lambda: sum(first.rows) > rows + 20)
             await asyncio.to_thread(server.drain, grace=0)
             server = (await asyncio.to_thread(start_model, "verify", config, listen)).server
             assert (await call).only.ids == whole

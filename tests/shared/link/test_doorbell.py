@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from outrider.shared.core.errors import ProtocolError
+from outrider.shared.link import doorbell
 from outrider.shared.link.doorbell import (
     STALE_SECONDS,
     Doorbell,
@@ -29,11 +30,15 @@ from outrider.shared.link.mailbox import BEATS, BELLS, ENDS, Judgement, Layout, 
 from outrider_testing.waiting import soon
 
 LAYOUT = Layout(4, 4, 4)
+PATIENCE = 60.0
+"""For what comes, however busy the machine is."""
 Pair = tuple[Doorbell, Doorbell]
 CHILD = """
 import mmap, os, socket, sys
+from outrider.shared.link import doorbell
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.mailbox import Layout, Mailbox, ProposalHead
+doorbell.STALE_SECONDS = 3600.0
 memory, peer = (int(one) for one in sys.argv[1:])
 layout = Layout(4, 4, 4)
 mailbox = Mailbox(mmap.mmap(memory, layout.size), layout)
@@ -87,10 +92,10 @@ def child() -> Iterator[tuple[Doorbell, subprocess.Popen[bytes]]]:
 
 def heard(bell: Doorbell) -> None:
     """Waits for a child that may still be starting: its beat does not rise yet."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while True:
         try:
-            assert bell.wait(20)
+            assert bell.wait(PATIENCE)
             return
         except PeerGone:
             assert time.monotonic() < end
@@ -104,18 +109,16 @@ def write(bell: Doorbell, grant: int, step: int) -> None:
 def test_doorbell_ring_before_the_wait_is_heard(pair: Pair) -> None:
     verify, draft = pair
     verify.ring()
-    assert draft.wait(1.0)
+    assert draft.wait(PATIENCE)
     assert verify.mailbox.word(BELLS[0]) == 1
 
 
 def test_doorbell_ring_wakes_one_who_waits(pair: Pair) -> None:
     verify, draft = pair
-    timer = threading.Timer(0.05, verify.ring)
-    timer.start()
-    began = time.monotonic()
-    assert draft.wait(5.0)
-    assert 0.03 < time.monotonic() - began < 2.0
-    timer.join()
+    waiting = threading.Event()
+    threading.Thread(target=lambda: waiting.wait() and verify.ring()).start()
+    assert draft.wait(PATIENCE, waiting.set)  # type: ignore[arg-type]
+    assert verify.mailbox.word(BELLS[0]) == 1
 
 
 def test_doorbell_each_side_hears_only_the_other(pair: Pair) -> None:
@@ -123,7 +126,7 @@ def test_doorbell_each_side_hears_only_the_other(pair: Pair) -> None:
     verify.ring()
     with pytest.raises(PeerLate):
         verify.wait(0.05)
-    assert draft.wait(1.0)
+    assert draft.wait(PATIENCE)
 
 
 def test_doorbell_turns_of_many_rounds_come_in_order(pair: Pair) -> None:
@@ -133,7 +136,7 @@ def test_doorbell_turns_of_many_rounds_come_in_order(pair: Pair) -> None:
 
     def answer() -> None:
         for step in range(rounds):
-            found = draft.await_turn((1, step), draft.mailbox.read_verdicts, 10.0)
+            found = draft.await_turn((1, step), draft.mailbox.read_verdicts, PATIENCE)
             assert found is not None
             seen.append(found[1][0].next_token)
             draft.ring()
@@ -142,7 +145,7 @@ def test_doorbell_turns_of_many_rounds_come_in_order(pair: Pair) -> None:
     thread.start()
     for step in range(rounds):
         write(verify, 1, step)
-        assert verify.wait(10.0)
+        assert verify.wait(PATIENCE)
     thread.join()
     assert seen == list(range(rounds))
 
@@ -153,7 +156,7 @@ def test_doorbell_more_rings_than_the_socket_holds_do_no_harm(pair: Pair) -> Non
         verify.ring()
     assert verify.mailbox.word(BELLS[0]) == 3000
     write(verify, 1, 0)
-    found = draft.await_turn((1, 0), draft.mailbox.read_verdicts, 2.0)
+    found = draft.await_turn((1, 0), draft.mailbox.read_verdicts, PATIENCE)
     assert found is not None and found[0].step == 0
 
 
@@ -161,16 +164,14 @@ def test_doorbell_wait_ends_when_interrupted(pair: Pair) -> None:
     _, draft = pair
     flag = threading.Event()
     threading.Timer(0.1, flag.set).start()
-    began = time.monotonic()
-    assert not draft.wait(10.0, flag.is_set)
-    assert time.monotonic() - began < 1.0
-    assert draft.await_turn((1, 0), draft.mailbox.read_verdicts, 10.0, lambda: True) is None
+    assert not draft.wait(PATIENCE, flag.is_set)
+    assert draft.await_turn((1, 0), draft.mailbox.read_verdicts, PATIENCE, lambda: True) is None
 
 
 def test_doorbell_ring_comes_before_an_interruption(pair: Pair) -> None:
     verify, draft = pair
     verify.ring()
-    assert draft.wait(1.0, lambda: True)
+    assert draft.wait(PATIENCE, lambda: True)
 
 
 def test_doorbell_peer_that_lives_and_does_not_ring_is_late(pair: Pair) -> None:
@@ -178,9 +179,9 @@ def test_doorbell_peer_that_lives_and_does_not_ring_is_late(pair: Pair) -> None:
     began = time.monotonic()
     with pytest.raises(PeerLate, match=r"the draft did not answer in 0\.3 s"):
         verify.wait(0.3)
-    assert 0.3 <= time.monotonic() - began < 1.0
+    assert time.monotonic() - began >= 0.3
     draft.ring()  # and is heard all the same
-    assert verify.wait(1.0)
+    assert verify.wait(PATIENCE)
 
 
 def test_doorbell_rings_of_an_earlier_grant_are_passed_over(pair: Pair) -> None:
@@ -189,7 +190,7 @@ def test_doorbell_rings_of_an_earlier_grant_are_passed_over(pair: Pair) -> None:
         write(verify, 1, step)  # nobody listened
     thread = threading.Timer(0.1, write, (verify, 2, 0))
     thread.start()
-    found = draft.await_turn((2, 0), draft.mailbox.read_verdicts, 5.0)
+    found = draft.await_turn((2, 0), draft.mailbox.read_verdicts, PATIENCE)
     assert found is not None and found[0] == VerdictHead(2, 0)
     thread.join()
 
@@ -199,7 +200,7 @@ def test_doorbell_slot_being_written_is_waited_for(pair: Pair) -> None:
     write(verify, 1, 0)
     verify.mailbox._memory[LAYOUT.verdicts] ^= 1  # half written when an old ring is heard
     threading.Timer(0.1, write, (verify, 1, 1)).start()
-    found = draft.await_turn((1, 1), draft.mailbox.read_verdicts, 5.0)
+    found = draft.await_turn((1, 1), draft.mailbox.read_verdicts, PATIENCE)
     assert found is not None and found[0].step == 1
 
 
@@ -210,7 +211,7 @@ def test_doorbell_turn_that_is_yet_to_come_breaks_the_protocol(
     verify, draft = pair
     write(verify, *there)
     with pytest.raises(ProtocolError, match=r"while \(1, 5\) was waited for"):
-        draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
+        draft.await_turn((1, 5), draft.mailbox.read_verdicts, PATIENCE)
 
 
 def test_doorbell_peer_that_left_in_a_later_turn_of_the_grant_is_heard(pair: Pair) -> None:
@@ -219,13 +220,13 @@ def test_doorbell_peer_that_left_in_a_later_turn_of_the_grant_is_heard(pair: Pai
     # It did not wait for the draft, and its word is in the place of what the draft waits for.
     verify.mailbox.write_verdicts(VerdictHead(1, 6, ENDS), ())
     verify.ring()
-    found = draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
+    found = draft.await_turn((1, 5), draft.mailbox.read_verdicts, PATIENCE)
     assert found == (VerdictHead(1, 6, ENDS), [])
     assert not draft.closed
     verify.mailbox.write_verdicts(VerdictHead(2, 0, ENDS), ())  # which no grant before it ends
     verify.ring()
     with pytest.raises(ProtocolError):
-        draft.await_turn((1, 5), draft.mailbox.read_verdicts, 1.0)
+        draft.await_turn((1, 5), draft.mailbox.read_verdicts, PATIENCE)
 
 
 def test_doorbell_peer_that_let_go_is_told_at_once(pair: Pair) -> None:
@@ -234,35 +235,32 @@ def test_doorbell_peer_that_let_go_is_told_at_once(pair: Pair) -> None:
     assert draft.alive()
     verify.close()
     assert not draft.alive()  # though a ring is yet to be heard
-    assert draft.wait(1.0)  # what it said before still counts
+    assert draft.wait(PATIENCE)  # what it said before still counts
     assert not draft.alive()
-    began = time.monotonic()
     with pytest.raises(PeerGone, match="the verifier has let go of the mailbox"):
-        draft.wait(10.0)
+        draft.wait(PATIENCE)
     with pytest.raises(PeerGone):
         for _ in range(2):
             draft.ring()
-    assert time.monotonic() - began < 0.5
 
 
 def test_doorbell_close_wakes_the_own_waiter(pair: Pair) -> None:
     verify, _ = pair
+    waiting = threading.Event()
     ends: list[BaseException] = []
 
     def wait() -> None:
         try:
-            verify.wait(30.0)
+            verify.wait(PATIENCE, waiting.set)  # type: ignore[arg-type]
         except PeerGone as error:
             ends.append(error)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.05)
-    began = time.monotonic()
+    assert waiting.wait(PATIENCE)
     verify.close()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert len(ends) == 1 and not isinstance(ends[0], PeerLate)
-    assert time.monotonic() - began < 0.5
     assert verify.closed and not verify.alive()
 
 
@@ -272,10 +270,10 @@ def test_doorbell_close_from_many_threads_closes_once(pair: Pair) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     with pytest.raises(PeerGone):
-        draft.wait(1.0)
+        draft.wait(PATIENCE)
 
 
 def test_doorbell_closed_leaves_no_thread_and_no_descriptor() -> None:
@@ -286,7 +284,7 @@ def test_doorbell_closed_leaves_no_thread_and_no_descriptor() -> None:
     for _ in range(20):
         verify, draft = bells()
         verify.ring()
-        assert draft.wait(1.0)
+        assert draft.wait(PATIENCE)
         verify.close()
         draft.close()
     assert held() == before
@@ -305,35 +303,35 @@ def test_doorbell_peer_killed_is_noticed_at_once(
     bell, process = child
     for _ in range(50):
         bell.ring()
-        assert bell.wait(5.0)
-    timer = threading.Timer(0.1, process.send_signal, (signal.SIGKILL,))
-    timer.start()
-    began = time.monotonic()
+        assert bell.wait(PATIENCE)
+    threading.Timer(0.1, process.send_signal, (signal.SIGKILL,)).start()
+    # The kernel tells: neither its beat nor the patience has to run out.
     with pytest.raises(PeerGone, match="let go") as error:
-        bell.wait(30.0)
+        bell.wait(PATIENCE)
     assert not isinstance(error.value, PeerLate)
-    assert time.monotonic() - began < 0.1 + 0.5
     assert not bell.alive()
 
 
 def test_doorbell_peer_that_stands_still_is_noticed_and_survived(
-    child: tuple[Doorbell, subprocess.Popen[bytes]],
+    child: tuple[Doorbell, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bell, process = child
     bell.ring()
-    assert bell.wait(5.0)
+    assert bell.wait(PATIENCE)
+    monkeypatch.setattr(doorbell, "STALE_SECONDS", STALE_SECONDS)
     process.send_signal(signal.SIGSTOP)
     bell.ring()
     began = time.monotonic()
     with pytest.raises(PeerGone, match="the draft stands still") as error:
-        bell.wait(30.0)
+        bell.wait(PATIENCE)
     assert not isinstance(error.value, PeerLate)
-    assert STALE_SECONDS < time.monotonic() - began < 2.0
+    assert STALE_SECONDS < time.monotonic() - began < PATIENCE / 2
+    monkeypatch.setattr(doorbell, "STALE_SECONDS", PATIENCE)
     # It was only asleep, and the mailbox is as good as before.
     process.send_signal(signal.SIGCONT)
-    assert bell.wait(5.0)
+    assert bell.wait(PATIENCE)
     bell.ring()
-    assert bell.wait(5.0)
+    assert bell.wait(PATIENCE)
 
 
 def test_doorbell_peer_late_comes_before_standing_still(

@@ -66,7 +66,7 @@ except HandoverFailed as error:
 """
 OTHER_USER_ASKS = f"""
 os.setuid({NOBODY})
-with connected(offered.socket, 5.0) as peer:
+with connected(offered.socket, 60.0) as peer:
     try:
         peer.sendall(offered.secret)
         print(socket.recv_fds(peer, 1, 1)[:2])
@@ -163,11 +163,11 @@ def refused(offered: Offered) -> str:
 def exchange(verify: Doorbell, draft: Doorbell) -> None:
     verify.mailbox.write_verdicts(VerdictHead(7, 0), [VERDICT])
     verify.ring()
-    heard = draft.await_turn((7, 0), draft.mailbox.read_verdicts, 5.0)
+    heard = draft.await_turn((7, 0), draft.mailbox.read_verdicts, 60.0)
     assert heard == (VerdictHead(7, 0), [VERDICT])
     draft.mailbox.write_proposals(ProposalHead(7, 1), [PROPOSAL])
     draft.ring()
-    told = verify.await_turn((7, 1), verify.mailbox.read_proposals, 5.0)
+    told = verify.await_turn((7, 1), verify.mailbox.read_proposals, 60.0)
     assert told == (ProposalHead(7, 1), [PROPOSAL])
 
 
@@ -182,7 +182,7 @@ def still_stands(verifier: Verifier) -> None:
 
 def take(offered: Offered) -> tuple[socket.socket, int, Mailbox]:
     """What a process of the same user that knows the secret gets, up to the proof."""
-    peer = connected(offered.socket, 5.0)
+    peer = connected(offered.socket, 60.0)
     peer.sendall(offered.secret)
     said, (descriptor,), _, _ = socket.recv_fds(peer, 1, 8)
     assert said == b"M"
@@ -224,12 +224,12 @@ def test_fetch_in_another_process_shares_the_memory_and_a_kill_frees_it(
     soon(lambda: "memfd:outrider-mailbox" in maps.read_text())
     verify.mailbox.write_verdicts(VerdictHead(7, 0), [VERDICT])
     verify.ring()
-    told = verify.await_turn((7, 0), verify.mailbox.read_proposals, 20.0)
+    told = verify.await_turn((7, 0), verify.mailbox.read_proposals, 60.0)
     assert told == (ProposalHead(7, 0), [replace(PROPOSAL, tokens=(9, 10, 11))])
     assert mappings() == before + 1
     process.kill()
     with pytest.raises(PeerGone, match="the draft has let go"):
-        verify.wait(10.0)
+        verify.wait(60.0)
     assert not verify.alive()
     verify.close()
     del verify
@@ -252,7 +252,7 @@ def test_fetch_returns_when_the_verifier_knows_its_mailbox() -> None:
 
 def test_offer_that_was_taken_is_over(verifier: Verifier) -> None:
     draft = fetch(verifier.offered)
-    verifier.thread.join(5.0)
+    verifier.thread.join(60)
     assert not verifier.thread.is_alive()
     assert "the verifier's socket can't be reached (Connection refused)" in refused(
         verifier.offered
@@ -273,8 +273,8 @@ def test_offer_goes_to_one_of_many_drafts(verifier: Verifier) -> None:
     for one in threads:
         one.start()
     for one in threads:
-        one.join(10)
-    results = [got.get(timeout=1) for _ in threads]
+        one.join(60)
+    results = [got.get(timeout=60) for _ in threads]
     (draft,) = [one for one in results if isinstance(one, Doorbell)]
     verify = verifier.claimed()
     exchange(verify, draft)
@@ -297,7 +297,7 @@ def test_offer_hands_nothing_to_one_who_knows_less_than_the_secret(
     verifier: Verifier, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
     secret = verifier.offered.secret
-    with connected(verifier.offered.socket, 5.0) as peer:
+    with connected(verifier.offered.socket, 60.0) as peer:
         peer.sendall(secret[:count])
         if count < 31:
             peer.shutdown(socket.SHUT_WR)
@@ -331,7 +331,7 @@ def test_offer_outlasts_a_silent_peer(
     verifier: Verifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(handshake, "STEP_SECONDS", 0.05)
-    with connected(verifier.offered.socket, 5.0) as peer:
+    with connected(verifier.offered.socket, 60.0) as peer:
         assert peer.recv(1) == b""
     assert "a hand-over of the mailbox failed: timed out" in caplog.text
     monkeypatch.undo()

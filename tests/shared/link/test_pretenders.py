@@ -82,12 +82,12 @@ def pretender(answer: Callable[[socket.socket], None], path: str) -> Iterator[Of
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address_of(path))
         listener.listen(1)
-        listener.settimeout(5.0)
+        listener.settimeout(60.0)
 
         def serve() -> None:
             peer, _ = listener.accept()
             with peer:
-                peer.settimeout(5.0)
+                peer.settimeout(60.0)
                 assert peer.recv(64) == b"s" * 32
                 answer(peer)
 

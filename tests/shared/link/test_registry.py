@@ -56,12 +56,12 @@ def test_mailboxes_offered_and_mapped_are_connected(services: Services) -> None:
     judged = [Judgement(1, 1, 2, 9, 43, 3)]
     verify.mailbox.write_verdicts(VerdictHead(7, 0), judged)
     verify.ring()
-    heard = draft.await_turn((7, 0), draft.mailbox.read_verdicts, 5.0)
+    heard = draft.await_turn((7, 0), draft.mailbox.read_verdicts, 60.0)
     assert heard == (VerdictHead(7, 0), judged)
     proposed = [Proposal(1, 1, 43, (5, 6, 7), ())]
     draft.mailbox.write_proposals(ProposalHead(7, 1), proposed)
     draft.ring()
-    told = verify.await_turn((7, 1), verify.mailbox.read_proposals, 5.0)
+    told = verify.await_turn((7, 1), verify.mailbox.read_proposals, 60.0)
     assert told == (ProposalHead(7, 1), proposed)
 
 
@@ -120,7 +120,7 @@ def test_mailboxes_closed_by_one_side_are_gone_for_the_other(services: Services,
     assert services.verify.get(mailbox) is None
     assert services.draft.get(mailbox) is None
     with pytest.raises(PeerGone):
-        left.wait(5.0)
+        left.wait(60.0)
     # Counting lets go of it on the other side too, with its thread.
     assert len(services.verify) == len(services.draft) == 0
     assert left.closed

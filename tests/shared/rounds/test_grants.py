@@ -22,7 +22,7 @@ from outrider.protos import speculation_pb2 as pb
 from outrider.shared.rounds.grants import Control, End, EndReason, Inbox, end_message, next_k
 from outrider_testing.waiting import soon
 
-WAIT = 5.0
+WAIT = 60.0
 
 
 class Source:

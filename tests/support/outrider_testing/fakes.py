@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,6 +282,25 @@ class _Engine:
         )
 
 
+class _Messages:
+    """What a stream reads; a message has been acted on when the next one is asked for."""
+
+    def __init__(self, messages: Iterator[Any], acted_on: Callable[[Any], None]) -> None:
+        self._messages = messages
+        self._acted_on = acted_on
+        self._last: Any = None
+
+    def __iter__(self) -> _Messages:
+        return self
+
+    def __next__(self) -> Any:
+        last, self._last = self._last, None
+        if last is not None:
+            self._acted_on(last)
+        self._last = next(self._messages)
+        return self._last
+
+
 SERVICES: dict[str, Any] = {"draft": draft_service, "verify": verify_service}
 """The modules that make the services' servicers, by role."""
 
@@ -301,6 +320,8 @@ class ToyService:
         self.toy = toy or Toy()
         self.free: list[tuple[int, list[Any]]] = []
         """Rounds that it ran by itself: the number of the grant's message, and the items."""
+        self.changes: list[Any] = []
+        """The changes to grants that it has heard."""
         self._server: Server | None = None
         self.start()
 
@@ -309,6 +330,10 @@ class ToyService:
         servicer = SERVICES[self.role].make_servicer()
         servicer.attach(engine(self.role, self.toy))
         servicer.watch(self._seen)
+        rounds = servicer.Rounds
+        servicer.Rounds = lambda messages, context: rounds(
+            _Messages(messages, self._heard), context
+        )
         self._server = Server(
             ServeConfig(listen=self.listen, max_calls=16, reflection=False),
             lambda server: add_to_server(server, servicer, self.role.capitalize()),
@@ -319,6 +344,10 @@ class ToyService:
     def _seen(self, message: Any, items: Sequence[Any], *_: Any) -> None:
         if isinstance(message, GrantedRoundMessage):
             self.free.append((message.round, list(items)))
+
+    def _heard(self, message: Any) -> None:
+        if message.HasField("change"):
+            self.changes.append(message.change)
 
     def kill(self) -> None:
         """Ends it at once, as a crash would: streams break, nothing is said."""

@@ -24,7 +24,7 @@ def both(verify: DeviceSide | None, draft: DeviceSide | None) -> list[Any]:
     found: list[Any] = [None, None]
 
     def side(index: int, name: Any, own: DeviceSide | None) -> None:
-        ends[index].settimeout(5)
+        ends[index].settimeout(60.0)
         try:
             found[index] = exchange(ends[index], LAYOUT, name, own)
         except Exception as error:
@@ -38,7 +38,7 @@ def both(verify: DeviceSide | None, draft: DeviceSide | None) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     for end in ends:
         end.close()
@@ -139,7 +139,7 @@ def test_exchange_with_something_else_ends_with_an_error(
     sent: bytes, error: type[Exception]
 ) -> None:
     ends = socket.socketpair()
-    ends[0].settimeout(5)
+    ends[0].settimeout(60.0)
     ends[1].sendall(sent)
     ends[1].shutdown(socket.SHUT_WR)
     with pytest.raises(error):
