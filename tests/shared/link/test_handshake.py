@@ -98,6 +98,8 @@ class Verifier:
 
 @pytest.fixture
 def verifier(monkeypatch: pytest.MonkeyPatch) -> Iterator[Verifier]:
+    # A process that fetches it may take long to start.
+    monkeypatch.setattr(handshake, "OFFER_SECONDS", 60.0)
     made = Verifier()
     yield made
     monkeypatch.undo()

@@ -8,7 +8,6 @@ import queue
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,14 @@ def started(spawn: Spawn, short_folder: Path, tiny_draft: Path) -> Callable[...,
 def one_sequence(channel: grpc.Channel) -> tuple[Any, Any]:
     """A stream that holds one sequence, and where its requests go."""
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    call = stubs.DraftStub(channel).Rounds(iter(requests.get, None), timeout=60)
+    call = stubs.DraftStub(channel).Rounds(iter(requests.get, None), timeout=200)
     requests.put(wire.write_draft_request(1, open=[OpenSequence(1, 1, 64, Decoding())]))
     assert next(call).round == 1
     return call, requests
 
 
 def test_model_service_sigterm_drains(started: Any, short_folder: Path) -> None:
-    process, target = started("--drain-seconds", "30")
+    process, target = started("--drain-seconds", "300")
     with grpc.insecure_channel(target) as channel:
         call, requests = one_sequence(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -78,19 +77,21 @@ def test_model_service_sigterm_drains(started: Any, short_folder: Path) -> None:
         assert "shutting down" in answer.errors[0].message
         assert process.poll() is None
         requests.put(wire.write_draft_request(3, close=[1]))
-        assert process.wait(10) == 0, "it ends as soon as nothing lives"
+        assert process.wait(60) == 0, "it ends as soon as nothing lives"
     assert list(short_folder.iterdir()) == []
 
 
 def test_model_service_second_signal_ends_at_once(started: Any) -> None:
-    process, target = started("--drain-seconds", "60")
+    process, target = started("--drain-seconds", "300")
     with grpc.insecure_channel(target) as channel:
         call, _ = one_sequence(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         with pytest.raises(grpc.RpcError):
             next(call)
 
@@ -100,14 +101,14 @@ def test_model_service_drain_is_limited(started: Any) -> None:
     with grpc.insecure_channel(target) as channel:
         one_sequence(channel)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_model_service_ends_with_its_supervisor(started: Any, short_folder: Path) -> None:
     process, _ = started("--watch-stdin", stdin=subprocess.PIPE)
     assert process.poll() is None
     process.stdin.close()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert list(short_folder.iterdir()) == []
 
 
@@ -116,7 +117,7 @@ def test_model_service_sigterm_while_loading(spawn: Spawn, tiny_draft: Path) -> 
     assert process.stderr is not None
     process.stderr.readline()  # "loading …": the signal handlers are in place
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "Traceback" not in errors
 
@@ -127,7 +128,7 @@ def test_model_service_port_in_use_is_told_before_loading(spawn: Spawn) -> None:
         other.listen()
         target = f"127.0.0.1:{other.getsockname()[1]}"
         process = spawn(DRAFT, "--path", "/no/such/model", "--listen", target)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
     assert f"{target}: the port is in use" in errors
 
@@ -135,7 +136,7 @@ def test_model_service_port_in_use_is_told_before_loading(spawn: Spawn) -> None:
 @pytest.mark.parametrize("path", ["/no/such/model", "/tmp", "../nowhere/at/all"])
 def test_model_service_without_a_model_says_what_is_expected(spawn: Spawn, path: str) -> None:
     process = spawn(DRAFT, "--path", path, "--listen", "127.0.0.1:0", "--device", "cpu")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
     assert path in errors and "config.json" in errors
     assert "Traceback" not in errors
