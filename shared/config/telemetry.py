@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from outrider.shared.config.setting import Checked, setting
 
-_EXPORTERS = re.compile(r"none|((otlp-grpc|otlp-http|console|file)(,(?!$)|$))+")
+_EXPORTERS = ("otlp-grpc", "otlp-http", "console", "file")
+_ALLOWED = f"none, or a comma-separated list of {', '.join(_EXPORTERS)}"
+
+
+def _known(value: str) -> bool:
+    return value == "none" or set(_EXPORTERS).issuperset(value.split(","))
 
 
 @dataclass(frozen=True)
@@ -18,17 +22,9 @@ class TelemetryConfig(Checked):
         "info", help="least severe level", choices=("debug", "info", "warning", "error")
     )
     log_format: str = setting("text", help="form of log lines", choices=("text", "json"))
-    traces: str = setting(
-        "none",
-        help="where traces go",
-        allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=_EXPORTERS.fullmatch,
-    )
+    traces: str = setting("none", help="where traces go", allowed=_ALLOWED, check=_known)
     metrics: str = setting(
-        "none",
-        help="where metrics go, besides Prometheus",
-        allowed="none, or a comma-separated list of otlp-grpc, otlp-http, console, file",
-        check=_EXPORTERS.fullmatch,
+        "none", help="where metrics go, besides Prometheus", allowed=_ALLOWED, check=_known
     )
     endpoint: str | None = setting(
         None, help="URL of the OTLP collector; none takes OTEL_EXPORTER_OTLP_ENDPOINT"

@@ -7,12 +7,13 @@ stands above them.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from opentelemetry.sdk.metrics.export import (
     ConsoleMetricExporter,
@@ -24,49 +25,32 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter, SpanExportResult
 
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.telemetry.otlp_encoder import SpanEncoder
 
-KINDS = ("otlp-grpc", "otlp-http", "console", "file")
 EXTRA = "pip install 'outrider[telemetry]'"
 
 
 def span_exporter(kind: str, *, endpoint: str | None, file: str | None) -> SpanExporter:
-    """The exporter named ``kind``, one of ``KINDS``; raises ``ConfigError``."""
-    if kind == "otlp-grpc":
-        return _otlp_grpc_spans(endpoint)
-    if kind == "otlp-http":
-        made: SpanExporter = _otlp("http", "trace_exporter", "OTLPSpanExporter")(
-            endpoint=_http_path(endpoint, "/v1/traces")
-        )
-        return made
+    """The exporter named ``kind``, one that the configuration allows; raises ``ConfigError``."""
     if kind == "console":
         return ConsoleSpanExporter(
             out=sys.stderr, formatter=lambda span: span.to_json(indent=None) + "\n"
         )
     if kind == "file":
         return JsonLinesSpanExporter(_file(file))
-    raise _unknown(kind)
+    made: SpanExporter = _otlp(kind, "trace", endpoint)
+    return made
 
 
 def metric_exporter(kind: str, *, endpoint: str | None, file: str | None) -> MetricExporter:
-    """The metric exporter named ``kind``, one of ``KINDS``; raises ``ConfigError``."""
-    if kind == "otlp-grpc":
-        made: MetricExporter = _otlp("grpc", "metric_exporter", "OTLPMetricExporter")(
-            **_grpc_arguments(endpoint)
-        )
-        return made
-    if kind == "otlp-http":
-        made = _otlp("http", "metric_exporter", "OTLPMetricExporter")(
-            endpoint=_http_path(endpoint, "/v1/metrics")
-        )
-        return made
+    """The metric exporter named ``kind``, likewise."""
     if kind == "console":
         return ConsoleMetricExporter(
             out=sys.stderr, formatter=lambda data: data.to_json(indent=None) + "\n"
         )
     if kind == "file":
         return JsonLinesMetricExporter(_file(file))
-    raise _unknown(kind)
+    made: MetricExporter = _otlp(kind, "metric", endpoint)
+    return made
 
 
 class _Lines:
@@ -77,13 +61,12 @@ class _Lines:
         self._stream: IO[str] | None = None
         self._lock = threading.Lock()
 
-    def write(self, value: Any) -> None:
-        line = json.dumps(value, separators=(",", ":")) + "\n"
+    def write(self, line: str) -> None:
         with self._lock:
             if self._stream is None:
                 self._stream = self._path.open("a", encoding="utf-8")
             # One write of a whole line: several processes may append to one file.
-            self._stream.write(line)
+            self._stream.write(line + "\n")
             self._stream.flush()
 
     def close(self) -> None:
@@ -94,7 +77,11 @@ class _Lines:
 
 
 class JsonLinesSpanExporter(SpanExporter):
-    """One line a batch, in the JSON of OTLP's file exporter: ``{"resourceSpans": [...]}``."""
+    """One line a batch, in the JSON of OTLP's file exporter: ``{"resourceSpans": [...]}``.
+
+    Own code, since a file is promised to need no extra packages: the SDK has no such exporter,
+    and the one that OpenTelemetry publishes beside it brings three more.
+    """
 
     def __init__(self, path: Path) -> None:
         """Appends to ``path``."""
@@ -105,19 +92,14 @@ class JsonLinesSpanExporter(SpanExporter):
         resources: dict[Any, list[ReadableSpan]] = {}
         for span in spans:
             resources.setdefault(span.resource, []).append(span)
-        self._lines.write(
+        made = [
             {
-                "resourceSpans": [
-                    {
-                        "resource": {"attributes": _attributes(resource.attributes)},
-                        "scopeSpans": [
-                            {"scope": {"name": "outrider"}, "spans": [_span(s) for s in of]}
-                        ],
-                    }
-                    for resource, of in resources.items()
-                ]
+                "resource": {"attributes": _attributes(resource.attributes)},
+                "scopeSpans": [{"scope": {"name": "outrider"}, "spans": [_span(s) for s in of]}],
             }
-        )
+            for resource, of in resources.items()
+        ]
+        self._lines.write(json.dumps({"resourceSpans": made}, separators=(",", ":")))
         return SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
@@ -137,7 +119,7 @@ class JsonLinesMetricExporter(MetricExporter):
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
     ) -> MetricExportResult:
         """Writes one line."""
-        self._lines.write(json.loads(metrics_data.to_json(indent=None)))
+        self._lines.write(metrics_data.to_json(indent=None))
         return MetricExportResult.SUCCESS
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
@@ -149,44 +131,23 @@ class JsonLinesMetricExporter(MetricExporter):
         self._lines.close()
 
 
-def _otlp_grpc_spans(endpoint: str | None) -> SpanExporter:
-    base: Any = _otlp("grpc", "trace_exporter", "OTLPSpanExporter")
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    encoder = SpanEncoder()
-
-    class Exporter(base):  # type: ignore[misc]
-        """The SDK's exporter over our encoder; where the hook is gone, the SDK's encodes."""
-
-        def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-            return ExportTraceServiceRequest.FromString(encoder.request(data))
-
-    made: SpanExporter = Exporter(**_grpc_arguments(endpoint))
-    return made
-
-
-def _grpc_arguments(endpoint: str | None) -> dict[str, Any]:
-    if endpoint is None:
-        return {}
-    return {"endpoint": endpoint, "insecure": not endpoint.startswith("https://")}
-
-
-def _http_path(endpoint: str | None, path: str) -> str | None:
-    # As with OTEL_EXPORTER_OTLP_ENDPOINT, the configuration names the collector, not the signal.
-    return None if endpoint is None else endpoint.rstrip("/") + path
-
-
-def _otlp(protocol: str, module: str, name: str) -> Any:
-    import importlib
-
+def _otlp(kind: str, signal: Literal["trace", "metric"], endpoint: str | None) -> Any:
+    protocol = kind.removeprefix("otlp-")
     try:
-        return getattr(
-            importlib.import_module(f"opentelemetry.exporter.otlp.proto.{protocol}.{module}"), name
+        module = importlib.import_module(
+            f"opentelemetry.exporter.otlp.proto.{protocol}.{signal}_exporter"
         )
     except ImportError as error:
         raise ConfigError(
-            f"telemetry: the otlp-{protocol} exporter is not installed ({error}); {EXTRA}"
+            f"telemetry: the {kind} exporter is not installed ({error}); {EXTRA}"
         ) from None
+    make = module.OTLPSpanExporter if signal == "trace" else module.OTLPMetricExporter
+    if endpoint is None:
+        return make()
+    if protocol == "grpc":
+        return make(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+    # As with OTEL_EXPORTER_OTLP_ENDPOINT, the configuration names the collector, not the signal.
+    return make(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}s")
 
 
 def _file(path: str | None) -> Path:
@@ -195,10 +156,6 @@ def _file(path: str | None) -> Path:
     if not Path(path).parent.is_dir():
         raise ConfigError(f"telemetry.file = {path!r}: its folder does not exist")
     return Path(path)
-
-
-def _unknown(kind: str) -> ConfigError:
-    return ConfigError(f"telemetry exporter {kind!r}; must be one of {', '.join(KINDS)}")
 
 
 def _span(span: ReadableSpan) -> dict[str, Any]:

@@ -165,4 +165,4 @@ def _cpu_seconds() -> Iterable[tuple[float, Mapping[str, str]]]:
 
 
 def _kinds(text: str) -> list[str]:
-    return [kind for kind in (part.strip() for part in text.split(",")) if kind != "none"]
+    return [] if text == "none" else text.split(",")
