@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, T
 
 from outrider.shared.config.telemetry import TelemetryConfig
 from outrider.shared.telemetry import exporters
-from outrider.shared.telemetry.batch_processor import BatchingProcessor
+from outrider.shared.telemetry.counting_processor import CountingProcessor
 from outrider.shared.telemetry.metrics import Instruments
 from outrider.shared.telemetry.prometheus import PrometheusEndpoint
 from outrider.shared.telemetry.spans import SpanMaker
@@ -103,7 +103,7 @@ class Telemetry:
         if self.prometheus is not None:
             self.prometheus.close()
 
-    def _traces(self, config: TelemetryConfig) -> BatchingProcessor | None:
+    def _traces(self, config: TelemetryConfig) -> CountingProcessor | None:
         kinds = _kinds(config.traces)
         if not kinds:
             return None
@@ -111,7 +111,7 @@ class Telemetry:
             exporters.span_exporter(kind, endpoint=config.endpoint, file=config.file)
             for kind in kinds
         ]
-        return BatchingProcessor(made, queue_size=config.span_queue)
+        return CountingProcessor(made, queue_size=config.span_queue)
 
     def _metrics(self, config: TelemetryConfig) -> MeterProvider | None:
         readers: list[MetricReader] = []
@@ -151,7 +151,7 @@ class Telemetry:
             )
 
 
-def _processed(processor: BatchingProcessor) -> Iterable[tuple[float, Mapping[str, str]]]:
+def _processed(processor: CountingProcessor) -> Iterable[tuple[float, Mapping[str, str]]]:
     counts = processor.counts
     yield counts.exported, _COMPONENT
     for reason in ("queue_full", "export_failed", "shut_down"):
