@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from outrider.shared.core.errors import ConfigError
@@ -41,8 +40,6 @@ class PrometheusEndpoint:
 
     def close(self) -> None:
         """Stops serving."""
-        stopper = threading.Thread(target=self._server.shutdown)
-        stopper.start()
-        stopper.join(timeout=5)
+        self._server.shutdown()
         self._server.server_close()
-        self._thread.join(timeout=5)
+        self._thread.join()

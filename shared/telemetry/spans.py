@@ -21,12 +21,13 @@ from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 UNSAMPLED = TraceFlags(TraceFlags.DEFAULT)
 _UNSET = Status(StatusCode.UNSET)
-_HEX = frozenset("0123456789abcdef")
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +55,12 @@ class TraceContext:
 
 
 def parse_traceparent(text: str) -> TraceContext | None:
-    """The context in a ``traceparent`` header, or None where it is not a valid one.
-
-    Versions above 00 are read as far as 00 goes, as the W3C recommendation asks for.
-    """
-    text = text.strip()
-    parts = text.split("-")
-    if len(parts) < 4 or (parts[0] == "00" and len(parts) != 4):
+    """The context in a ``traceparent`` header, or None where it is not a valid one."""
+    around = _PROPAGATOR.extract({"traceparent": text})
+    found = trace.get_current_span(around).get_span_context()
+    if not found.is_valid:
         return None
-    version, trace_id, span_id, flags = parts[:4]
-    if (len(version), len(trace_id), len(span_id), len(flags)) != (2, 32, 16, 2):
-        return None
-    if version == "ff" or not _HEX.issuperset(version + trace_id + span_id + flags):
-        return None
-    context = TraceContext(int(trace_id, 16), int(span_id, 16), bool(int(flags, 16) & 1))
-    return context if context.trace_id and context.span_id else None
+    return TraceContext(found.trace_id, found.span_id, found.trace_flags.sampled)
 
 
 class SpanMaker:

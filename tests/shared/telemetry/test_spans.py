@@ -8,35 +8,35 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from outrider.shared.telemetry.spans import SpanMaker, TraceContext, parse_traceparent
 
 GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def reference(text: str) -> TraceContext | None:
-    """What OpenTelemetry's own propagator makes of a header."""
-    around = TraceContextTextMapPropagator().extract({"traceparent": text})
-    found = trace.get_current_span(around).get_span_context()
-    if not found.is_valid:
-        return None
-    return TraceContext(found.trace_id, found.span_id, bool(found.trace_flags.sampled))
+@pytest.mark.parametrize(
+    ("text", "sampled"),
+    [
+        (GOOD, True),
+        (GOOD[:-2] + "00", False),
+        (GOOD[:-2] + "03", True),
+        # Later versions are read as far as version 00 goes.
+        ("cc" + GOOD[2:] + "-what-comes-later", True),
+    ],
+)
+def test_traceparent_is_read(text: str, sampled: bool) -> None:
+    expected = TraceContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, sampled)
+    assert parse_traceparent(text) == expected
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        GOOD,
-        GOOD[:-2] + "00",
-        GOOD[:-2] + "03",
-        "cc" + GOOD[2:] + "-what-comes-later",
         "ff" + GOOD[2:],
         GOOD + "-more",
         GOOD.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32),
@@ -46,16 +46,17 @@ def reference(text: str) -> TraceContext | None:
         GOOD.replace("0af7", "0gf7"),
         "",
         "-".join(["00"] * 4),
+        "x" * 100_000,
     ],
 )
-def test_traceparent_reads_as_the_propagator_does(text: str) -> None:
-    assert parse_traceparent(text) == reference(text)
+def test_traceparent_that_is_not_valid_is_none(text: str) -> None:
+    assert parse_traceparent(text) is None
 
 
 @given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.booleans())
 def test_traceparent_round_trips(trace_id: int, span_id: int, sampled: bool) -> None:
     context = TraceContext(trace_id, span_id, sampled)
-    assert parse_traceparent(context.traceparent) == context == reference(context.traceparent)
+    assert parse_traceparent(context.traceparent) == context
 
 
 def maker(ratio: float) -> tuple[SpanMaker, InMemorySpanExporter]:
