@@ -7,7 +7,7 @@ Functions named ``read_*`` go from message to types, ``write_*`` the other way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import rules
@@ -82,35 +82,6 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
 # --- draft -------------------------------------------------------------------------------------
 
 
-def write_draft_request(
-    number: int,
-    items: Iterable[ProposeItem] = (),
-    *,
-    close: Sequence[int] = (),
-    open: Iterable[OpenSequence] = (),
-    goodbye: bool = False,
-    traceparent: str = "",
-) -> pb.DraftRequest:
-    """One message to the draft."""
-    return pb.DraftRequest(
-        round=number,
-        close=close,
-        open=[write_open(one) for one in open],
-        items=[
-            pb.ProposeItem(
-                sequence_id=item.sequence_id,
-                epoch=item.epoch,
-                base_len=item.base_len,
-                append=item.append,
-                k=item.k,
-            )
-            for item in items
-        ],
-        goodbye=goodbye,
-        traceparent=traceparent,
-    )
-
-
 def read_propose_items(message: pb.DraftRequest) -> list[ProposeItem]:
     """What the draft is asked for, in order."""
     return [
@@ -140,57 +111,7 @@ def write_draft_response(
     )
 
 
-def read_draft_response(message: pb.DraftResponse) -> RoundResult[Proposal]:
-    """What the draft answered; ``message.timing`` has the service's own time besides."""
-    return RoundResult(
-        [
-            Proposal(
-                answer.sequence_id,
-                answer.epoch,
-                answer.committed_len,
-                tuple(answer.tokens),
-                _read_rows(answer.rows),
-            )
-            for answer in message.proposals
-        ],
-        _read_refusals(message.errors),
-        message.timing.model_seconds,
-        message.timing.rows,
-    )
-
-
 # --- verify ------------------------------------------------------------------------------------
-
-
-def write_verify_request(
-    number: int,
-    items: Iterable[VerifyItem] = (),
-    *,
-    close: Sequence[int] = (),
-    open: Iterable[OpenSequence] = (),
-    goodbye: bool = False,
-    traceparent: str = "",
-) -> pb.VerifyRequest:
-    """One message to the verifier."""
-    return pb.VerifyRequest(
-        round=number,
-        close=close,
-        open=[write_open(one) for one in open],
-        items=[
-            pb.VerifyItem(
-                sequence_id=item.sequence_id,
-                epoch=item.epoch,
-                base_len=item.base_len,
-                append=item.append,
-                proposal=item.proposal,
-                rows=_write_rows(item.rows),
-                extend_only=item.extend_only,
-            )
-            for item in items
-        ],
-        goodbye=goodbye,
-        traceparent=traceparent,
-    )
 
 
 def read_verify_items(message: pb.VerifyRequest) -> list[VerifyItem]:
@@ -228,26 +149,6 @@ def write_verify_response(
         ],
         errors=_write_refusals(result.refusals),
         timing=_write_timing(result, service_seconds),
-    )
-
-
-def read_verify_response(message: pb.VerifyResponse) -> RoundResult[Verdict]:
-    """What the verifier answered; ``message.timing`` has the service's own time besides."""
-    return RoundResult(
-        [
-            Verdict(
-                answer.sequence_id,
-                answer.epoch,
-                answer.num_accepted,
-                answer.next_token if answer.HasField("next_token") else None,
-                answer.committed_len,
-                _read_logprobs(answer.logprobs),
-            )
-            for answer in message.verdicts
-        ],
-        _read_refusals(message.errors),
-        message.timing.model_seconds,
-        message.timing.rows,
     )
 
 
@@ -289,12 +190,6 @@ def _write_refusals(refusals: Sequence[Refusal]) -> list[pb.SequenceError] | Non
     ]
 
 
-def _read_refusals(errors: Sequence[pb.SequenceError]) -> list[Refusal]:
-    return [
-        Refusal(one.sequence_id, one.epoch, one.code, one.message, one.held_len) for one in errors
-    ]
-
-
 def _write_logprobs(rows: Sequence[PositionLogprobs]) -> list[pb.PositionLogprobs] | None:
     if not rows:
         return None
@@ -306,12 +201,3 @@ def _write_logprobs(rows: Sequence[PositionLogprobs]) -> list[pb.PositionLogprob
         )
         for row in rows
     ]
-
-
-def _read_logprobs(rows: Sequence[pb.PositionLogprobs]) -> tuple[PositionLogprobs, ...]:
-    if not rows:
-        return ()
-    return tuple(
-        PositionLogprobs(row.logprob, tuple(zip(row.top_ids, row.top_logprobs, strict=True)))
-        for row in rows
-    )

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -319,12 +320,15 @@ class Stream:
         self.call = self.stub.Rounds(iter(self._sent.get, None), timeout=120)
         self._number = 0
 
-    def send(self, items: Any = (), grant: pb.Grant | None = None, **parts: Any) -> None:
+    def send(self, items: Any = (), open: Any = (), **parts: Any) -> None:
         self._number += 1
-        write = wire.write_draft_request if self.draft else wire.write_verify_request
-        message: Any = write(self._number, items, **parts)
-        if grant is not None:
-            message.grant.CopyFrom(grant)
+        kind: Any = pb.DraftRequest if self.draft else pb.VerifyRequest
+        message = kind(
+            round=self._number,
+            items=[asdict(item) for item in items],
+            open=[wire.write_open(one) for one in open],
+            **parts,
+        )
         self._sent.put(message)
 
     def change(self, **parts: Any) -> None:
@@ -376,10 +380,10 @@ class Peers:
             "link": SIZES.link,
         } | parts  # fmt: skip
         items: list[Any] = [ProposeItem(1, epochs[1], 0, tuple(draft_log), k)]
-        self.propose.send(items, pb.Grant(**settings))
+        self.propose.send(items, grant=pb.Grant(**settings))
         granted = pb.GrantedSequence(k=k, limit=limit, stop_token_ids=stops)
         items = [VerifyItem(1, epochs[0], 0, tuple(PROMPT))]
-        self.verify.send(items, pb.Grant(**settings, sequences=[granted]))
+        self.verify.send(items, grant=pb.Grant(**settings, sequences=[granted]))
 
     def ends(self) -> tuple[Any, Any]:
         """The ends of the grant, as the verifier and the draft say it."""

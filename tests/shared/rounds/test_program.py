@@ -16,9 +16,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from outrider.protos import speculation_pb2 as pb
 from outrider.protos import speculation_pb2_grpc as stubs
 from outrider.shared.core import wire
-from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem
+from outrider.shared.core.types import Decoding, OpenSequence
 
 DRAFT = "outrider.draft_service"
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -52,11 +53,15 @@ def started(spawn: Spawn, short_folder: Path, tiny_draft: Path) -> Callable[...,
     return start
 
 
+def opened(key: int) -> pb.OpenSequence:
+    return wire.write_open(OpenSequence(key, 1, 64, Decoding()))
+
+
 def one_sequence(channel: grpc.Channel) -> tuple[Any, Any]:
     """A stream that holds one sequence, and where its requests go."""
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     call = stubs.DraftStub(channel).Rounds(iter(requests.get, None), timeout=200)
-    requests.put(wire.write_draft_request(1, open=[OpenSequence(1, 1, 64, Decoding())]))
+    requests.put(pb.DraftRequest(round=1, open=[opened(1)]))
     assert next(call).round == 1
     return call, requests
 
@@ -69,14 +74,13 @@ def test_model_service_sigterm_drains(started: Any, short_folder: Path) -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        item = ProposeItem(1, 1, 0, (5, 6), 2)
-        late = OpenSequence(2, 1, 64, Decoding())
-        requests.put(wire.write_draft_request(2, [item], open=[late]))
+        item = pb.ProposeItem(sequence_id=1, epoch=1, append=(5, 6), k=2)
+        requests.put(pb.DraftRequest(round=2, items=[item], open=[opened(2)]))
         answer = next(call)
         assert len(answer.proposals[0].tokens) == 2, "the running stream goes on"
         assert "shutting down" in answer.errors[0].message
         assert process.poll() is None
-        requests.put(wire.write_draft_request(3, close=[1]))
+        requests.put(pb.DraftRequest(round=3, close=[1]))
         assert process.wait(60) == 0, "it ends as soon as nothing lives"
     assert list(short_folder.iterdir()) == []
 

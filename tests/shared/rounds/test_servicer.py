@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from outrider.verify_service.service import make_servicer as make_verify
 from outrider_testing.waiting import soon
 
 
+def request(role: str, number: int, items: Any = (), open: Any = (), **parts: Any) -> Any:
+    """A message to draft or verifier, from the plain types."""
+    kind: Any = pb.DraftRequest if role == "draft" else pb.VerifyRequest
+    return kind(
+        round=number,
+        items=[asdict(item) for item in items],
+        open=[wire.write_open(one) for one in open],
+        **parts,
+    )
+
+
 class Stream:
     """One coordinator connection."""
 
@@ -40,8 +52,7 @@ class Stream:
 
     def ask(self, items: Any = (), **parts: Any) -> Any:
         self._number += 1
-        write = wire.write_draft_request if self._role == "draft" else wire.write_verify_request
-        self._requests.put(write(self._number, items, **parts))
+        self._requests.put(request(self._role, self._number, items, **parts))
         response = next(self.call)
         assert response.round == self._number
         return response
@@ -245,8 +256,7 @@ def test_rounds_refusals_name_the_sequence_and_leave_the_others(service: Any, ro
 @both
 def test_rounds_an_unknown_rule_is_refused(service: Any, role: str) -> None:
     stream = service(role).stream()
-    write = wire.write_draft_request if role == "draft" else wire.write_verify_request
-    message = write(1, open=[opened(1)])
+    message = request(role, 1, open=[opened(1)])
     message.open[0].decoding.rule = 0
     stream._requests.put(message)
     (error,) = next(stream.call).errors
