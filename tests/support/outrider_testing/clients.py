@@ -62,7 +62,7 @@ class Client:
     """A client of the coordinator under test."""
 
     def __init__(self, channel: grpc.aio.Channel, target: str, stop: asyncio.Event) -> None:
-        self.stub: Any = pb_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
+        self.stub: Any = pb_grpc.GenerationStub(channel)
         self.target = target
         self.stop = stop
 

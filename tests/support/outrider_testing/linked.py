@@ -36,7 +36,7 @@ class Pair:
     """Both services, a coordinator in this process, and helpers of the test."""
 
     services: dict[str, Any]
-    stub: rpc.GenerationStub
+    stub: rpc.GenerationAsyncStub
     watch: Watch
     link: str
     plain: Callable[[list[int], int], list[int]]
