@@ -128,7 +128,6 @@ class Arena:
             raise ValueError("an arena needs at least one pool")
         self.pools = tuple(pools)
         self.allocators = tuple(SlotAllocator(pool.tokens) for pool in pools)
-        self.extents = 0
 
     @property
     def max_rows(self) -> int | None:
@@ -187,14 +186,6 @@ class Arena:
         extent.freed = True
         if extent.branches == 0:
             self._release(extent)
-
-    def adopt(self, child: Extent) -> None:
-        """The branch takes the place of its parent: the parent is freed, its prefix stays.
-
-        The shared slots live on until the last branch is freed.
-        """
-        if child.parent is not None:
-            self.free(child.parent)
 
     def holds(self, extent: Extent, length: int) -> bool:
         """Whether everything a row at position ``length`` reads is still there."""
@@ -275,13 +266,11 @@ class Arena:
             for (start, _), allocator in zip(places, self.allocators, strict=False):
                 allocator.free(start)
             raise
-        self.extents += 1
         return tuple(places)
 
     def _release(self, extent: Extent) -> None:
         for (start, _), allocator in zip(extent.places, self.allocators, strict=True):
             allocator.free(start)
-        self.extents -= 1
         parent = extent.parent
         if parent is not None:
             parent.branches -= 1

@@ -33,11 +33,6 @@ class SlotAllocator:
         return self._used_tokens
 
     @property
-    def live(self) -> int:
-        """Extents reserved."""
-        return len(self._used)
-
-    @property
     def largest_free(self) -> int:
         """Slots of the largest free extent: the largest request that would fit now."""
         return self._by_size[-1][0] if self._by_size else 0
@@ -86,14 +81,6 @@ class SlotAllocator:
         self._starts.insert(index, start)
         self._size_at[start] = size
         insort(self._by_size, (size, start))
-
-    def free_extents(self) -> list[tuple[int, int]]:
-        """Free extents as (start, size), by address."""
-        return [(start, self._size_at[start]) for start in self._starts]
-
-    def used_extents(self) -> list[tuple[int, int]]:
-        """Reserved extents as (start, size), by address."""
-        return sorted(self._used.items())
 
     def _drop(self, start: int) -> int:
         """Takes a free extent out of the size order; returns its size."""

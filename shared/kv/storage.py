@@ -8,7 +8,7 @@ different head sizes get one tensor each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Storage:
         device: torch.device,
     ) -> None:
         """``layers``: one kind per cached layer, in order. ``pools``: the slots of each kind,
-        from ``shared_pools`` or ``exact_pools``."""
+        from ``shared_pools``."""
         self.layers = tuple(layers)
         self.dtype, self.device = dtype, device
         self.arena = Arena(list(pools.values()))
@@ -172,17 +172,6 @@ def shared_pools(
         k: PoolPlan(sequences * rings[k], k.window, slack) if k in rings else PoolPlan(tokens)
         for k in kinds
     }
-
-
-def exact_pools(
-    layers: Sequence[LayerKind], capacity: int, sequences: int, slack: int
-) -> dict[LayerKind, PoolPlan]:
-    """Pools that hold ``sequences`` extents of ``capacity`` tokens, and no more."""
-    pools = {}
-    for kind in _kinds(layers):
-        plan = PoolPlan(1, kind.window, slack if kind.window is not None else 0)
-        pools[kind] = replace(plan, tokens=sequences * plan.place_size(capacity))
-    return pools
 
 
 def _kinds(layers: Sequence[LayerKind]) -> list[LayerKind]:

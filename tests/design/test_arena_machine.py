@@ -55,7 +55,7 @@ class Live:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """admit, extend, rollback, ring advance, branch, adopt, free, exhaustion."""
+    """admit, extend, rollback, ring advance, branch, free, exhaustion."""
 
     sequences: Bundle[Live] = Bundle("sequences")
     pools = (PoolPlan(FULL_TOKENS), PoolPlan(RING_TOKENS, window=WINDOW, slack=SLACK))
@@ -161,13 +161,6 @@ class ArenaMachine(RuleBasedStateMachine):
         live.branches.append(child)
         return self.remember(child)
 
-    @rule(live=sequences)
-    def adopt(self, live: Live) -> None:
-        if not live.gone:
-            self.arena.adopt(live.extent)
-            if live.parent is not None:
-                live.parent.gone = True
-
     @rule(live=consumes(sequences))
     def free(self, live: Live) -> None:
         self.arena.free(live.extent)
@@ -189,9 +182,9 @@ class ArenaMachine(RuleBasedStateMachine):
     def slots_are_conserved(self) -> None:
         for pool, allocator in enumerate(self.arena.allocators):
             owned = self.places()[pool]
-            assert allocator.used_extents() == owned
+            assert sorted(allocator._used.items()) == owned
             assert allocator.used == sum(size for _, size in owned)
-            free = allocator.free_extents()
+            free = sorted(allocator._size_at.items())
             assert allocator.used + sum(size for _, size in free) == allocator.tokens
             assert allocator.largest_free == self.largest_gap(pool)
             for (start, size), (following, _) in itertools.pairwise(free):

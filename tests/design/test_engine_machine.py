@@ -410,7 +410,7 @@ class EngineMachine(RuleBasedStateMachine):
             arena = engine.runner.arena
             for pool, allocator in enumerate(arena.allocators):
                 owned = sorted(held.extent.places[pool] for held in session._held.values())
-                assert allocator.used_extents() == owned
+                assert sorted(allocator._used.items()) == owned
                 for (start, size), (following, _) in pairwise(owned):
                     assert start + size <= following
 

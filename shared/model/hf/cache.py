@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from outrider.shared.kv.arena import Extent, Segment
-from outrider.shared.kv.storage import Storage, exact_pools
-from outrider.shared.model.hf.layer_kinds import layer_kinds
+from outrider.shared.kv.storage import Storage
 from outrider.shared.model.hf.packed_cache import Blind
 
 
@@ -156,37 +155,17 @@ class ArenaCache(Cache):
         self,
         storage: Storage,
         extents: Sequence[Extent],
-        index: Mapping[int, int] | None = None,
+        index: Mapping[int, int],
         seen: int = 0,
     ) -> None:
         """``extents``: one per sequence of the batch. ``index``: the model's layer index -> the
         storage's; layers that are not in it have no cache of their own."""
-        index = index if index is not None else {i: i for i in range(len(storage.layers))}
-        self._extents = tuple(extents)
         super().__init__(
             layers=[
                 ArenaLayer(storage, index[i], extents, seen) if i in index else Blind()
                 for i in range(max(index) + 1)
             ]
         )
-
-    @classmethod
-    def for_model(cls, model: Any, max_length: int, batch_size: int = 1) -> ArenaCache:
-        """A cache of its own for ``model.generate(past_key_values=...)``.
-
-        ``max_length``: prompt and new tokens, together. Raises ``ConfigError`` for models that
-        the arena can't serve.
-        """
-        kinds, index = layer_kinds(model)
-        slack = min(max_length, 64)
-        storage = Storage(
-            kinds,
-            exact_pools(kinds, max_length, batch_size, slack),
-            dtype=model.dtype,
-            device=model.device,
-        )
-        extents = [storage.arena.admit(max_length) for _ in range(batch_size)]
-        return cls(storage, extents, index)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ import torch
 
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.kv.storage import Storage, shared_pools
 from outrider.shared.model.hf.cache import ArenaCache
 from outrider.shared.model.hf.layer_kinds import layer_kinds
 from outrider.shared.model.loading import load_runner
@@ -77,6 +78,21 @@ def model(request: pytest.FixtureRequest) -> Any:
     return makers[request.param]()
 
 
+def arena_cache(model: Any, capacity: int, batch: int = 1) -> ArenaCache:
+    """A cache of its own for ``batch`` sequences of ``capacity`` tokens."""
+    kinds, index = layer_kinds(model)
+    pools = shared_pools(
+        kinds,
+        budget=1 << 24,
+        itemsize=model.dtype.itemsize,
+        max_sequences=batch,
+        slack=64,
+        max_positions=capacity,
+    )
+    storage = Storage(kinds, pools, dtype=model.dtype, device=model.device)
+    return ArenaCache(storage, [storage.arena.admit(capacity) for _ in range(batch)], index)
+
+
 def generated(model: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model.generate(
@@ -96,7 +112,7 @@ def test_generate_with_the_arena_as_its_cache_gives_the_same_tokens(
     model: Any, batch: int, prompt: int
 ) -> None:
     ids = torch.randint(0, 97, (batch, prompt), generator=torch.Generator().manual_seed(prompt))
-    cache = ArenaCache.for_model(model, prompt + 50, batch)
+    cache = arena_cache(model, prompt + 50, batch)
     wanted = generated(model, ids, 50)
     assert torch.equal(generated(model, ids, 50, past_key_values=cache), wanted)
     assert cache.get_seq_length() == prompt + 49
@@ -104,7 +120,7 @@ def test_generate_with_the_arena_as_its_cache_gives_the_same_tokens(
 
 def test_generate_with_beams_and_the_arena_gives_the_same_tokens(model: Any) -> None:
     ids = torch.randint(0, 97, (1, 7), generator=torch.Generator().manual_seed(1))
-    cache = ArenaCache.for_model(model, 7 + 20, 3)
+    cache = arena_cache(model, 7 + 20, 3)
     wanted = generated(model, ids, 20, num_beams=3)
     assert torch.equal(generated(model, ids, 20, num_beams=3, past_key_values=cache), wanted)
 
@@ -112,7 +128,7 @@ def test_generate_with_beams_and_the_arena_gives_the_same_tokens(model: Any) -> 
 def test_generate_goes_on_from_a_cache_that_holds_a_prefix() -> None:
     model = engines.tiny_llama()
     ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(2))
-    cache = ArenaCache.for_model(model, 60)
+    cache = arena_cache(model, 60)
     first = generated(model, ids, 10, past_key_values=cache)
     more = generated(model, first, 10, past_key_values=cache)
     assert torch.equal(more, generated(model, ids, 20))
@@ -120,7 +136,7 @@ def test_generate_goes_on_from_a_cache_that_holds_a_prefix() -> None:
 
 def test_full_layers_are_returned_as_views_of_the_arena() -> None:
     model = engines.tiny_llama()
-    cache = ArenaCache.for_model(model, 32, 2)
+    cache = arena_cache(model, 32, 2)
     fresh = torch.randn(2, 2, 5, 8)
     keys, values = cache.update(fresh, fresh + 1, 0)
     again, _ = cache.update(fresh, fresh + 1, 0)
@@ -168,7 +184,7 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
 
     model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(ConfigError, match="LinearAttention"):
-        ArenaCache.for_model(model, 32)
+        arena_cache(model, 32)
 
 
 def gemma3n(borrowing: int) -> Any:
@@ -205,10 +221,10 @@ def test_layers_that_read_another_layer_s_keys_are_refused_where_they_are(tmp_pa
     ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(3))
     alone = gemma3n(0)
     wanted = generated(alone, ids, 20)
-    cache = ArenaCache.for_model(alone, 40)
+    cache = arena_cache(alone, 40)
     assert torch.equal(generated(alone, ids, 20, past_key_values=cache), wanted)
     model = gemma3n(2)
-    for build in (lambda: ArenaCache.for_model(model, 40), lambda: engines.runner(model)):
+    for build in (lambda: arena_cache(model, 40), lambda: engines.runner(model)):
         with pytest.raises(ConfigError, match="reads the keys and values of another layer"):
             build()
     model.save_pretrained(tmp_path)
