@@ -17,6 +17,7 @@ from outrider.shared import pair
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.model.bandwidth import read_bandwidth
 
 if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload
@@ -107,7 +108,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
 
 
 def _report(arguments: argparse.Namespace, workload: Workload, figures: dict[str, object]) -> int:
-    bandwidth = hardware.read_bandwidth()
+    bandwidth = read_bandwidth("cpu")
     figures |= {
         "hardware": hardware.describe(),
         "memory_read_bytes_per_second": bandwidth,

@@ -1,4 +1,4 @@
-"""What the figures were measured on: machine, versions, and the memory's own speed."""
+"""What the figures were measured on: machine and versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton", "numpy")
@@ -39,23 +38,6 @@ def accelerators() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [", driver ".join(line.split(", ")) for line in found.splitlines()]
-
-
-def read_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:
-    """Bytes per second at which one thread reads main memory: the best of ``repeats`` sums.
-
-    A decode step reads every weight once, so weight bytes over this is the shortest step
-    one thread could take if no cache held any of them.
-    """
-    import numpy as np
-
-    data = np.ones(size // 8, dtype=np.float64)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
 
 
 def _version(name: str) -> str | None:
