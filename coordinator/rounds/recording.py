@@ -93,7 +93,6 @@ def request_record(sequence: Sequence, error: OutriderError | None) -> RequestRe
         first_token_ns=statistics.first_token_ns,
         finished_ns=statistics.finished_ns,
         prompt_tokens=len(request.prompt_ids),
-        resumed_tokens=len(request.resume_ids),
         completion_tokens=sequence.output.emitted,
         reason=reason,
         error="" if error is None else str(error),

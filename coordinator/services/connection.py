@@ -76,7 +76,6 @@ class Connection(Generic[RequestT, ResponseT]):
         self._call: Any = None
         self._pending: dict[int, _Waiting[ResponseT]] = {}
         self._number = 0
-        self._lost = asyncio.Event()
         self._closing = False
 
     @property

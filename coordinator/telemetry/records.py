@@ -119,7 +119,6 @@ class RequestRecord:
     first_token_ns: int
     finished_ns: int
     prompt_tokens: int
-    resumed_tokens: int
     completion_tokens: int
     reason: str
     """Name of the finish reason, or of the error's gRPC status."""

@@ -87,13 +87,6 @@ class Telemetry:
         """Whether metrics are read by anyone."""
         return self._meters is not None
 
-    def flush(self) -> None:
-        """Exports what there is now."""
-        if self._processor is not None:
-            self._processor.force_flush()
-        if self._meters is not None:
-            self._meters.force_flush()
-
     def shutdown(self) -> None:
         """Exports what is left and ends the threads; may take the exporters' timeout."""
         if self._tracers is not None:

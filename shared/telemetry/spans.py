@@ -87,11 +87,6 @@ class SpanMaker:
         # make two processes draw the same ids.
         self._random = random.Random(os.urandom(32))
 
-    @property
-    def enabled(self) -> bool:
-        """Whether any span can come out."""
-        return self._processor is not None
-
     def begin(self, name: str, parent: TraceContext | None) -> TraceContext:
         """The identity of a new request's span, with the sampling decision in it."""
         trace_id = parent.trace_id if parent else self._random.getrandbits(128) or 1

@@ -35,11 +35,6 @@ class Tokenizer:
         self._byte_fallback = backend.token_to_id("<0x00>") is not None
         self._open: dict[int, bool] = {}
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, added tokens included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of ``text``; ``special``: with the special tokens it is configured to add."""
         return list(self._backend.encode(text, add_special_tokens=special).ids)
