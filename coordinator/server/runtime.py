@@ -211,7 +211,7 @@ def _round_loop(
         verifying,
         mailbox_setup,
         clock=clock,
-        rounds=config.free_rounds,
+        rounds=config.grant_rounds,
         draft_patience=config.draft_patience_seconds,
     )
     scheduler = Scheduler[Sequence](

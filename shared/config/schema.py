@@ -175,7 +175,7 @@ class CoordinatorConfig(ServeConfig):
         help="how proposals travel between draft and verifier; auto takes the best there is",
         choices=(AUTO, *LINKS),
     )
-    free_rounds: int = setting(
+    grant_rounds: int = setting(
         64, help="rounds that the services run by themselves at a time; 0: none", low=0
     )
     services_token: str | None = setting(None, help="bearer token sent to the model services")

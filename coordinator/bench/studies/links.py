@@ -184,7 +184,7 @@ def add_links(parser: argparse.ArgumentParser) -> None:
 def settings(link: str) -> dict[str, Any]:
     """What the coordinator of a link has of its own."""
     # Where draft and base share nothing every round is two exchanges of messages.
-    return {"link": link} | ({} if LINKS[link].carrier else {"free_rounds": 0})
+    return {"link": link} | ({} if LINKS[link].carrier else {"grant_rounds": 0})
 
 
 def names(text: str) -> list[str]:

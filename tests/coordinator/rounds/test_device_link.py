@@ -74,7 +74,7 @@ def pair(
 
 def settings(pair: SimpleNamespace, link: str, **changes: Any) -> dict[str, Any]:
     rounds = 0 if link == "grpc" else 6
-    made = {"link": link, "free_rounds": rounds, "tokenizer": str(pair.folder)}
+    made = {"link": link, "grant_rounds": rounds, "tokenizer": str(pair.folder)}
     return made | {"draft_patience_seconds": 20.0} | changes
 
 
@@ -200,7 +200,7 @@ async def test_device_link_makes_room_for_who_comes_and_lets_go_of_who_leaves(
 ) -> None:
     async def run(link: str) -> list[Any]:
         async with client_of(
-            pair.verify, pair.draft, **settings(pair, link, free_rounds=200)
+            pair.verify, pair.draft, **settings(pair, link, grant_rounds=200)
         ) as client:
             long = asyncio.ensure_future(
                 client.generate(ask(PROMPTS[0], 150, k=2, stopping={"ignore_eos": True}))

@@ -111,7 +111,7 @@ def pair(
 def connection(pair: SimpleNamespace, way: str, rounds: int = 5) -> dict[str, Any]:
     """Settings of a coordinator whose rounds go one of the three ways of ``LINKS``."""
     link, free = LINKS[way]
-    settings = {"link": link, "free_rounds": rounds if free else 0}
+    settings = {"link": link, "grant_rounds": rounds if free else 0}
     # A draft that is late once would have `rejection` go on with other noise.
     return settings | {"tokenizer": str(pair.folder), "draft_patience_seconds": 30.0}
 
@@ -268,7 +268,7 @@ async def test_granted_rounds_grant_is_renewed_before_it_runs_out(
     base = services("verify", seconds_per_round=0.005)
     draft = services("draft", agreement=0)
 
-    async with client_of(base, draft, free_rounds=8) as client:
+    async with client_of(base, draft, grant_rounds=8) as client:
         assert (await client.generate(ask(PROMPT, 60, k=1))).only.ids == fakes.plain(PROMPT, 60)
         await until(lambda: len(base.free) == len(draft.free) == 59)
     # One round by message, which opens the sequence on both sides, and one grant.
