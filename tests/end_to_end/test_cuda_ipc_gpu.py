@@ -195,7 +195,6 @@ async def test_cuda_ipc_faults_change_no_token_and_leak_no_memory(
     }
     async with linked.coordinator(
         pair,
-        processes,
         lambda prompt, count: texts[tuple(prompt)][:count],
         link="cuda-ipc",
         **options,
