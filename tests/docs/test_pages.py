@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCES = ("protos", "kernels", "shared", "draft_service", "verify_service", "coordinator")
-FOLDERS = (*SOURCES, "tests", "docs", "deploy", "examples")
+FOLDERS = (*SOURCES, "tests", "docs", "deploy", "examples", "scripts", "typings")
 KINDS = {".py", ".md", ".cu", ".cuh", ".h", ".proto", ".pml"}
 NAME = re.compile(r"(?<![\w./*-])((?:[\w*.-]+/)*[\w*-]+\.(?:py|cuh?|proto|pml|md))(?![\w/])")
 FOLDER = re.compile(r"`((?:[\w*-]+/)+[\w*-]*)`")
