@@ -16,6 +16,9 @@ from outrider.shared.link import doorbell
 from outrider_testing.checkpoints import write_llama
 
 pytest_plugins = ["outrider_testing.alone"]
+# Before torch is imported, here and in what tests start: the cores are shared by workers and
+# services, and threads that wait for each other on a busy core take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

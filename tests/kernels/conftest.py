@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,30 +58,41 @@ class EmulatedCompiler:
             f'#include "{HERE / "emulation.h"}"\n#include "{SOURCES / name}.cu"\n'
             f'extern "C" void run(int gx, int gy, int threads, int shared, int late, '
             f"{', '.join(parameters)}) {{\n"
-            f"  run_grid(gx, gy, threads, shared, late, [&] {{\n"
-            f"    {entry}({', '.join(names)});\n  }});\n}}\n"
+            f"  auto body = [&] {{ {entry}({', '.join(names)}); }};\n"
+            f"  run_grid(gx, gy, threads, shared, late, body);\n}}\n"
         )
         flags = [f"-D{k}={v}" for k, v in {**defines, "ARCH": self.arch}.items()]
         included = [*sorted(SOURCES.glob("*.cuh")), HERE / "emulation.h"]
         headers = "".join(p.read_text() for p in included)
         key = hashlib.sha256((text + source + headers + str(flags)).encode()).hexdigest()[:16]
         library = self.folder / f"{name}-{key}.so"
-        if not library.exists():
-            unit = self.folder / f"{name}-{key}.cpp"
-            unit.write_text(text)
-            command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{SOURCES}"]
-            subprocess.run([*command, *flags, str(unit), "-o", str(library)], check=True)
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be compiling the same
+            if not library.exists():
+                self._compile(text, flags, library)
         kernel = EmulatedKernel(
             ctypes.CDLL(str(library)), ["*" in p for p in parameters], threads, shared
         )
         kernel.late = self.late
         return kernel
 
+    @staticmethod
+    def _compile(text: str, flags: Sequence[str], library: Path) -> None:
+        unit, made = library.with_suffix(".cpp"), library.with_suffix(".part")
+        unit.write_text(text)
+        # Most of these run for less time than more optimisation would take.
+        command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]
+        subprocess.run([*command, *flags, f"-I{SOURCES}", str(unit), "-o", str(made)], check=True)
+        made.rename(library)
+
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory):
-    """Makes an EmulatedCompiler for a chip (default sm_90)."""
+def emulated(pytestconfig: pytest.Config) -> Callable[..., EmulatedCompiler]:
+    """Makes an EmulatedCompiler for a chip (default sm_90).
+
+    What it compiles is kept, by content, for the other workers and the next runs.
+    """
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("emulated")
+    folder = pytestconfig.cache.mkdir("emulated")
     return lambda arch=90: EmulatedCompiler(folder, arch)

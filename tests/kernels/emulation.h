@@ -1,18 +1,20 @@
 // Runs the CUDA sources on the host, one fiber a thread, so that results can be tested
 // where there is no GPU. Stands in for the lower half of kernels/prelude.cuh.
 //
-// Shared memory starts as NaN. Asynchronous copies land either at once or only when they
+// A fiber is kept from block to block, and switched to without a system call. Shared memory
+// starts as NaN. Asynchronous copies land either at once or only when they
 // are waited for (`late_copies`): the first finds slots refilled too early, the second
 // finds slots read too early.
+//
+// No header of C++'s library: compiling them would take longer than anything else here.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
-#include <algorithm>
-#include <functional>
-#include <vector>
 
 #define HOST_EMULATION 1
 #define DEVICE static inline
@@ -29,31 +31,39 @@ struct dim3_ { int x, y, z; };
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
-using std::max;
-using std::min;
+template <typename V> static inline V max(V a, V b) { return a < b ? b : a; }
+template <typename V> static inline V min(V a, V b) { return b < a ? b : a; }
 
-struct Copy { void* to; const void* from; bool valid; };
+const int MOST_THREADS = 2048, MOST_COPIES = 512;
+struct Copy { void* to; const void* from; bool valid; int group; };
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done = false;
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open;
+  jmp_buf where;
+  bool done;
+  int exchanges;
+  // Copies that have not landed, oldest first, and how many groups of them were committed.
+  Copy copies[MOST_COPIES];
+  int waiting, committed;
 };
 struct Barrier { int arrived = 0, generation = 0; };
-struct Lane { u_int32_t r[8]; const void* row; };
+struct Lane { unsigned r; float a[8], b[4]; const void* row; };
 
 static dim3_ threadIdx, blockIdx, blockDim, gridDim;
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
-static int current;
-static Barrier block_barrier, warp_barriers[64];
-static Lane lanes[2048];
-static std::vector<unsigned char> shared_memory;
+static Fiber* fibers[MOST_THREADS];
+static jmp_buf scheduler;
+static int current, started;
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+static Lane lanes[2][MOST_THREADS];
+static unsigned char* shared_memory;
 static bool late_copies;
-static const std::function<void()>* body;
+static void (*body)(void*);
+static void* arguments;
 
-static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+static void yield() {
+  if (!_setjmp(fibers[current]->where)) _longjmp(scheduler, 1);
+}
+static void resume() {
+  if (!_setjmp(scheduler)) _longjmp(fibers[current]->where, 1);
+}
 static void arrive(Barrier& b, int count) {
   const int generation = b.generation;
   if (++b.arrived == count) {
@@ -66,41 +76,53 @@ static void arrive(Barrier& b, int count) {
 #define BARRIER_BLOCK() arrive(block_barrier, blockDim.x)
 #define BARRIER_WARP() arrive(warp_barriers[threadIdx.x / 32], 32)
 #define __syncwarp() BARRIER_WARP()
-#define DYNAMIC_SHARED(name) unsigned char* name = shared_memory.data()
+#define DYNAMIC_SHARED(name) unsigned char* name = shared_memory
 
 static void fiber_main() {
-  (*body)();
-  fibers[current].done = true;
-  yield();
+  for (;;) {
+    yield();
+    body(arguments);
+    fibers[current]->done = true;
+  }
+}
+static void start_fiber() {
+  const size_t bytes = 128 << 10;
+  fibers[current] = (Fiber*)malloc(sizeof(Fiber));
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = malloc(bytes);
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  if (!_setjmp(scheduler)) setcontext(&context);
 }
 
-static void run_grid(int gx, int gy, int threads, size_t shared, bool late, const std::function<void()>& f) {
+template <typename F> static void run_grid(int gx, int gy, int threads, size_t shared, bool late, F& f) {
   late_copies = late;
-  body = &f;
+  body = [](void* f) { (*(F*)f)(); };
+  arguments = &f;
   gridDim = {gx, gy, 1};
   blockDim = {threads, 1, 1};
+  for (; started < threads; ++started) current = started, start_fiber();
+  shared_memory = (unsigned char*)realloc(shared_memory, shared + 1);
   for (int y = 0; y < gy; ++y)
     for (int x = 0; x < gx; ++x) {
       blockIdx = {x, y, 0};
-      shared_memory.assign(shared, 0xff);
-      fibers.assign(threads, Fiber());
+      memset(shared_memory, 0xff, shared);
       block_barrier = Barrier();
       for (auto& b : warp_barriers) b = Barrier();
-      for (auto& fiber : fibers) {
-        fiber.stack.resize(128 << 10);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
+      for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = *fibers[i];
+        fiber.done = false;
+        fiber.exchanges = fiber.waiting = fiber.committed = 0;
       }
       for (bool alive = true; alive;) {
         alive = false;
         for (current = 0; current < threads; ++current)
-          if (!fibers[current].done) {
+          if (!fibers[current]->done) {
             alive = true;
             threadIdx = {current, 0, 0};
-            swapcontext(&scheduler, &fibers[current].context);
+            resume();
           }
       }
     }
@@ -139,36 +161,36 @@ static inline unsigned pack(float low, float high) {
   return (unsigned)from_float(low) | ((unsigned)from_float(high) << 16);
 }
 
-static Lane* exchange(std::initializer_list<unsigned> values, const void* row = nullptr) {
-  Lane* warp = lanes + threadIdx.x / 32 * 32;
-  std::copy(values.begin(), values.end(), warp[threadIdx.x % 32].r);
-  warp[threadIdx.x % 32].row = row;
-  BARRIER_WARP();
-  return warp;
-}
+// What the lanes of a warp show each other. Nobody can come to write the next but one before all
+// have read this one, so two places are enough.
+static Lane* warp_lanes() { return lanes[fibers[threadIdx.x]->exchanges++ % 2] + threadIdx.x / 32 * 32; }
 
 static void mma(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2,
                 unsigned a3, unsigned b0, unsigned b1) {
-  Lane* warp = exchange({a0, a1, a2, a3, b0, b1});
+  Lane* warp = warp_lanes();
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  auto half = [](unsigned v, int i) { return to_float((elem_)(v >> (16 * i))); };
+  const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  for (int i = 0; i < 8; ++i) warp[lane].a[i] = to_float((elem_)(a[i / 2] >> (16 * (i % 2))));
+  for (int i = 0; i < 4; ++i) warp[lane].b[i] = to_float((elem_)(b[i / 2] >> (16 * (i % 2))));
+  BARRIER_WARP();
   float* d[4] = {&d0, &d1, &d2, &d3};
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + (i & 1), hi = i >> 1;
     double s = *d[i];
     for (int k = 0; k < 16; ++k) {
       const int q = (k % 8) / 2, upper = k / 8;
-      const float a = half(warp[g * 4 + q].r[hi + 2 * upper], k & 1);
-      const float b = half(warp[column * 4 + q].r[4 + upper], k & 1);
-      s += (double)a * b;
+      const float x = warp[g * 4 + q].a[2 * (hi + 2 * upper) + (k & 1)];
+      const float y = warp[column * 4 + q].b[2 * upper + (k & 1)];
+      s += (double)x * y;
     }
     *d[i] = (float)s;
   }
-  BARRIER_WARP();
 }
 
 static void ldmatrix_any(unsigned* r, const void* row, bool transposed) {
-  Lane* warp = exchange({}, row);
+  Lane* warp = warp_lanes();
+  warp[threadIdx.x % 32].row = row;
+  BARRIER_WARP();
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (int m = 0; m < 4; ++m) {
     const int r0 = transposed ? 2 * t : g, c0 = transposed ? g : 2 * t;
@@ -176,7 +198,7 @@ static void ldmatrix_any(unsigned* r, const void* row, bool transposed) {
     const unsigned low = ((const elem_*)warp[m * 8 + r0].row)[c0], high = ((const elem_*)warp[m * 8 + r1].row)[c1];
     r[m] = low | (high << 16);
   }
-  BARRIER_WARP();
+  BARRIER_WARP();  // nobody writes to the rows before all have read them
 }
 static void ldmatrix(unsigned& a, unsigned& b, unsigned& c, unsigned& d, const void* row) {
   unsigned r[4];
@@ -194,26 +216,24 @@ static void land(const Copy& c) {
   else memset(c.to, 0, 16);
 }
 static void copy16(void* to, const void* from, bool valid) {
-  const Copy c = {to, from, valid};
+  Fiber& f = *fibers[threadIdx.x];
+  const Copy c = {to, from, valid, f.committed};
 #if ARCH >= 80
   if (late_copies) {
-    fibers[threadIdx.x].open.push_back(c);
+    if (f.waiting == MOST_COPIES) abort();
+    f.copies[f.waiting++] = c;
     return;
   }
 #endif
   land(c);
 }
-static void copy_commit() {
-  Fiber& f = fibers[threadIdx.x];
-  f.groups.push_back(f.open);
-  f.open.clear();
-}
+static void copy_commit() { ++fibers[threadIdx.x]->committed; }
 template <int PENDING> static void copy_wait() {
-  auto& groups = fibers[threadIdx.x].groups;
-  while ((int)groups.size() > PENDING) {
-    for (auto& c : groups.front()) land(c);
-    groups.erase(groups.begin());
-  }
+  Fiber& f = *fibers[threadIdx.x];
+  int landed = 0;
+  while (landed < f.waiting && f.copies[landed].group < f.committed - PENDING) land(f.copies[landed++]);
+  f.waiting -= landed;
+  memmove(f.copies, f.copies + landed, f.waiting * sizeof(Copy));
 }
 
 static uint4 load_constant(const void* p) { return *(const uint4*)p; }
@@ -224,10 +244,11 @@ template <typename V> static V shuffle_with(V v, int from) {
   static_assert(sizeof(V) == 4, "one register");
   unsigned u;
   memcpy(&u, &v, 4);
-  Lane* warp = exchange({u});
-  u = warp[from].r[0];
-  memcpy(&v, &u, 4);
+  Lane* warp = warp_lanes();
+  warp[threadIdx.x % 32].r = u;
   BARRIER_WARP();
+  u = warp[from].r;
+  memcpy(&v, &u, 4);
   return v;
 }
 template <typename V> static V shuffle_xor(V v, int mask) { return shuffle_with(v, (threadIdx.x % 32) ^ mask); }
