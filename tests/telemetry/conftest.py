@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
@@ -31,8 +32,10 @@ from outrider.shared.config.schema import (
     TelemetryConfig,
     VerifyConfig,
 )
+from outrider_testing.waiting import soon
 
 START_SECONDS = 200.0
+SERVICES = {"outrider-coordinator", "outrider-draft", "outrider-verify"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,26 +100,19 @@ class Collector(trace_grpc.TraceServiceServicer):
             tuple((link.trace_id.hex(), link.span_id.hex()) for link in one.links),
         )
 
-    def trace(self, trace_id: str, *, settle: float = 1.5, timeout: float = 60.0) -> list[Span]:
-        """The spans of a trace, once its root is there and no more have come for a while."""
-        until = time.monotonic() + timeout
-        count, since = -1, time.monotonic()
-        while time.monotonic() < until:
-            found = [one for one in self.spans if one.trace == trace_id]
-            if len(found) != count:
-                count, since = len(found), time.monotonic()
-            whole = any(one.name.startswith("text_completion") for one in found)
-            if whole and time.monotonic() - since > settle:
-                return found
-            time.sleep(0.05)
-        raise AssertionError(f"trace {trace_id} has no root: {[one.name for one in found]}")
+    def of(self, trace_id: str) -> list[Span]:
+        """The spans of a trace that have come so far."""
+        return [one for one in self.spans if one.trace == trace_id]
 
 
 class Cluster:
     """Coordinator, draft and verifier as processes; any of them can be killed and started."""
 
-    def __init__(self, config: Config, events: queue.SimpleQueue[Any]) -> None:
+    def __init__(
+        self, config: Config, events: queue.SimpleQueue[Any], collector: Collector
+    ) -> None:
         self.config = config
+        self._collector = collector
         self._events = events
         self._children: dict[str, Any] = {}
         self._lines: dict[str, list[str]] = {}
@@ -160,6 +156,30 @@ class Cluster:
     def _note(self, event: Any) -> None:
         if event.kind == "line":
             self._lines.setdefault(event.child.name, []).append(event.text)
+
+    def trace(self, trace_id: str) -> list[Span]:
+        """The spans of a trace whose request is over, all that will ever come.
+
+        Each part sends its spans in order: when those of a later request have come from all
+        parts, there is nothing before them that is still on its way.
+        """
+        marker = ""
+
+        def drafted() -> bool:
+            nonlocal marker
+            marker = secrets.token_hex(16)
+            metadata = [("traceparent", f"00-{marker}-{secrets.token_hex(8)}-01")]
+            return bool(self.generate(metadata=metadata)[1].speculation.proposed)
+
+        def told() -> bool:
+            found = self._collector.of(marker)
+            return {one.service for one in found} == SERVICES and any(
+                one.name.startswith("text_completion") for one in found
+            )
+
+        soon(drafted)
+        soon(told)
+        return self._collector.of(trace_id)
 
     def stop(self) -> None:
         """Ends all parts."""
@@ -242,7 +262,7 @@ def cluster(tiny_base: Path, collector: tuple[str, Collector]) -> Iterator[Clust
             profile=True,
         ),
     )
-    made = Cluster(config, queue.SimpleQueue())
+    made = Cluster(config, queue.SimpleQueue(), collector[1])
     try:
         made.start("base", "draft", "coordinator")
         yield made

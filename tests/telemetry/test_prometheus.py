@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         body: bytes = answer.read()
     return body
 
@@ -111,10 +111,15 @@ def test_prometheus_has_what_the_client_was_told(cluster: Any, query: Callable[.
             "verify_rows": value('sum(outrider_service_rows_total{job="base"})'),
         }
 
+    def scraped() -> None:
+        """Waits until all three were asked again, twice: the first time may have begun before."""
+        for _ in range(2):
+            query(f"min(timestamp(up)) > {time.time()}")
+
+    scraped()
     before = counts()
     ids, finished, _ = cluster.generate(tokens=32)
-    query(f"sum(outrider_requests_total) > {before['requests']}")
-    time.sleep(1.5)  # two scrapes, so that all three are past the request
+    scraped()
     grown = {key: amount - before[key] for key, amount in counts().items()}
     assert grown["requests"] == 1
     assert grown["proposed"] == finished.speculation.proposed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import statistics
 import threading
-import time
 from typing import Any
 
 import pytest
 
 from outrider.coordinator.telemetry.attributes import ATTRIBUTES
+from outrider_testing.waiting import soon
 
 ROOT = "text_completion"
 
@@ -43,12 +44,12 @@ def check_tree(spans: list[Any], root: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def traced(cluster: Any, collector: Any) -> Any:
+def traced(cluster: Any) -> Any:
     """One request of several prefill chunks: client's span id, spans, and the last message."""
     trace, parent, metadata = traceparent()
     prompt = "def add(left, right):\n    return left + right\n" * 2
     ids, finished, _ = cluster.generate(prompt, metadata=metadata)
-    return parent, collector[1].trace(trace), finished, ids
+    return parent, cluster.trace(trace), finished, ids
 
 
 def test_trace_is_one_tree_over_three_processes(traced: Any) -> None:
@@ -81,15 +82,17 @@ def test_trace_is_one_tree_over_three_processes(traced: Any) -> None:
 def test_trace_has_one_verify_a_round_within_it(traced: Any) -> None:
     _, spans, _, _ = traced
     rounds = named(spans, "round")
+    outside = []
     for one in rounds:
         (verify,) = [each for each in named(spans, "verify") if each.parent == one.id]
         drafts = [each for each in named(spans, "draft") if each.parent == one.id]
         assert len(drafts) == (1 if one.attributes["outrider.proposed"] else 0)
         for service in (verify, *drafts):
-            # Two processes' clocks are set side by side by way of the system's, and a service
-            # may have to wait for a core between its last word and its look at the clock.
-            slack = 10 * 10**6
-            assert one.start - slack < service.start < service.end < one.end + slack
+            assert service.start < service.end
+            outside.append(max(one.start - service.start, service.end - one.end) / 1e9)
+    # Two processes' clocks are set side by side by way of the system's, and a service may have
+    # to wait for a core between its two looks: now and then, on a busy machine.
+    assert statistics.quantiles(outside, n=10)[-2] < 0.01 and max(outside) < 1.0
     for before, after in itertools.pairwise(rounds):
         assert before.end <= after.start
 
@@ -97,13 +100,13 @@ def test_trace_has_one_verify_a_round_within_it(traced: Any) -> None:
 def test_trace_agrees_with_what_the_client_was_told(traced: Any) -> None:
     _, spans, finished, ids = traced
     root, rounds = root_of(spans), named(spans, "round")
-    statistics = finished.speculation
+    figures = finished.speculation
     for key, value in [
         ("gen_ai.usage.output_tokens", len(ids)),
         ("gen_ai.usage.input_tokens", finished.usage.prompt_tokens),
-        ("outrider.rounds", statistics.rounds),
-        ("outrider.proposed", statistics.proposed),
-        ("outrider.accepted", statistics.accepted),
+        ("outrider.rounds", figures.rounds),
+        ("outrider.proposed", figures.proposed),
+        ("outrider.accepted", figures.accepted),
         ("gen_ai.response.finish_reasons", ("max_tokens",)),
         ("gen_ai.request.seed", 1),
     ]:
@@ -115,7 +118,7 @@ def test_trace_agrees_with_what_the_client_was_told(traced: Any) -> None:
     for one in rounds:
         rejected = one.attributes["outrider.proposed"] - one.attributes["outrider.accepted"]
         assert one.attributes["outrider.rollback"] == rejected
-    assert statistics.accepted > 0
+    assert figures.accepted > 0
 
 
 def test_trace_shows_prefill_before_the_rounds(traced: Any) -> None:
@@ -169,7 +172,7 @@ def test_round_of_one_is_linked_to_its_request(traced: Any) -> None:
         assert one.links == ((root.trace, root.id),)
 
 
-def test_batched_round_is_linked_to_all_its_requests(cluster: Any, collector: Any) -> None:
+def test_batched_round_is_linked_to_all_its_requests(cluster: Any) -> None:
     contexts = [traceparent() for _ in range(3)]
     threads = [
         threading.Thread(target=cluster.generate, kwargs={"metadata": metadata, "tokens": 60})
@@ -179,7 +182,7 @@ def test_batched_round_is_linked_to_all_its_requests(cluster: Any, collector: An
         thread.start()
     for thread in threads:
         thread.join()
-    traces = {trace: collector[1].trace(trace) for trace, _, _ in contexts}
+    traces = {trace: cluster.trace(trace) for trace, _, _ in contexts}
     roots = {trace: root_of(spans) for trace, spans in traces.items()}
     rounds = [one for spans in traces.values() for one in named(spans, "round")]
     leads = {one.id: one for one in rounds if (one.trace, roots[one.trace].id) in one.links}
@@ -211,13 +214,11 @@ def test_request_that_the_client_does_not_sample_leaves_nothing(
 ) -> None:
     trace, _, metadata = traceparent(sampled=False)
     cluster.generate(metadata=metadata, tokens=8)
-    other, _, metadata = traceparent()
-    cluster.generate(metadata=metadata, tokens=8)
-    assert collector[1].trace(other)
-    assert not [one for one in collector[1].spans if one.trace == trace]
+    assert cluster.trace(trace) == []
+    assert collector[1].spans
 
 
-def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> None:
+def test_lost_verifier_is_seen_in_the_trace(cluster: Any) -> None:
     undisturbed, _, _ = cluster.generate(tokens=900)
     trace, _, metadata = traceparent()
     restarted = threading.Event()
@@ -237,7 +238,7 @@ def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> Non
     thread.join()
     assert restarted.is_set()
     assert ids == undisturbed
-    spans = collector[1].trace(trace)
+    spans = cluster.trace(trace)
     root = root_of(spans)
     check_tree([one for one in spans if one.name != "verify"], root)
     events = [(name, about["outrider.service"]) for name, about in root.events if about]
@@ -255,7 +256,7 @@ def test_lost_verifier_is_seen_in_the_trace(cluster: Any, collector: Any) -> Non
     assert after and all(one.parent in rounds for one in after)
 
 
-def test_lost_draft_is_seen_in_the_trace(cluster: Any, collector: Any) -> None:
+def test_lost_draft_is_seen_in_the_trace(cluster: Any) -> None:
     trace, _, metadata = traceparent()
     told = len(lost_draft(cluster))
     with cluster.paused("base"):
@@ -263,12 +264,10 @@ def test_lost_draft_is_seen_in_the_trace(cluster: Any, collector: Any) -> None:
         thread = threading.Thread(target=cluster.generate, kwargs={"metadata": metadata})
         thread.start()
         cluster.kill("draft")
-        until = time.monotonic() + 30
-        while len(lost_draft(cluster)) == told and time.monotonic() < until:
-            time.sleep(0.05)
+        soon(lambda: len(lost_draft(cluster)) > told)
     thread.join()
     cluster.start("draft")
-    spans = collector[1].trace(trace)
+    spans = cluster.trace(trace)
     root = root_of(spans)
     events = [(name, about.get("outrider.service")) for name, about in root.events]
     assert ("outrider.failover", "draft") in events
