@@ -24,7 +24,7 @@ from outrider.coordinator.services import mailbox_setup
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import load
 from outrider.shared.core.links import LINKS, MESSAGES
-from outrider_testing import faults, linked, processes
+from outrider_testing import faults, linked
 from outrider_testing.checkpoints import write_llama
 
 pytestmark = pytest.mark.gpu

@@ -31,6 +31,7 @@ from outrider.shared.config.schema import load
 from outrider.shared.link.mailbox import BELLS
 from outrider_testing import processes
 from outrider_testing.checkpoints import write_llama
+from outrider_testing.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -192,7 +193,7 @@ def deployed(tiny_base: Path, short_folder: Path) -> Iterator[dict[str, children
     }
     try:
         while not all(one.ready for one in made.values()):
-            event = events.get(timeout=60)
+            event = events.get(timeout=200)
             assert event.kind not in ("ended", "failed"), event.text
         yield made
     finally:
@@ -200,15 +201,14 @@ def deployed(tiny_base: Path, short_folder: Path) -> Iterator[dict[str, children
 
 
 async def state(stub: rpc.GenerationStub, pids: dict[str, int]) -> dict[str, Any]:
-    """What each process holds once all is quiet."""
-    for _ in range(200):
-        info = await stub.Info(pb.InfoRequest())
-        used = info.base.arena_tokens_used + info.draft.arena_tokens_used
-        if not (used or info.running or info.waiting):
-            break
-        await asyncio.sleep(0.02)
-    await asyncio.sleep(0.3)  # threads and connections of the last calls go
-    found: dict[str, Any] = {"arena tokens in use": used, "link": info.link}
+    """What each process holds now."""
+    info = await stub.Info(pb.InfoRequest())
+    used = info.base.arena_tokens_used + info.draft.arena_tokens_used
+    found: dict[str, Any] = {
+        "arena tokens in use": used,
+        "requests": info.running + info.waiting,
+        "link": info.link,
+    }
     for name, pid in pids.items():
         found |= {
             f"{name} descriptors": len(processes.descriptors(pid)),
@@ -230,13 +230,33 @@ async def test_soak_over_shared_memory_leaves_everything_as_it_was(
         load = Load(stub, 1)
         await load.learn()
         await load.run(WARM_SECONDS)
-        before = await state(stub, pids)
+        before: dict[str, Any] = {}
+        after: dict[str, Any] = {}
+
+        async def quiet() -> bool:
+            """Threads and connections of the last calls go, too, after a while."""
+            earlier = dict(before)
+            before.update(await state(stub, pids))
+            idle = not (before["requests"] or before["arena tokens in use"])
+            return idle and all(
+                before[key] == earlier.get(key) for key in before if "memory" not in key
+            )
+
+        async def as_before() -> bool:
+            after.update(await state(stub, pids))
+            return not (after["requests"] or after["arena tokens in use"]) and all(
+                after[f"{name} {what}"] <= before[f"{name} {what}"] + 2
+                for name in pids
+                for what in ("descriptors", "threads")
+            )
+
+        await until(quiet)
         rings = processes.mailbox(pids["base"]).word(BELLS[0])
         load.rounds.clear()
         load.ends.clear()
         await load.run(SECONDS)
         rings = processes.mailbox(pids["base"]).word(BELLS[0]) - rings
-        after = await state(stub, pids)
+        await until(as_before)
     times = [seconds for _, seconds in sorted(load.rounds)]
     quarter = len(times) // 4
     first, last = statistics.median(times[:quarter]), statistics.median(times[-quarter:])
@@ -244,12 +264,10 @@ async def test_soak_over_shared_memory_leaves_everything_as_it_was(
     print(f"a round took {1e3 * first:.2f} ms at first, {1e3 * last:.2f} ms at last")
     for key, value in before.items():
         print(f"{key}: {value} -> {after[key]}")
-    assert (after["arena tokens in use"], after["link"]) == (0, "shm")
+    assert after["link"] == "shm"
     assert rings > 5 * SECONDS and load.ends["accepted tokens"] > rings
     for name in ("base", "draft"):
         assert after[f"{name} doorbells"] == before[f"{name} doorbells"]
     for name in pids:
-        assert after[f"{name} descriptors"] <= before[f"{name} descriptors"] + 2
-        assert after[f"{name} threads"] <= before[f"{name} threads"] + 2
         assert after[f"{name} memory"] - before[f"{name} memory"] < MOST_DRIFT
     assert last < 3 * first

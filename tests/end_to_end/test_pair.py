@@ -13,7 +13,7 @@ from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared import pair
 
 NEW_TOKENS = 128
-PROMPTS = 200
+PROMPTS = 64
 
 
 async def stream(
@@ -61,8 +61,8 @@ def hugging_face(prompts: Sequence[str]) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     made: list[list[int]] = []
-    for start in range(0, len(prompts), 40):
-        batch = tokenizer(list(prompts[start : start + 40]), return_tensors="pt", padding=True)
+    for start in range(0, len(prompts), 32):
+        batch = tokenizer(list(prompts[start : start + 32]), return_tensors="pt", padding=True)
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -1,4 +1,4 @@
-"""Runs one operation's Triton implementation on the CPU; its own process, because Triton
+"""Runs the Triton implementations of operations on the CPU; its own process, because Triton
 decides when a kernel is defined whether it is interpreted."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from outrider.kernels import registry
 from outrider.kernels.operation import Tools
 
 
-def main(name: str, dtype: torch.dtype) -> None:
+def check(name: str, dtype: torch.dtype) -> None:
     operation = registry.operations()[name]
     device = torch.device("cpu")
     implementation, _ = registry.resolve(name, device, dtype, implementation="triton")
@@ -35,4 +35,5 @@ def main(name: str, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], getattr(torch, sys.argv[2]))
+    for name in sys.argv[2:]:
+        check(name, getattr(torch, sys.argv[1]))

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-NOTICE_SECONDS = 2.0
+NOTICE_SECONDS = 5.0
 # What is done to whom: "pause" goes on later, "hang" is killed later. By default each comes once.
 KINDS = [
     (victim, kind)
