@@ -322,6 +322,10 @@ def test_arena_machine_catches(
             ArenaMachine,
             # It stops at the first failure, so many examples cost nothing where one is found.
             settings=settings(
-                SETTINGS, phases=[Phase.generate], print_blob=False, max_examples=5000
+                SETTINGS,
+                phases=[Phase.generate],
+                print_blob=False,
+                max_examples=5000,
+                stateful_step_count=80,  # most need a sequence that lives long
             ),
         )
