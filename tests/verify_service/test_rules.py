@@ -23,6 +23,7 @@ from outrider.shared.model.cuda.support import judged, simple
 from outrider.verify_service import rules
 from outrider.verify_service.acceptance import judge_named
 from outrider.verify_service.engine import VerifyEngine
+from outrider_testing import engines
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = (["generate", "x"], ["bench"])
@@ -104,7 +105,7 @@ def add_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 @pytest.mark.parametrize("needs_rows", [False, True])
-def test_a_row_and_a_file_make_a_rule(add_rule: Any, engines: Any, needs_rows: bool) -> None:
+def test_a_row_and_a_file_make_a_rule(add_rule: Any, needs_rows: bool) -> None:
     number = 1 + max(rule.number for rule in RULES.values())
     add_rule(Rule("single", number, "single", needs_rows=needs_rows), JUDGE)
     words = ["generate", "5,6,7", "--token-ids", "--rule", "single", "--temperature", "0.9"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import mmap
 import socket
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +18,8 @@ from outrider.shared.core.links import AUTO, LINKS, MESSAGES, Link
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.handshake import HandoverFailed, Offered
 from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox
+from outrider_testing import fakes
+from outrider_testing.clients import ask
 
 Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
@@ -82,32 +82,25 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pocket, "broken", "")
 
 
-def test_new_link_carries_rounds_and_is_told(
-    fakes: ModuleType, services: Make, client_of: Make, ask: Make
-) -> None:
+async def test_new_link_carries_rounds_and_is_told(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft", agreement=90)
     seen, before = Seen(), Pocket.fetched
 
-    async def run() -> None:
-        async with client_of(base, draft, seen, link=AUTO) as client:
-            info = await client.info()
-            assert (info.link, info.link_reason) == (ROW.name, "")
-            for k in (3, 0, 5):
-                one = (await client.generate(ask(PROMPT, 40, k=k))).only
-                assert one.ids == fakes.plain(PROMPT, 40)
-
-    asyncio.run(run())
+    async with client_of(base, draft, seen, link=AUTO) as client:
+        info = await client.info()
+        assert (info.link, info.link_reason) == (ROW.name, "")
+        for k in (3, 0, 5):
+            one = (await client.generate(ask(PROMPT, 40, k=k))).only
+            assert one.ids == fakes.plain(PROMPT, 40)
     assert Pocket.fetched == before + 1
     assert seen.links[ROW.name] > 8 and len(draft.free) >= seen.links[ROW.name]
     assert set(seen.links) <= {ROW.name, MESSAGES}
 
 
 @pytest.mark.parametrize("beneath", ["shm", MESSAGES])
-def test_new_link_that_cannot_be_had_says_why_and_leaves_the_one_beneath(
-    fakes: ModuleType,
+async def test_new_link_that_cannot_be_had_says_why_and_leaves_the_one_beneath(
     services: Make,
     client_of: Make,
-    ask: Make,
     monkeypatch: pytest.MonkeyPatch,
     beneath: str,
 ) -> None:
@@ -115,14 +108,11 @@ def test_new_link_that_cannot_be_had_says_why_and_leaves_the_one_beneath(
     monkeypatch.setitem(LINKS, ROW.name, dataclasses.replace(ROW, beneath=beneath))
     monkeypatch.setattr(Pocket, "broken", "the pocket has a hole")
 
-    async def run() -> None:
-        async with client_of(base, draft, link=AUTO) as client:
-            info = await client.info()
-            assert (info.link, info.link_reason) == (beneath, "the pocket has a hole")
-            one = (await client.generate(ask(PROMPT, 40, k=3))).only
-            assert one.ids == fakes.plain(PROMPT, 40)
-
-    asyncio.run(run())
+    async with client_of(base, draft, link=AUTO) as client:
+        info = await client.info()
+        assert (info.link, info.link_reason) == (beneath, "the pocket has a hole")
+        one = (await client.generate(ask(PROMPT, 40, k=3))).only
+        assert one.ids == fakes.plain(PROMPT, 40)
     assert bool(draft.free) == (beneath != MESSAGES)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from outrider.coordinator.telemetry.records import LinkRecord, NoObserver
+from outrider.coordinator.telemetry.records import ConnectionRecord, NoObserver
 from outrider.shared.core.errors import RefusalCode, SequenceRefused, VocabularyMismatch
 from outrider.shared.core.types import Decoding, Refusal
 from outrider_testing import fakes
@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 PROMPT = [5, 6, 7, 8]
 
 
-class Links(NoObserver):
+class Connections(NoObserver):
     """Keeps which services were lost, and which came back."""
 
     follows = True
@@ -30,7 +30,7 @@ class Links(NoObserver):
     def __init__(self) -> None:
         self.seen: list[tuple[str, bool]] = []
 
-    def link(self, record: LinkRecord) -> None:
+    def connection(self, record: ConnectionRecord) -> None:
         self.seen.append((record.service, record.up))
 
 
@@ -113,7 +113,7 @@ async def test_failures_verifier_away_for_too_long_fails_requests_as_unavailable
 
 async def test_failures_hung_draft_is_not_waited_for(services: Make, client_of: Make) -> None:
     base, draft = services("verify"), services("draft")
-    links = Links()
+    links = Connections()
 
     async def of_use() -> bool:
         one = (await client.generate(ask(PROMPT, 60, k=4))).only
@@ -142,7 +142,7 @@ async def test_failures_hung_verifier_is_given_up_and_tried_again(
 ) -> None:
     base = services("verify", seconds_per_round=0.002)
 
-    links = Links()
+    links = Connections()
 
     async with client_of(base, observer=links, verify_timeout_seconds=0.3) as client:
         call = asyncio.create_task(client.generate(ask(PROMPT, 100)))
