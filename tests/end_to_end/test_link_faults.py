@@ -97,6 +97,7 @@ async def test_faults_coordinators_that_come_and_go_leave_no_mailbox(services: A
     await until(tidy)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 # A draft that stands still is given up by patience or by its heartbeat, whichever comes first.
 @pytest.mark.parametrize(("patience", "first"), [(1.0, 0), (5.0, 4)])

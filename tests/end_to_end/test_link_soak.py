@@ -220,6 +220,7 @@ async def state(stub: rpc.GenerationStub, pids: dict[str, int]) -> dict[str, Any
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_soak_over_shared_memory_leaves_everything_as_it_was(
     deployed: dict[str, children.Child], short_folder: Path

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_wheel_generates_outside_the_checkout(tmp_path: Path) -> None:
     # From a copy: setuptools writes its build folder into the source tree.
     source = tmp_path / "source"

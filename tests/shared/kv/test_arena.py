@@ -58,6 +58,7 @@ def test_admission_takes_a_place_in_every_pool_or_in_none() -> None:
     assert arena.allocators[1].used == RING
 
 
+@pytest.mark.serial
 def test_admit_and_free_stay_below_ten_microseconds_with_a_thousand_extents() -> None:
     allocator = SlotAllocator(1_000_000)
     live = [allocator.reserve(100 + (i * 37) % 400) for i in range(2000)]
@@ -72,6 +73,7 @@ def test_admit_and_free_stay_below_ten_microseconds_with_a_thousand_extents() ->
     assert best < 10e-6
 
 
+@pytest.mark.serial
 def test_rollback_costs_the_same_for_any_number_of_tokens() -> None:
     arena = Arena([PoolPlan(10_000)])
     extent = arena.admit(10_000)

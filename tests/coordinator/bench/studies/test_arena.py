@@ -17,6 +17,7 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(list(words))
 
 
+@pytest.mark.serial
 def test_rollback_is_flat_and_below_two_microseconds() -> None:
     few, many = (min(arena.rollback_seconds(n) for _ in range(3)) for n in (1, 16_384))
     assert max(few, many) < 2e-6
