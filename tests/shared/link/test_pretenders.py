@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import secrets
 import socket
@@ -22,18 +21,11 @@ from outrider.shared.link import handshake
 from outrider.shared.link.doorbell import Doorbell, address_of
 from outrider.shared.link.handshake import HandoverFailed, Offer, Offered, boot_id, fetch
 from outrider.shared.link.mailbox import LAYOUT, Layout, Mailbox
+from outrider_testing.processes import held
 from outrider_testing.waiting import soon
 
 SMALL = Layout(2, 3, 4)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def held() -> tuple[int, int, int]:
-    """Threads, descriptors, and mappings of mailboxes or of files in their place."""
-    gc.collect()
-    maps = Path("/proc/self/maps").read_text()
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    return threading.active_count(), descriptors, maps.count("outrider-mailbox")
 
 
 def refused(offered: Offered) -> str:
@@ -44,12 +36,6 @@ def refused(offered: Offered) -> str:
         assert error.status == "FAILED_PRECONDITION"
         return str(error)
     pytest.fail("it was not refused")
-
-
-def settled() -> tuple[int, int, int]:
-    """What is held once the offers of earlier tests are over."""
-    soon(lambda: not any(one.name == "mailbox offer" for one in threading.enumerate()))
-    return held()
 
 
 @pytest.mark.parametrize(
@@ -178,10 +164,10 @@ def answers_the_proof_with_something_else(peer: socket.socket) -> None:
 def test_fetch_refuses_a_verifier_that_is_none(
     path: str, answer: Callable[[socket.socket], None], says: str
 ) -> None:
-    before = settled()
+    before = held()
     with pretender(answer, path) as offered:
         assert says in refused(offered)
-    soon(lambda: held() == before)
+    soon(lambda: not held() - before)
 
 
 def test_fetch_does_not_wait_for_a_silent_verifier(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,24 @@ def descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue  # closed since the folder was read
     return made
+
+
+def held() -> set[object]:
+    """What this process holds: its threads, descriptors, and mappings of mailboxes.
+
+    Each stands for itself, since counts mislead: what earlier tests left to the collector, or to a
+    thread that ends by itself, may go at any moment. ``held() - before`` is what is new.
+    """
+    gc.collect()
+    found: set[object] = set(threading.enumerate())
+    for one in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since the folder was read
+            target = str(one.readlink())
+            if not target.startswith("/proc/"):  # this very look
+                found.add((one.name, target))
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    found.update(line for line in maps if "outrider-mailbox" in line)
+    return found
 
 
 def mapped(pid: int) -> list[str]:
