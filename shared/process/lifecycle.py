@@ -60,24 +60,34 @@ class Reporter:
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into an event; the second one means at once."""
+    """What SIGTERM and SIGINT ask for; the second one means at once."""
 
     def __init__(self) -> None:
         """Takes over both signals; call from the main thread."""
-        self.asked = threading.Event()
-        self.hurried = threading.Event()
+        self.hurried = False
+        self._asked = False
         self._raise = True
+        # A handler runs between two steps of the main thread, whatever that holds just then: an
+        # event's lock among them, which ``threading.Event.set`` would wait for and never get.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def started(self) -> None:
-        """From now on a signal sets ``asked`` instead of raising ``Interrupted``."""
+        """From now on a signal ends ``wait`` instead of raising ``Interrupted``."""
         self._raise = False
 
+    def wait(self) -> None:
+        """Until a signal has come."""
+        while not self._asked:
+            os.read(self._read, 1)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked.is_set():
-            self.hurried.set()
-        self.asked.set()
+        self.hurried = self._asked
+        self._asked = True
+        with contextlib.suppress(BlockingIOError):  # full: whoever waits has enough to read
+            os.write(self._write, b"s")
         if self._raise:
             self._raise = False
             raise Interrupted

@@ -107,10 +107,10 @@ def serve(
         server.serving()
         log.info("%s serves %s on %s", service, part.path, server.address)
         reporter.ready(str(server.address))
-        stop.asked.wait()
+        stop.wait()
         log.info("stopping")
         servicer.drain()
-        server.drain(lambda: stop.hurried.is_set() or servicer.idle())
+        server.drain(lambda: stop.hurried or servicer.idle())
     except lifecycle.Interrupted:
         if server is not None:
             server.drain(grace=0)

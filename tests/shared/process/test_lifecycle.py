@@ -1,0 +1,39 @@
+"""Signals that ask a process to stop, at whatever moment they come."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import os, signal, sys, threading
+from outrider.shared.process.lifecycle import Stop
+
+for moment in range(40):
+    stop, lines = Stop(), 0
+    stop.started()
+
+    def trace(frame, event, argument):
+        global lines
+        lines += 1
+        if lines == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace
+
+    late = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+    late.start()  # for moments after the wait has begun
+    sys.settrace(trace)
+    stop.wait()
+    sys.settrace(None)
+    late.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.hurried, moment
+print("done")
+"""
+
+
+def test_stop_is_heard_at_whatever_line_of_the_wait_the_signal_comes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "done\n", done.stderr
