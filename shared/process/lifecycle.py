@@ -71,6 +71,9 @@ class Stop:
         # event's lock among them, which ``threading.Event.set`` would wait for and never get.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        # The system may hand a signal to any thread, gRPC's among them, and then nothing wakes the
+        # main thread for Python to run the handler there: so whoever gets it writes here.
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import os, signal, sys, threading
 from outrider.shared.process.lifecycle import Stop
@@ -35,5 +37,32 @@ print("done")
 def test_stop_is_heard_at_whatever_line_of_the_wait_the_signal_comes() -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROGRAM], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+ANOTHER_THREAD = """
+import signal, threading, time
+from outrider.shared.process.lifecycle import Stop
+
+stop = Stop()
+stop.started()
+
+def take_it() -> None:
+    # /proc/self is the main thread: it sleeps in read(), where only its own signal would wake it.
+    while open("/proc/self/stat").read().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=take_it, daemon=True).start()
+stop.wait()
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_stop_is_heard_when_the_system_hands_the_signal_to_another_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ANOTHER_THREAD], capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "done\n", done.stderr
