@@ -99,13 +99,7 @@ class Drafting:
         response = await self._patiently(future)
         if response is None:
             return made
-        made.timing = ServiceTiming(
-            sent,
-            self._clock(),
-            response.timing.model_seconds,
-            response.timing.service_seconds,
-            response.timing.rows,
-        )
+        made.timing = ServiceTiming.told(sent, self._clock(), response.timing)
         for proposal in response.proposals:
             found = asked.get(proposal.sequence_id)
             offer = found.offer(proposal, self._vocab_size) if found is not None else None

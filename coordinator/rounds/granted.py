@@ -176,8 +176,6 @@ class GrantedRounds:
 
     async def steer(self, run: GrantRun, ks: list[int]) -> None:
         """Changes K where it should, and sees to it that the rounds do not run out."""
-        if run.over or run.revoked:
-            return
         changed = False
         for index, (seq, k) in enumerate(zip(run.plan.decode, ks, strict=True)):
             now = run.ks[index]
@@ -266,7 +264,7 @@ class GrantedRounds:
         self, run: GrantRun, response: pb.VerifyResponse, verdicts: Verdicts, proposals: Proposals
     ) -> None:
         """The exchanges as the services saw them; they share this host's clock."""
-        granted, timing = response.granted, response.timing
+        granted = response.granted
         if run.drafted is None:
             # The verifier may be anywhere: its clock is set by when its first report came. When
             # each one came says less, for some wait longer to be read.
@@ -277,16 +275,12 @@ class GrantedRounds:
             sent, answered = map(
                 self._clock.at, (granted.verify_asked_ns, granted.verify_answered_ns)
             )
-            proposals.timing = ServiceTiming(
+            proposals.timing = ServiceTiming.told(
                 self._clock.at(granted.draft_asked_ns),
                 self._clock.at(granted.draft_answered_ns),
-                granted.draft.model_seconds,
-                granted.draft.service_seconds,
-                granted.draft.rows,
+                granted.draft,
             )
-        verdicts.timing = ServiceTiming(
-            sent, answered, timing.model_seconds, timing.service_seconds, timing.rows
-        )
+        verdicts.timing = ServiceTiming.told(sent, answered, response.timing)
 
 
 def _by_device(link: str) -> bool:

@@ -121,10 +121,7 @@ class Verifying:
         except ServiceUnavailable:
             verdicts.lost = True
             return verdicts
-        timing = response.timing
-        verdicts.timing = ServiceTiming(
-            sent, self._clock(), timing.model_seconds, timing.service_seconds, timing.rows
-        )
+        verdicts.timing = ServiceTiming.told(sent, self._clock(), response.timing)
         for verdict in response.verdicts:
             found = asked.get(verdict.sequence_id)
             if found is not None and found.sequence.verify.epoch == verdict.epoch:

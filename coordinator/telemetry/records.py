@@ -11,10 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from outrider.shared.core.links import MESSAGES
 from outrider.shared.core.types import Decoding
+
+if TYPE_CHECKING:
+    from outrider.protos import speculation_pb2 as pb
 
 
 class WallClock:
@@ -43,6 +46,13 @@ class ServiceTiming:
     model_seconds: float = 0.0
     service_seconds: float = 0.0
     rows: int = 0
+
+    @classmethod
+    def told(cls, sent_ns: int, answered_ns: int, service: pb.Timing) -> ServiceTiming:
+        """With the figures that the service's answer gives."""
+        return cls(
+            sent_ns, answered_ns, service.model_seconds, service.service_seconds, service.rows
+        )
 
     @property
     def seconds(self) -> float:

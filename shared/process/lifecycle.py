@@ -67,13 +67,13 @@ class Stop:
         self.hurried = False
         self._asked = False
         self._raise = True
-        # A handler runs between two steps of the main thread, whatever that holds just then: an
-        # event's lock among them, which ``threading.Event.set`` would wait for and never get.
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        # The system may hand a signal to any thread, gRPC's among them, and then nothing wakes the
-        # main thread for Python to run the handler there: so whoever gets it writes here.
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # Whichever thread gets a signal writes here. The system may hand it to any, gRPC's among
+        # them, and then nothing else wakes the main thread for Python to run the handler there.
+        # No event in its place: a handler runs between two steps of the main thread, whatever
+        # that holds just then, and would wait for the event's lock and never get it.
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -89,8 +89,6 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.hurried = self._asked
         self._asked = True
-        with contextlib.suppress(BlockingIOError):  # full: whoever waits has enough to read
-            os.write(self._write, b"s")
         if self._raise:
             self._raise = False
             raise Interrupted
