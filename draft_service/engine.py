@@ -85,6 +85,7 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         chosen: list[list[int]] = [[] for _ in work]
         weights: list[list[SparseRow]] = [[] for _ in work]
         failed: set[int] = set()
+        stuck: set[int] = set()  # nothing is allowed there, which the base will find too
         # The log grows by the proposed tokens, which the choice of the next one looks at; the
         # next item's base_len cuts them off again.
         active = [i for i, k in enumerate(ks) if k > 0]
@@ -100,11 +101,14 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
                     if not fine:
                         failed.add(i)
                         continue
+                    if token < 0:
+                        stuck.add(i)
+                        continue
                     chosen[i].append(token)
                     work[i][1].log.append(token)
                     if weight is not None:
                         weights[i].append(weight)
-            active = [i for i in active if i not in failed and len(chosen[i]) < ks[i]]
+            active = [i for i in active if i not in failed | stuck and len(chosen[i]) < ks[i]]
             spans = [
                 Span(work[i][1].extent, work[i][1].extent.valid_len, chosen[i][-1:], 1)
                 for i in active

@@ -35,6 +35,7 @@ class SequenceErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SEQUENCE_ERROR_CODE_NO_CAPACITY: _ClassVar[SequenceErrorCode]
     SEQUENCE_ERROR_CODE_INVALID: _ClassVar[SequenceErrorCode]
     SEQUENCE_ERROR_CODE_MODEL: _ClassVar[SequenceErrorCode]
+    SEQUENCE_ERROR_CODE_NOTHING_ALLOWED: _ClassVar[SequenceErrorCode]
 RULE_UNSPECIFIED: Rule
 RULE_GREEDY: Rule
 RULE_COUPLED: Rule
@@ -54,6 +55,7 @@ SEQUENCE_ERROR_CODE_KV_MISSING: SequenceErrorCode
 SEQUENCE_ERROR_CODE_NO_CAPACITY: SequenceErrorCode
 SEQUENCE_ERROR_CODE_INVALID: SequenceErrorCode
 SEQUENCE_ERROR_CODE_MODEL: SequenceErrorCode
+SEQUENCE_ERROR_CODE_NOTHING_ALLOWED: SequenceErrorCode
 
 class OpenSequence(_message.Message):
     __slots__ = ("sequence_id", "epoch", "capacity", "decoding", "parent_id", "prefix_len")
@@ -72,7 +74,7 @@ class OpenSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., capacity: _Optional[int] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., parent_id: _Optional[int] = ..., prefix_len: _Optional[int] = ...) -> None: ...
 
 class Decoding(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "eos_token_ids", "min_new_tokens", "prompt_len", "seed", "rule", "logprobs", "draft_top")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "eos_token_ids", "min_new_tokens", "prompt_len", "seed", "rule", "logprobs", "draft_top", "vocab_size")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +98,7 @@ class Decoding(_message.Message):
     RULE_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOP_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -112,7 +115,8 @@ class Decoding(_message.Message):
     rule: Rule
     logprobs: int
     draft_top: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., min_new_tokens: _Optional[int] = ..., prompt_len: _Optional[int] = ..., seed: _Optional[int] = ..., rule: _Optional[_Union[Rule, str]] = ..., logprobs: _Optional[int] = ..., draft_top: _Optional[int] = ...) -> None: ...
+    vocab_size: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., min_new_tokens: _Optional[int] = ..., prompt_len: _Optional[int] = ..., seed: _Optional[int] = ..., rule: _Optional[_Union[Rule, str]] = ..., logprobs: _Optional[int] = ..., draft_top: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class TokenSequence(_message.Message):
     __slots__ = ("ids",)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from outrider.shared.core.rules import GREEDY
 from outrider.shared.core.types import Decoding, PositionLogprobs, SparseRow
-from outrider.shared.sampling.choose import RowContext, process
+from outrider.shared.sampling.choose import RowContext, penalise
+from outrider.shared.sampling.penalties import may_forbid_all
+from outrider.shared.sampling.warpers import warp
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,13 @@ Judge: TypeAlias = Callable[[JudgeBatch, Sequence[int]], list[tuple[int, int]]]
 and the token that follows them. An outcome does not depend on the other items."""
 
 
-def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged]:
+def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged | None]:
     """Judges a ragged batch of proposals, each by its rule.
 
     ``logits``: the base's raw logits [sum(len(proposal) + 1), vocab], item after item: the
     row of the pending token, then that of each proposed token. An empty proposal is plain
-    decoding. An item's outcome does not depend on the others.
+    decoding. An item's outcome does not depend on the others. None where no token may follow
+    the log, since all are forbidden.
     """
     contexts: list[RowContext] = []
     first: list[int] = []
@@ -86,13 +89,17 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged]:
         # Without a proposal there is nothing to judge: the base just chooses.
         name = item.decoding.rule.judge if item.proposal else GREEDY.judge
         by_judge.setdefault(name, []).append(i)
-    batch = JudgeBatch(items, first, contexts, process(logits, contexts))
+    scores = penalise(logits, contexts)
+    batch = JudgeBatch(items, first, contexts, warp(scores, [row.decoding for row in contexts]))
     verdicts: list[tuple[int, int]] = [(0, 0)] * len(items)
     for name, mine in by_judge.items():
         for i, verdict in zip(mine, judge_named(name)(batch, mine), strict=True):
             verdicts[i] = verdict
-    logprobs = _logprobs(batch, verdicts)
-    return [Judged(a, token, lp) for (a, token), lp in zip(verdicts, logprobs, strict=True)]
+    stuck = _step_back(batch, verdicts)
+    logprobs = _logprobs(batch, scores, verdicts)
+    return [
+        None if i in stuck else Judged(*verdict, logprobs[i]) for i, verdict in enumerate(verdicts)
+    ]
 
 
 @cache
@@ -102,37 +109,40 @@ def judge_named(name: str) -> Judge:
     return found
 
 
-def malformed(proposal: Sequence[int], rows: Sequence[SparseRow], vocab_size: int) -> str | None:
-    """What is wrong with a proposal and its distributions, or None. ``judge`` relies on it."""
-    if any(not 0 <= token < vocab_size for token in proposal):
-        return f"proposal: token ids must be in [0, {vocab_size})"
-    if rows and len(rows) != len(proposal):
-        return f"rows: got {len(rows)}; must be none or one for each of {len(proposal)} tokens"
-    for token, row in zip(proposal, rows, strict=False):
-        if len(row.ids) != len(row.probabilities):
-            return "rows: each id goes with one probability"
-        offered = dict(zip(row.ids, row.probabilities, strict=True))
-        if len(offered) != len(row.ids):
-            return "rows: ids must be distinct"
-        if any(not 0 <= i < vocab_size for i in row.ids):
-            return f"rows: ids must be in [0, {vocab_size})"
-        if any(not 0 <= p <= 1.001 for p in row.probabilities):
-            return "rows: probabilities must be in [0, 1]"
-        if not math.isclose(math.fsum(row.probabilities), 1.0, abs_tol=1e-3):
-            return "rows: probabilities must sum to 1"
-        if offered.get(token, 0.0) <= 0:
-            return f"rows: token {token} was proposed with probability 0"
-    return None
+def _step_back(batch: JudgeBatch, verdicts: list[tuple[int, int]]) -> set[int]:
+    """Ends verdicts before a row where nothing is allowed; returns the items that begin there.
+
+    What was accepted before such a row stands, its last token being the one that follows the
+    others: so the text comes as far as token by token, and the next round begins at that row.
+    """
+    stuck = set()
+    for i, item in enumerate(batch.items):
+        if not may_forbid_all(item.decoding):
+            continue
+        first, (accepted, _) = batch.first[i], verdicts[i]
+        best = batch.processed[first : first + accepted + 1].amax(-1)
+        dead = (best == -math.inf).nonzero()
+        if not len(dead):
+            continue
+        at = int(dead[0])
+        if at:
+            verdicts[i] = (at - 1, item.proposal[at - 1])
+        else:
+            verdicts[i] = (0, 0)
+            stuck.add(i)
+    return stuck
 
 
 def _logprobs(
-    batch: JudgeBatch, verdicts: Sequence[tuple[int, int]]
+    batch: JudgeBatch, scores: Tensor, verdicts: Sequence[tuple[int, int]]
 ) -> list[tuple[PositionLogprobs, ...]]:
     """Log-probabilities of what each item emits, from the processed distribution.
 
     log_softmax of the processed logits: at temperature > 0 after every warper, at
     temperature 0 after penalties, bias and bans. Tokens that were dropped have
-    probability 0 and are left out of the likeliest ones.
+    probability 0 and are left out of the likeliest ones. ``scores``: the logits before the
+    warpers, which are divided by the temperature anew, in float64: a small temperature enlarges
+    what float32 rounds.
     """
     items, first, processed = batch.items, batch.first, batch.processed
     wanted = [i for i, item in enumerate(items) if item.decoding.logprobs is not None]
@@ -145,7 +155,12 @@ def _logprobs(
         at.extend(range(first[i], first[i] + accepted + 1))
         tokens.extend((*items[i].proposal[:accepted], token))
     index = torch.tensor([at, tokens], device=processed.device)
-    logprobs = processed[index[0]].log_softmax(-1)
+    logprobs = _exactly(
+        scores[index[0]],
+        processed[index[0]] == -math.inf,
+        [batch.contexts[row].decoding.temperature or 1.0 for row in at],
+    )
+    index = index.to(logprobs.device)
     chosen = logprobs.gather(1, index[1][:, None]).squeeze(1).tolist()
     most = min(max(items[i].decoding.logprobs or 0 for i in wanted), processed.shape[-1])
     best = logprobs.topk(most)
@@ -169,3 +184,11 @@ def _logprobs(
         )
         start = end
     return answers
+
+
+def _exactly(scores: Tensor, dropped: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """log_softmax of ``scores / temperatures`` without the ``dropped``, float64 [rows, vocab]."""
+    if scores.device.type == "mps":  # has no float64
+        scores, dropped = scores.cpu(), dropped.cpu()
+    heat = torch.tensor(temperatures, dtype=torch.float64, device=scores.device)[:, None]
+    return scores.double().div_(heat).masked_fill_(dropped, -math.inf).log_softmax(-1)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import Refusal, Verdict, VerifyItem
 from outrider.shared.model.runner import Span
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
-from outrider.verify_service.acceptance import Judged, JudgeItem, judge, malformed
+from outrider.verify_service.acceptance import Judged, JudgeItem, judge
+from outrider.verify_service.soundness import sound_tokens
+
+log = logging.getLogger(__name__)
 
 
 class VerifyEngine(Engine[VerifyItem, Verdict]):
@@ -19,15 +24,30 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
     the KV of rejected rows is forgotten by setting that one integer.
     """
 
+    _cut = False
+    """Whether a proposal was cut before."""
+
     def reject(self, item: VerifyItem) -> str | None:
         """See ``Engine.reject``."""
-        if len(item.proposal) > self.max_k:
-            return f"proposal: got {len(item.proposal)} tokens; at most {self.max_k} are allowed"
         if item.extend_only:
             return "extend_only goes without a proposal" if item.proposal else None
         if not item.append:
             return "append is empty: the pending token is needed to verify"
-        return malformed(item.proposal, item.rows, self.runner.facts.vocab_size)
+        return None
+
+    def sound(self, item: VerifyItem) -> VerifyItem:
+        """See ``Engine.sound``: the proposal up to its first token that can't be judged."""
+        if not item.proposal or item.extend_only:
+            return item
+        places = self.runner.facts.max_positions - item.base_len - len(item.append)
+        most = max(0, min(self.max_k, places))
+        kept, why = sound_tokens(item.proposal, item.rows, self.runner.facts.vocab_size, most)
+        if kept == len(item.proposal) and len(item.rows) in (0, kept):
+            return item
+        # Once: a draft that is wrong is so in every round.
+        level, self._cut = logging.DEBUG if self._cut else logging.WARNING, True
+        log.log(level, "cut a proposal of %d tokens to %d: %s", len(item.proposal), kept, why)
+        return replace(item, proposal=item.proposal[:kept], rows=item.rows[:kept])
 
     def rows_of(self, item: VerifyItem) -> int:
         """See ``Engine.rows_of``."""
@@ -60,7 +80,14 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
             questions.append(JudgeItem(held.decoding, held.log, item.proposal, item.rows))
         verdicts = judge(logits, questions) if questions else []
         for i, verdict in zip(judged, verdicts, strict=True):
-            answers[i] = self._broken(*work[i]) if i in broken else _settled(*work[i], verdict)
+            if i in broken:
+                answers[i] = self._not_finite(*work[i])
+            elif verdict is None:
+                answers[i] = self._refused(
+                    *work[i], RefusalCode.NOTHING_ALLOWED, "no token is allowed"
+                )
+            else:
+                answers[i] = _settled(*work[i], verdict)
         return [
             answer if answer is not None else _extended(work[i][0])
             for i, answer in enumerate(answers)
@@ -97,14 +124,19 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         self, work: Sequence[tuple[VerifyItem, Held]], found: Sequence[tuple[int, int]]
     ) -> list[Verdict | Refusal]:
         return [
-            self._broken(item, held) if token < 0 else _settled(item, held, Judged(accepted, token))
+            self._not_finite(item, held)
+            if token < 0
+            else _settled(item, held, Judged(accepted, token))
             for (item, held), (accepted, token) in zip(work, found, strict=True)
         ]
 
-    def _broken(self, item: VerifyItem, held: Held) -> Refusal:
-        """Refuses an item whose logits are not finite; its rows are forgotten."""
+    def _not_finite(self, item: VerifyItem, held: Held) -> Refusal:
+        return self._refused(item, held, RefusalCode.MODEL, "the model's logits are not finite")
+
+    def _refused(self, item: VerifyItem, held: Held, code: RefusalCode, why: str) -> Refusal:
+        """Refuses an item that was forwarded; its rows are forgotten."""
         self.runner.arena.distrust(held.extent, item.base_len)
-        return refusal(item, RefusalCode.MODEL, "the model's logits are not finite")
+        return refusal(item, code, why)
 
 
 def _settled(item: VerifyItem, held: Held, judged: Judged) -> Verdict:

@@ -41,6 +41,7 @@ def decoding_of(
         prompt_len=prompt_len,
         logprobs=logprobs,
         draft_top=draft_top,
+        vocab_size=vocab_size,
     )
     if made.min_new_tokens > max_new_tokens:
         raise InvalidRequest(

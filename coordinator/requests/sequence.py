@@ -115,6 +115,11 @@ class Sequence:
         """Whether its rule needs the draft's distributions beside the proposed tokens."""
         return self.decoding.rule.needs_rows
 
+    @property
+    def replays_rounds(self) -> bool:
+        """Whether its tokens depend on which rounds have a proposal, and K is to settle that."""
+        return self.needs_rows and bool(self.request.k)
+
     def base_len(self, state: ServiceState) -> int:
         """Where the next message to the service of ``state`` begins, in tokens of the log.
 

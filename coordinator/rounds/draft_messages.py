@@ -40,17 +40,16 @@ class DraftAsked:
     """Length of the log when asked."""
     k: int
 
-    def offer(self, proposal: pb.Proposal, vocab_size: int) -> DraftOffer | None:
+    def offer(self, proposal: pb.Proposal) -> DraftOffer | None:
         """What it was answered; None where that is not an answer to what was asked.
 
-        A draft may be wrong about tokens, but not about that.
+        What its tokens are worth is the verifier's to find out, whatever way they come.
         """
         tokens = list(proposal.tokens)
         sound = (
             proposal.epoch == self.sequence.draft.epoch
             and proposal.committed_len == self.n
             and 0 < len(tokens) <= self.k
-            and max(tokens) < vocab_size
             and len(proposal.rows) == (len(tokens) if self.sequence.needs_rows else 0)
         )
         return DraftOffer(tokens, proposal.rows) if sound else None

@@ -34,14 +34,11 @@ LAG = 24
 class Drafting:
     """Talks to the draft service."""
 
-    def __init__(
-        self, connection: DraftConnection | None, *, chunk: int, patience: float, vocab_size: int
-    ) -> None:
+    def __init__(self, connection: DraftConnection | None, *, chunk: int, patience: float) -> None:
         """``chunk``: rows taken in per message; ``patience``: seconds to wait for proposals."""
         self._connection = connection
         self._chunk = chunk
         self._patience = patience
-        self._vocab_size = vocab_size
         self._close: list[int] = []
         self._late = False  # an answer that nobody waited for is still to come
         self._clock = WallClock()
@@ -58,12 +55,16 @@ class Drafting:
         return not (state.given_up or state.blocked) and sequence.may_open(state)
 
     def select(self, sequences: Iterable[Seq]) -> set[Seq]:
-        """Those near enough to the log to have a proposal without a long wait."""
+        """Those near enough to the log to have a proposal without a long wait.
+
+        Where rounds with a proposal and rounds without draw different tokens, a fixed K is to mean
+        the same rounds each time: such a sequence takes all that the draft lacks along.
+        """
         budget = self._chunk
         near = set()
         for sequence in sequences:
             rows = len(sequence.log) - sequence.base_len(sequence.draft)
-            if rows > LAG:
+            if rows > LAG and not sequence.replays_rounds:
                 if rows > budget:
                     continue
                 budget -= rows
@@ -96,13 +97,14 @@ class Drafting:
             meanwhile()
             return made
         meanwhile()
-        response = await self._patiently(future)
+        # Rows of a prompt take their time.
+        response = await self._patiently(future, self._patience * max(1.0, most / self._chunk))
         if response is None:
             return made
         made.timing = ServiceTiming.told(sent, self._clock(), response.timing)
         for proposal in response.proposals:
             found = asked.get(proposal.sequence_id)
-            offer = found.offer(proposal, self._vocab_size) if found is not None else None
+            offer = found.offer(proposal) if found is not None else None
             if found is not None and offer is not None:
                 found.sequence.draft.strikes = 0
                 made.by_id[proposal.sequence_id] = offer
@@ -137,7 +139,7 @@ class Drafting:
         """
         if not wait:
             self._give_up(granted.answer)
-        response = await self._patiently(granted.answer)
+        response = await self._patiently(granted.answer, self._patience)
         if response is None:
             return 0
         self._absorb(response, granted.asked)
@@ -234,9 +236,11 @@ class Drafting:
             return
         _expire(future)
 
-    async def _patiently(self, future: asyncio.Future[pb.DraftResponse]) -> pb.DraftResponse | None:
+    async def _patiently(
+        self, future: asyncio.Future[pb.DraftResponse], seconds: float
+    ) -> pb.DraftResponse | None:
         """The answer; None where it is late, or the draft is lost."""
-        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
+        timer = asyncio.get_running_loop().call_later(seconds, self._give_up, future)
         try:
             return await future
         except ServiceUnavailable:

@@ -15,6 +15,7 @@ from outrider.coordinator.telemetry.records import NOT_ASKED, ServiceTiming, Wal
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import (
     CapacityError,
+    InvalidRequest,
     OutriderError,
     RefusalCode,
     ServiceUnavailable,
@@ -256,6 +257,9 @@ class Verifying:
             state.length = min(state.length, error.held_len)
         elif code in (RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH):
             state.lose()
+        elif code == RefusalCode.NOTHING_ALLOWED:
+            self._give_up(verdicts, sequence, nothing_allowed(sequence))
+            return
         else:
             message = f"the base model could not go on: {error.message}"
             self._give_up(verdicts, sequence, OutriderError(message))
@@ -285,6 +289,20 @@ def _asked(
         return None  # over by the client's will: its log stands still, the rounds did not yet
     n = len(sequence.log)
     return VerifyAsked(sequence, n, n, 1 + len(offer.tokens), NO_ITEM, list(offer.tokens))
+
+
+def nothing_allowed(sequence: Sequence) -> InvalidRequest:
+    """The error for a sequence whose every next token is forbidden."""
+    decoding, written = sequence.decoding, len(sequence.log) - len(sequence.request.prompt_ids)
+    words = len(decoding.bad_words)
+    field, value = ("bad_words", f"{words} sequences")
+    if not words:
+        field, value = "min_new_tokens", str(decoding.min_new_tokens)
+    return InvalidRequest(
+        f"sampling.{field}",
+        value,
+        f"such that some token may be chosen at every place; none may after {written} new tokens",
+    )
 
 
 def never_fits(sequence: Sequence, arena_tokens: int) -> CapacityError:

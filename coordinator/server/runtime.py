@@ -198,12 +198,10 @@ def _round_loop(
     clock: WallClock,
 ) -> RoundLoop:
     """The round loop and all that it is made of."""
-    assert verify_connection.info is not None  # it has been reached
     drafting = Drafting(
         draft_connection,
         chunk=config.prefill_chunk,
         patience=config.draft_patience_seconds,
-        vocab_size=verify_connection.info.model.vocab_size,
     )
     verifying = Verifying(verify_connection)
     granted = GrantedRounds(

@@ -71,6 +71,7 @@ class RefusalCode(IntEnum):
     NO_CAPACITY = 4
     INVALID = 5
     MODEL = 6
+    NOTHING_ALLOWED = 7
 
 
 class SequenceRefused(OutriderError):

@@ -63,7 +63,7 @@ class Number(Kind):
 
     def _allowed(self) -> str:
         if self.least is not None:
-            return f"{self.low:g} or a finite number >= {self.least:g}"
+            return f"{self.low:g} or in [{self.least:g}, {self.high:g}]"
         if math.isinf(self.high):
             return f"a finite number {'>' if self.low_open else '>='} {self.low:g}"
         begin, end = "(" if self.low_open else "[", ")" if self.high_open else "]"
@@ -86,8 +86,14 @@ class Whole(Kind):
         return sent
 
 
+@dataclass(frozen=True, slots=True)
 class TokenBiases(Kind):
-    """A number for each of some tokens: a map in messages, sorted pairs in ``Decoding``."""
+    """A number for each of some tokens: a map in messages, sorted pairs in ``Decoding``.
+
+    ``most``: the largest size of one.
+    """
+
+    most: float
 
     def checked(
         self, field: str, sent: Mapping[int, float], vocab_size: int
@@ -96,8 +102,9 @@ class TokenBiases(Kind):
         for token, bias in sent.items():
             if token >= vocab_size:
                 raise InvalidRequest(f"{field}[{token}]", token, f"a token in [0, {vocab_size})")
-            if not math.isfinite(bias):
-                raise InvalidRequest(f"{field}[{token}]", bias, "a finite number")
+            if not abs(bias) <= self.most:
+                allowed = f"in [{-self.most:g}, {self.most:g}]"
+                raise InvalidRequest(f"{field}[{token}]", bias, allowed)
         return self.read(sent)
 
     def read(self, sent: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

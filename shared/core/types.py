@@ -20,8 +20,10 @@ from outrider.shared.core.parameters import (
 )
 from outrider.shared.core.rules import GREEDY, Rule
 
-_LEAST_TEMPERATURE = 1e-6
-"""Below this, scaled logits leave the range of float32; 0 is the way to say greedy."""
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-6, 1e30
+"""Beyond these, scaled logits leave the range of float32; 0 is the way to say greedy."""
+_MOST_PENALTY, _MOST_BIAS = 1e6, 1e20
+"""Together with the least temperature they leave every logit a finite float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,9 @@ class Decoding:
     """
 
     temperature: float = parameter(
-        0.0, Number(0, least=_LEAST_TEMPERATURE), help="0 takes the likeliest token"
+        0.0,
+        Number(0, _MOST_TEMPERATURE, least=_LEAST_TEMPERATURE),
+        help="0 takes the likeliest token",
     )
     top_k: int = parameter(0, Whole(), help="keep the k likeliest; 0 keeps all")
     top_p: float = parameter(
@@ -45,7 +49,9 @@ class Decoding:
         0.0, Number(0, 1, high_open=True), help="drop what is below this share of the likeliest one"
     )
     repetition_penalty: float = parameter(
-        1.0, Number(0, low_open=True), help="for tokens of prompt and output; 1 is none"
+        1.0,
+        Number(1 / _MOST_PENALTY, _MOST_PENALTY),
+        help="for tokens of prompt and output; 1 is none",
     )
     presence_penalty: float = parameter(
         0.0, Number(-2, 2), help="subtracted once from tokens of the output"
@@ -54,7 +60,7 @@ class Decoding:
         0.0, Number(-2, 2), help="subtracted per occurrence in the output"
     )
     logit_bias: tuple[tuple[int, float], ...] = parameter(
-        (), TokenBiases(), help="added to its logit; may be repeated"
+        (), TokenBiases(_MOST_BIAS), help="added to its logit; may be repeated"
     )
     bad_words: tuple[tuple[int, ...], ...] = parameter(
         (), TokenLists(), help="never these in a row; may be repeated"
@@ -66,6 +72,9 @@ class Decoding:
     rule: Rule = GREEDY
     logprobs: int | None = None
     draft_top: int = 64
+    vocab_size: int = 0
+    """Ids from here on are never chosen: the base, whose text it is, has none. 0 where the
+    model's own vocabulary is no larger."""
 
     def __post_init__(self) -> None:
         # Nobody who looks at the rule needs to look at the temperature, too.

@@ -47,6 +47,7 @@ def write_open(item: OpenSequence) -> pb.OpenSequence:
             rule=d.rule.number,  # type: ignore[arg-type]
             logprobs=d.logprobs,
             draft_top=d.draft_top,
+            vocab_size=d.vocab_size,
         ),
         parent_id=item.parent_id,
         prefix_len=item.prefix_len,
@@ -73,6 +74,7 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
             rule=rule,
             logprobs=d.logprobs if d.HasField("logprobs") else None,
             draft_top=d.draft_top,
+            vocab_size=d.vocab_size,
         ),
         message.parent_id if message.HasField("parent_id") else None,
         message.prefix_len,

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -110,6 +110,14 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         The rows stand in the arena; what is left is the bookkeeping.
         """
 
+    def sound(self, item: ItemT) -> ItemT:
+        """The item without what nobody can make use of, such as a proposal of unknown ids.
+
+        Whatever way it came: each round of every link passes here, and what the other model said
+        is never a reason to refuse a sequence.
+        """
+        return item
+
     def rows_of(self, item: ItemT) -> int:
         """Rows that the item will write, from ``base_len`` on."""
         return len(item.append)
@@ -158,9 +166,14 @@ class Session(Generic[ItemT, AnswerT]):
                 extent, tokens = self._reserve(request)
             except CapacityError as error:
                 raise SequenceRefused(RefusalCode.NO_CAPACITY, str(error)) from error
-            held = Held(request.epoch, request.decoding, extent, tokens)
+            held = Held(request.epoch, self._decoding(request), extent, tokens)
             self._held[request.sequence_id] = held
             self._engine.sequences += 1
+
+    def _decoding(self, request: OpenSequence) -> Decoding:
+        """How its tokens are chosen; without a limit of ids that this model keeps anyway."""
+        decoding, own = request.decoding, self._engine.runner.facts.vocab_size
+        return decoding if decoding.vocab_size < own else replace(decoding, vocab_size=0)
 
     def close(self, sequence_id: int) -> None:
         """Frees a sequence; an unknown id is a no-op."""
@@ -209,10 +222,12 @@ class Session(Generic[ItemT, AnswerT]):
             )
 
     def _served(self, items: Sequence[ItemT], run: Run[ItemT, AnswerT]) -> RoundResult[AnswerT]:
+        engine = self._engine
         result: RoundResult[AnswerT] = RoundResult()
         work: list[tuple[ItemT, Held]] = []
         seen: set[int] = set()
         for item in items:
+            item = engine.sound(item)
             try:
                 if item.sequence_id in seen:
                     raise SequenceRefused(

@@ -17,10 +17,24 @@ from torch import Tensor
 
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.sampling.noise import Stream, gumbel, gumbel_at, seed_tensor
-from outrider.shared.sampling.penalties import RowContext, apply_penalties, is_penalised
+from outrider.shared.sampling.penalties import (
+    RowContext,
+    apply_penalties,
+    is_penalised,
+    may_forbid_all,
+)
 from outrider.shared.sampling.warpers import truncates, warp
 
-__all__ = ["RowContext", "choice_noise", "choose", "process", "propose", "reshapes", "sample"]
+__all__ = [
+    "RowContext",
+    "choice_noise",
+    "choose",
+    "penalise",
+    "process",
+    "propose",
+    "reshapes",
+    "sample",
+]
 
 
 def process(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
@@ -31,10 +45,15 @@ def process(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
     -inf. ``logits`` is never written to, and comes back itself if it is float32 and
     nothing applies.
     """
+    return warp(penalise(logits, rows), [row.decoding for row in rows])
+
+
+def penalise(logits: Tensor, rows: Sequence[RowContext]) -> Tensor:
+    """The first half of ``process``: what does not depend on the temperature."""
     scores = logits.to(torch.float32)
     if any(is_penalised(row.decoding) for row in rows):
         scores = apply_penalties(scores, rows)
-    return warp(scores, [row.decoding for row in rows])
+    return scores
 
 
 def reshapes(d: Decoding) -> bool:
@@ -125,7 +144,7 @@ def propose(
     It is ``choose``, and the row is None, unless the rule needs rows. Then the token is
     drawn, with noise of its own, from the draft's distribution cut to its ``draft_top``
     likeliest tokens; that distribution comes with it, likeliest first, as the very float32
-    numbers that were drawn from.
+    numbers that were drawn from. The token is -1 where nothing is allowed.
     """
     processed = process(logits, rows)
     drawn = [i for i, row in enumerate(rows) if row.decoding.rule.needs_rows]
@@ -135,6 +154,9 @@ def propose(
         part = processed if len(drawn) == len(rows) else processed[drawn]
         for i, token, row in zip(drawn, *_draw(part, [rows[i] for i in drawn]), strict=True):
             tokens[i], sparse[i] = token, row
+    for i, context in enumerate(rows):
+        if may_forbid_all(context.decoding) and processed[i].amax() == -math.inf:
+            tokens[i], sparse[i] = -1, None
     return tokens, sparse
 
 

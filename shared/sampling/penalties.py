@@ -50,7 +50,13 @@ def is_penalised(d: Decoding) -> bool:
         or bool(d.logit_bias)
         or bool(d.bad_words)
         or (d.min_new_tokens > 0 and bool(d.eos_token_ids))
+        or d.vocab_size > 0
     )
+
+
+def may_forbid_all(d: Decoding) -> bool:
+    """Whether ``d`` can leave a row without a token to choose."""
+    return bool(d.bad_words) or (d.min_new_tokens > 0 and bool(d.eos_token_ids))
 
 
 def apply_penalties(scores: Tensor, rows: Sequence[RowContext]) -> Tensor:
@@ -98,7 +104,8 @@ def _add_bias(scores: Tensor, rows: Sequence[RowContext]) -> None:
 
 
 def _forbid(scores: Tensor, rows: Sequence[RowContext]) -> None:
-    """In place: -inf where a bad word would be completed or the end comes too early."""
+    """In place: -inf where a bad word would be completed, the end comes too early, or the base
+    has no such token."""
     vocab_size = scores.shape[-1]
     at: list[int] = []
     tokens: list[int] = []
@@ -107,6 +114,8 @@ def _forbid(scores: Tensor, rows: Sequence[RowContext]) -> None:
             if token < vocab_size:
                 at.append(i)
                 tokens.append(token)
+        if row.decoding.vocab_size:
+            scores[i, row.decoding.vocab_size :] = -math.inf
     if at:
         index = torch.tensor([at, tokens], device=scores.device)
         scores[index[0], index[1]] = -math.inf
@@ -115,13 +124,12 @@ def _forbid(scores: Tensor, rows: Sequence[RowContext]) -> None:
 def forbidden_tokens(row: RowContext) -> set[int]:
     """The token ids that may not be chosen at this row.
 
-    As in transformers, a bad word that is just an end-of-sequence token is ignored.
+    A bad word that ends the text is forbidden like any other; transformers lets those pass that
+    are just an end-of-sequence token.
     """
     d = row.decoding
     forbidden: set[int] = set()
     for word in d.bad_words:
-        if len(word) == 1 and word[0] in d.eos_token_ids:
-            continue
         if _ends_with(row, word[:-1]):
             forbidden.add(word[-1])
     if row.position - d.prompt_len < d.min_new_tokens:

@@ -26,7 +26,7 @@ async def test_drafting_given_up_draft_is_of_use_again_whatever_happens_first(
     happens: Callable[[Drafting], None],
 ) -> None:
     connection: Any = SimpleNamespace(up=True)
-    drafting = Drafting(connection, chunk=8, patience=0.01, vocab_size=10)
+    drafting = Drafting(connection, chunk=8, patience=0.01)
     answer: asyncio.Future[pb.DraftResponse] = asyncio.get_running_loop().create_future()
     given_up = []
 
