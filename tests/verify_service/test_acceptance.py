@@ -14,7 +14,7 @@ from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION, RULES
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.sampling.choose import RowContext, process, propose
 from outrider.shared.sampling.noise import Stream, gumbel, seed_tensor, uniform
-from outrider.verify_service.acceptance import Judged, JudgeItem, judge, malformed
+from outrider.verify_service.acceptance import Judged, JudgeItem, judge
 from outrider.verify_service.rules.comparing import accepted_prefix
 
 VOCAB = 32
@@ -252,33 +252,6 @@ def test_accepted_prefix_stops_at_the_first_difference():
     assert accepted_prefix([5, 6, 7, 8], (5, 6, 7)) == 3
     assert accepted_prefix([5, 9, 7, 8], (5, 6, 7)) == 1
     assert accepted_prefix([0], ()) == 0
-
-
-@pytest.mark.parametrize(
-    ("proposal", "rows", "message"),
-    [
-        ((VOCAB,), (), "token ids must be"),
-        ((-1,), (), "token ids must be"),
-        ((1, 2), (SparseRow((1,), (1.0,)),), "one for each"),
-        ((1,), (SparseRow((1, 2), (1.0,)),), "one probability"),
-        ((1,), (SparseRow((1, 1), (0.5, 0.5)),), "distinct"),
-        ((1,), (SparseRow((1, VOCAB), (0.5, 0.5)),), "ids must be in"),
-        ((1,), (SparseRow((1, 2), (1.5, -0.5)),), "in [0, 1]"),
-        ((1,), (SparseRow((1, 2), (float("nan"), 0.5)),), "in [0, 1]"),
-        ((1,), (SparseRow((1, 2), (0.5, 0.4)),), "sum to 1"),
-        ((1,), (SparseRow((2,), (1.0,)),), "probability 0"),
-        ((1,), (SparseRow((1, 2), (0.0, 1.0)),), "probability 0"),
-    ],
-)
-def test_malformed_proposals_are_named(proposal, rows, message):
-    assert message in malformed(proposal, rows, VOCAB)
-
-
-def test_well_formed_proposals_pass():
-    d = Decoding(rule=REJECTION, temperature=1.0)
-    assert malformed(*drafted("close", d, [1, 2], 3), VOCAB) is None
-    assert malformed((3, 4), (), VOCAB) is None
-    assert malformed((), (), VOCAB) is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from outrider.protos import generation_pb2 as pb
-from outrider.shared.config.schema import VerifyConfig
+from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
 from outrider_testing.waiting import until
@@ -135,3 +136,57 @@ async def test_models_base_that_dies_and_comes_back_changes_no_token(
             assert (await call).only.ids == whole
     finally:
         server.drain(grace=0)
+
+
+class Slowly:
+    """A runner of a draft that takes its time, other than the model's."""
+
+    def __init__(self, runner: Any, seconds: float) -> None:
+        self._runner, self._seconds = runner, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def forward(self, spans: Any) -> Any:
+        time.sleep(self._seconds)
+        return self._runner.forward(spans)
+
+
+async def test_rejection_with_k_and_seed_is_replayed_however_long_the_draft_takes(
+    tiny_base: Path, near_base: Path, client_of: Make, tmp_path: Path
+) -> None:
+    """A prompt of many chunks: the draft is done with it before the base, or long after."""
+    options = {"device": "cpu", "dtype": "float32", "arena_bytes": 16 << 20, "threads": 1}
+    verify = start_model(
+        "verify", VerifyConfig(path=str(tiny_base), **options), f"unix:{tmp_path}/verify"
+    )
+    told = []
+    try:
+        for number, seconds in enumerate((0.0, 0.03)):
+            draft = start_model(
+                "draft",
+                DraftConfig(path=str(near_base), **options),
+                f"unix:{tmp_path}/draft{number}",
+                runner=lambda plain: Slowly(plain, seconds),  # noqa: B023
+            )
+            try:
+                settings = {"tokenizer": str(tiny_base), "prefill_chunk": 32}
+                settings |= {"draft_patience_seconds": 30.0}
+                async with client_of(verify, draft, **settings) as client:
+                    asked = ask(
+                        [(7 * i) % 300 for i in range(400)],
+                        24,
+                        k=3,
+                        rule=pb.ACCEPTANCE_RULE_REJECTION,
+                        temperature=1.2,
+                        seed=9,
+                        stopping={"ignore_eos": True},
+                    )
+                    one = (await client.generate(asked)).only
+                    told.append((one.ids, one.finished.speculation.rounds))
+                    assert one.finished.speculation.accepted
+            finally:
+                draft.server.drain(grace=0)
+    finally:
+        verify.server.drain(grace=0)
+    assert told[0] == told[1]

@@ -18,7 +18,7 @@ from outrider.shared.core.parameters import INT32, Number, TokenBiases, TokenLis
 from outrider.shared.core.types import PARAMETERS, Decoding
 
 PAGE = Path(__file__).parents[3] / "docs" / "decoding.md"
-OF_THE_SERVER = {"eos_token_ids", "prompt_len", "rule", "logprobs", "draft_top"}
+OF_THE_SERVER = {"eos_token_ids", "prompt_len", "rule", "logprobs", "draft_top", "vocab_size"}
 """Fields of ``Decoding`` that come from elsewhere than ``SamplingParameters``."""
 TYPES: dict[Any, Any] = {
     Number: float,
@@ -86,7 +86,7 @@ def test_defaults_may_be_sent() -> None:
         (Number(0, 1, high_open=True), (0.0, 0.9), (1.0,), "in [0, 1)"),
         (Number(0), (0.0, 1e300), (-1.0, float("inf")), "a finite number >= 0"),
         (Number(0, low_open=True), (1e-300,), (0.0,), "a finite number > 0"),
-        (Number(0, least=1e-6), (0.0, 1e-6), (9e-7, -1.0), "0 or a finite number >= 1e-06"),
+        (Number(0, 9, least=1e-6), (0.0, 1e-6, 9.0), (9e-7, -1.0, 9.1), "0 or in [1e-06, 9]"),
         (Whole(), (0, INT32), (-1,), "a whole number >= 0"),
         (Whole(1, 9), (1, 9), (0, 10), "a whole number in [1, 9]"),
     ],

@@ -57,6 +57,7 @@ FIELDS = {
     "rule": st.sampled_from(list(RULES.values())),
     "logprobs": st.none() | u32,
     "draft_top": u32,
+    "vocab_size": u32,
 }
 decoding = st.builds(Decoding, **FIELDS)
 opened = st.builds(OpenSequence, u64, u32, u32, decoding, st.none() | u64, u32)

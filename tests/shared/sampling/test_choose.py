@@ -63,7 +63,7 @@ def processors_of(d: Decoding) -> list:
     chain.append(openai_penalties(d))
     words = [list(w) for w in d.bad_words if max(w) < VOCAB]
     if words:
-        chain.append(hf.NoBadWordsLogitsProcessor(words, list(EOS)))
+        chain.append(hf.NoBadWordsLogitsProcessor(words, None))  # a ban is a ban
     if d.min_new_tokens:
         chain.append(
             hf.MinNewTokensLengthLogitsProcessor(d.prompt_len, d.min_new_tokens, list(EOS))
@@ -295,3 +295,17 @@ def test_propose_of_mixed_rules_equals_each_alone():
         assert (row is None) == (sparse[i] is None)
         if row is not None:
             assert row.ids == sparse[i].ids
+
+
+@pytest.mark.parametrize("rule", [GREEDY, COUPLED, REJECTION])
+def test_propose_leaves_out_what_the_base_has_no_token_for(rule):
+    """A draft padded wider than the base draws as if it were not."""
+    temperature = 0.0 if rule is GREEDY else 1.5
+    wide = decoding(temperature=temperature, rule=rule, seed=4, vocab_size=VOCAB - 7)
+    narrow = decoding(temperature=temperature, rule=rule, seed=4)
+    logits, rows = random_rows(20, lambda rng: wide, seed=12)
+    logits[:, VOCAB - 7 :] += 50.0
+    cut = [RowContext(narrow, row.history, row.tail) for row in rows]
+    tokens, sparse = propose(logits, rows)
+    assert (tokens, sparse) == propose(logits[:, : VOCAB - 7].contiguous(), cut)
+    assert max(tokens) < VOCAB - 7
