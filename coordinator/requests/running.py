@@ -96,7 +96,7 @@ class Job:
             request.prompt_ids,
             stop_strings=request.stop_strings,
             stops=TokenStops(request.eos_token_ids, request.stop_token_ids, request.max_new_tokens),
-            echo=request.prompt_text if request.echo else "",
+            echo=request.prompt_text if request.echo else None,
             wake=self.changed.set,
         )
         if request.resume_ids:

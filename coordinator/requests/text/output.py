@@ -30,12 +30,19 @@ class Output:
         *,
         stop_strings: Sequence[str] = (),
         stops: TokenStops,
-        echo: str = "",
+        echo: str | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """``wake`` is called whenever there is something to fetch."""
-        self._text = Detokenizer(decoder, prompt_ids) if decoder is not None else None
+        """``echo``: the prompt's text, to be sent first. ``wake`` is called whenever there is something to fetch."""
+        self._text: Detokenizer | None = None
+        if decoder is not None:
+            self._text = Detokenizer(decoder, prompt_ids, echoed=echo is not None)
         self._strings = StopStrings(stop_strings)
+        special = decoder.special_tokens().items() if decoder is not None and stop_strings else ()
+        # Special tokens that stop strings speak of; they are no text otherwise.
+        self._marks = {
+            token: mark for token, mark in special if any(mark in stop for stop in stop_strings)
+        }
         self._eager = bool(stop_strings)
         self._stops = stops
         self._wake = wake
@@ -119,12 +126,24 @@ class Output:
             self._undecoded.extend(textual)
         else:
             for index, token in enumerate(textual):
-                stop = self._release(self._text.push((token,)) if self._text else "")
+                stop = self._take_text(token)
                 if stop is not None:
                     self.finish = Finish(FinishReason.STOP_STRING, stop_string=stop)
                     return index + 1
         self.finish = finish
         return taken
+
+    def _take_text(self, token: int) -> str | None:
+        """Takes in the text of one token; the stop string that it completes, if it does."""
+        if self._text is None:
+            return None
+        stop = self._release(self._text.push((token,)))
+        mark = self._marks.get(token, "")
+        if stop is None and self._strings.ends(open_run := self._text.peek(), mark):
+            stop = self._release(open_run)  # no later byte will spoil it
+        if stop is None and mark:
+            stop = self._release(mark, hidden=True)
+        return stop
 
     def _decode(self) -> None:
         if self._undecoded:
@@ -132,10 +151,10 @@ class Output:
                 self._release(self._text.push(self._undecoded))
             self._undecoded.clear()
 
-    def _release(self, text: str) -> str | None:
+    def _release(self, text: str, *, hidden: bool = False) -> str | None:
         if not text:
             return None
-        released, stop = self._strings.push(text)
+        released, stop = self._strings.push(text, hidden=hidden)
         if released:
             self._pieces.append(released)
         return stop

@@ -35,35 +35,42 @@ class StopStrings:
     """Finds the first stop string in a stream of text and holds back what may become one.
 
     ``held`` is always the longest suffix of the text so far that is a proper prefix of some stop
-    string; everything before it has been released.
+    string; everything before it has been released. Text may be hidden: it takes part in the
+    search as any other, but is never released.
     """
 
-    __slots__ = ("_longest", "_stops", "held")
+    __slots__ = ("_hidden", "_longest", "_stops", "held")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max((len(stop) for stop in self._stops), default=0)
+        self._hidden: list[bool] = []  # of each character held
         self.held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, hidden: bool = False) -> tuple[str, str | None]:
         """Returns the text to release and the stop string that ended it, if one did."""
         if not self._stops:
-            return text, None
+            return "" if hidden else text, None
         buffer = self.held + text
+        flags = [*self._hidden, *[hidden] * len(text)]
         found = self._find(buffer)
         if found is not None:
             start, stop = found
-            self.held = ""
-            return buffer[:start], stop
-        hold = self._hold(buffer)
-        cut = len(buffer) - hold
-        self.held = buffer[cut:]
-        return buffer[:cut], None
+            self.held, self._hidden = "", []
+            return _shown(buffer[:start], flags), stop
+        cut = len(buffer) - self._hold(buffer)
+        self.held, self._hidden = buffer[cut:], flags[cut:]
+        return _shown(buffer[:cut], flags), None
+
+    def ends(self, text: str, hidden: str = "") -> bool:
+        """Whether a stop string is complete once ``text``, and ``hidden`` after it, have come."""
+        return bool(self._stops) and self._find(self.held + text + hidden) is not None
 
     def flush(self) -> str:
         """What was held back, when no text comes any more."""
-        held, self.held = self.held, ""
-        return held
+        shown = _shown(self.held, self._hidden)
+        self.held, self._hidden = "", []
+        return shown
 
     def _find(self, buffer: str) -> tuple[int, str] | None:
         """The match that ends first; of those that end together, the longest."""
@@ -83,6 +90,13 @@ class StopStrings:
             if any(len(stop) > length and stop.startswith(suffix) for stop in self._stops):
                 return length
         return 0
+
+
+def _shown(text: str, hidden: Sequence[bool]) -> str:
+    """The characters of ``text`` that are not hidden."""
+    if not any(hidden):
+        return text
+    return "".join(one for one, away in zip(text, hidden, strict=False) if not away)
 
 
 class TokenStops:

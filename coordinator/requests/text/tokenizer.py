@@ -8,7 +8,7 @@ is imported for that alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from outrider.coordinator.requests.text.chat import ChatTemplate
@@ -32,6 +32,11 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self.chat = chat
+        self._special = {
+            token: one.content
+            for token, one in backend.get_added_tokens_decoder().items()
+            if one.special
+        }
         self._byte_fallback = backend.token_to_id("<0x00>") is not None
         self._open: dict[int, bool] = {}
 
@@ -43,18 +48,22 @@ class Tokenizer:
         """The text of ``ids``; ids outside the vocabulary have none."""
         return str(self._backend.decode(ids, skip_special_tokens=True))
 
+    def special_tokens(self) -> Mapping[int, str]:
+        """The tokens that are left out of decoded text, as they are written."""
+        return self._special
+
     def keeps_run_open(self, token: int) -> bool:
         """Whether a run of byte-fallback tokens goes on through ``token``.
 
-        It does through its own kind and through tokens without a text, such as special ones.
+        It does through its own kind and through what is no text: special tokens and unknown ids.
         """
         if not self._byte_fallback:
             return False
         known = self._open.get(token)
         if known is None:
             piece: str | None = self._backend.id_to_token(token)
-            byte = piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
-            known = self._open[token] = byte or not self.decode((token,))
+            known = piece is None or _BYTE_TOKEN.fullmatch(piece) is not None
+            known = self._open[token] = known or token in self._special
         return known
 
 

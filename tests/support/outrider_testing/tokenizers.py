@@ -110,11 +110,16 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-def write(family: str, folder: Path) -> Tokenizer:
-    """Puts the family's tokenizer into ``folder``, with a token that was added to it."""
-    made = FAMILIES[family]()
+def finish(made: Tokenizer) -> Tokenizer:
+    """With the tokens that checkpoints add: special ones, and one that is text."""
     made.add_special_tokens([AddedToken(one, special=True) for one in SPECIAL])
     made.add_tokens([AddedToken("<think>", special=False)])
+    return made
+
+
+def write(family: str, folder: Path) -> Tokenizer:
+    """Puts the family's tokenizer into ``folder``, with a token that was added to it."""
+    made = finish(FAMILIES[family]())
     made.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(

@@ -98,6 +98,9 @@ class Letters:
     def keeps_run_open(self, token: int) -> bool:
         return False
 
+    def special_tokens(self) -> dict[int, str]:
+        return {7: "<end>"}
+
 
 EOS, STOP = 6, 5
 

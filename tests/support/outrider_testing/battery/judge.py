@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -174,23 +175,33 @@ class Judge:
         textual = list(made)
         if reason in (pb.FINISH_REASON_STOP_TOKEN, pb.FINISH_REASON_END_OF_SEQUENCE):
             textual.pop()
-        wanted = self.reply(asked.prompt, textual)
+        wanted = self.reply(asked.prompt, textual, echoed=asked.echo)
         if reason == pb.FINISH_REASON_STOP_STRING:
             wanted = wanted[: self._stopped(asked, textual)]
         if asked.resume:
             return ""  # what of it was sent before is not told here
         if asked.echo:
-            wanted = self.decode(asked.prompt) + wanted
+            wanted = self.decode(asked.prompt).rstrip("\N{REPLACEMENT CHARACTER}") + wanted
         return "" if answer.text == wanted else f"text {answer.text!r}, must be {wanted!r}"
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def reply(self, prompt: Sequence[int], made: Sequence[int]) -> str:
-        """The text of both, less that of the prompt."""
+    def reply(self, prompt: Sequence[int], made: Sequence[int], *, echoed: bool = False) -> str:
+        """The text of both, less what it has in common with that of the prompt.
+
+        ``echoed``: less what was sent of it, which does not end within a character.
+        """
         whole, before = self.decode([*prompt, *made]), self.decode(prompt)
-        return whole[len(before) :]
+        if echoed:
+            before = before.rstrip("\N{REPLACEMENT CHARACTER}")
+        return whole[shared_length(before, whole) :]
+
+
+def shared_length(one: str, other: str) -> int:
+    """How many first characters two texts have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _largest(scores: Tensor) -> float:
