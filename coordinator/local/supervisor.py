@@ -26,6 +26,8 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
 """Seconds before a part is started again: doubled each time it dies young."""
 YOUNG = 30.0
 """Seconds a part must have lived to start again with the first back-off."""
+MOST_STARTS = 3
+"""Starts of a part that has never been ready; if all fail, so would the next."""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,9 @@ class SupervisedPart:
     child: children.Child
     started: float
     backoff: float = FIRST_BACKOFF
+    starts: int = 1
+    served: bool = False
+    """Whether it has ever been ready."""
     restart_at: float | None = None
 
 
@@ -108,6 +113,11 @@ class Supervisor:
         self._say("up", child.why())
         if not child.ready and child.failure:
             return 1  # a wrong configuration: it would fail again
+        part.served |= child.ready
+        if not part.served and part.starts >= MOST_STARTS:
+            self._say("up", f"{part.name} has failed {part.starts} times and was never ready")
+            return 1
+        part.starts += 1
         age = time.monotonic() - part.started
         part.backoff = FIRST_BACKOFF if age > YOUNG else min(2 * part.backoff, LAST_BACKOFF)
         # Jitter keeps parts that die together from coming back together.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from outrider.shared.model.llama.runner import LlamaRunner, why_not
 from outrider.shared.model.locate import model_path
 from outrider.shared.model.runner import Runner
 from outrider.shared.model.vocabulary import fingerprint
+from outrider.shared.model.weight_files import check_weight_files
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,15 @@ def load_runner(
     """Loads a model and allocates its arena.
 
     ``progress`` is told, in a few words, what is being done. Raises ``ConfigError``: no model
-    there, a model that can't work, a device that is missing, an arena that is too small.
+    there or not whole, a model that can't work, a device that is missing, an arena that is too small.
     """
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path = model_path(config.path)
     progress(f"loading {path}")
+    if Path(path).is_dir():
+        check_weight_files(Path(path))
     model: Any = None
     if config.runner != "generic":
         model = load_plain(path, lambda own: choose_dtype(config.dtype, own, device), device)

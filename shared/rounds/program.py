@@ -114,9 +114,13 @@ def serve(
     except lifecycle.Interrupted:
         if server is not None:
             server.drain(grace=0)
-    except OutriderError as error:
-        log.error("%s", error)
-        reporter.failed(str(error))
+    except Exception as error:
+        expected = isinstance(error, OutriderError)
+        reason = str(error) if expected else f"{part.path} can't be served: {_kind(error)}"
+        # A traceback is for whoever mends it, on demand.
+        log.error("%s", reason)
+        log.debug("%s", reason, exc_info=not expected)
+        reporter.failed(reason)
         if server is not None:
             server.drain(grace=0)
         return 1
@@ -127,6 +131,11 @@ def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _kind(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def section_of(service: str) -> str:

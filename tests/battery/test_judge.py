@@ -16,7 +16,7 @@ from outrider_testing import engines
 from outrider_testing.architectures import ARCHITECTURES, tiny
 from outrider_testing.battery.cases import Asked
 from outrider_testing.battery.judge import Answer, Judge
-from outrider_testing.tokenizers import FAMILIES
+from outrider_testing.tokenizer_families import FAMILIES
 
 COUNT = 12
 GREEDILY = Asked((5, 60, 61), COUNT, 3, GREEDY, {}, logprobs=2)

@@ -33,7 +33,9 @@ class Output:
         echo: str | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """``echo``: the prompt's text, to be sent first. ``wake`` is called whenever there is something to fetch."""
+        """``echo``: the prompt's text, to be sent first.
+
+        ``wake`` is called whenever there is something to fetch."""
         self._text: Detokenizer | None = None
         if decoder is not None:
             self._text = Detokenizer(decoder, prompt_ids, echoed=echo is not None)

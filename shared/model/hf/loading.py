@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from outrider.shared.core.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
+             ".attention.masked_bias")  # fmt: skip
+"""Ends of names of buffers that files of older releases have, and the model computes."""
 
 
 def load_model(path: str, dtype: str, device: torch.device) -> Any:
@@ -29,12 +34,16 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     if reason is not None:
         raise ConfigError(f"path: {path}: {reason}")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=choose_dtype(dtype, config, device), low_cpu_mem_usage=True
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=choose_dtype(dtype, config, device),
+            low_cpu_mem_usage=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a broken file makes a reader raise
         raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
-    reason = refusal(model.config, model)
+    model, info = found
+    reason = mismatch(model, info) or refusal(model.config, model)
     if reason is not None:
         raise ConfigError(f"path: {path}: {reason}")
     return model.to(device).eval()
@@ -45,7 +54,8 @@ def refusal(config: Any, model: Any = None) -> str | None:
     kind = getattr(config, "model_type", "model")
     if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder: its decoder also reads an encoder's states"
-    if getattr(config, "is_decoder", True) is False:
+    # Some decoders have the field and never look at it, so a "no" is not believed by itself.
+    if getattr(config, "is_decoder", True) is False and _reads_ahead(config, model):
         return f"{kind} is an encoder: its rows read what comes after them"
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     unknown = types - {"full_attention", "sliding_attention"}
@@ -66,6 +76,53 @@ def refusal(config: Any, model: Any = None) -> str | None:
             "can't be taken back by setting a length"
         )
     return None
+
+
+def mismatch(model: Any, info: Mapping[str, Any]) -> str | None:
+    """What the files lack or have too much of, by transformers' report; None where they agree.
+
+    transformers fills what is missing with random numbers, other ones at each start.
+    """
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        return f"the files lack {_named(missing)}, without which the model's text is random"
+    shapes = sorted(str(one[0]) for one in info.get("mismatched_keys", ()))
+    if shapes:
+        return f"the files have {_named(shapes)} in another shape than the configuration says"
+    known = {name for name, _ in model.named_buffers()}
+    strange = [
+        name
+        for name in sorted(info.get("unexpected_keys", ()))
+        if name not in known and not name.endswith(_COMPUTED)
+    ]
+    if strange:
+        return f"the files have {_named(strange)}, for which the model has no place"
+    return None
+
+
+def _named(names: Sequence[str]) -> str:
+    count = f"{len(names)} tensors" if len(names) > 1 else "the tensor"
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{count} {shown}"
+
+
+def _reads_ahead(config: Any, model: Any) -> bool:
+    """Whether rows read what comes after them: as far as known before it is loaded, then tried."""
+    if model is None:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                made = AutoModelForCausalLM.from_config(config)
+        except Exception:
+            return False  # loading it will say why
+        return {one.is_causal for one in made.modules() if hasattr(one, "is_causal")} == {False}
+    with torch.inference_mode():
+        one, other = (
+            model(torch.tensor([[1, last]], device=model.device), use_cache=False).logits[0, 0]
+            for last in (2, 3)
+        )
+    return bool((one - other).abs().max() > 1e-2 * one.abs().max())
 
 
 def _borrowing_layers(config: Any) -> int:

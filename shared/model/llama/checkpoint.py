@@ -52,7 +52,8 @@ class LlamaForCausalLM(nn.Module):
     """
 
     def __init__(self, config: Any, tensors: dict[str, Tensor], generation: dict[str, Any]) -> None:
-        """Raises ``KeyError`` for a tensor that is missing, ``ValueError`` for a wrong shape."""
+        """Raises ``KeyError`` for a tensor that is missing, ``ValueError`` for one too many or of
+        a wrong shape."""
         super().__init__()
         self.config = config
         self.generation_config = SimpleNamespace(eos_token_id=generation.get("eos_token_id"))
@@ -93,7 +94,9 @@ class LlamaForCausalLM(nn.Module):
         self.model.norm = take("model.norm", hidden)
         self.model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
         if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+            own = tensors.pop("lm_head.weight", None)
+            if own is not None and not torch.equal(own, self.model.embed_tokens.weight):
+                raise ValueError("the output layer is said to be tied, and has weights of its own")
             self.lm_head = self.model.embed_tokens
         else:
             self.lm_head = take("lm_head", config.vocab_size, hidden)
@@ -153,6 +156,8 @@ def _plain_config(fields: dict[str, Any]) -> Any | None:
         or fields.get("attention_bias")
         or fields.get("quantization_config") is not None
         or fields.get("layer_types")
+        or fields.get("hidden_act", "silu") not in ("silu", "swish")
+        or fields.get("mlp_bias")
     ):
         return None
     values = _DEFAULTS | fields

@@ -12,7 +12,7 @@ from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.text.stopping import FinishReason, TokenStops
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider_testing.battery.judge import shared_length
-from outrider_testing.tokenizers import FAMILIES, SPECIAL, TEXT, finish
+from outrider_testing.tokenizer_families import FAMILIES, SPECIAL, TEXT, finish
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -10,7 +10,7 @@ from typing import Any
 from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION, Rule
 from outrider.shared.core.types import Decoding
 from outrider_testing.architectures import ARCHITECTURES
-from outrider_testing.tokenizers import FAMILIES
+from outrider_testing.tokenizer_families import FAMILIES
 
 POSITIONS = 128
 """Longest sequence of every model here."""

@@ -29,7 +29,7 @@ from outrider_testing.battery.cases import (
 )
 from outrider_testing.battery.judge import Answer, Judge
 from outrider_testing.model_services import start_model
-from outrider_testing.tokenizers import TEXT, write
+from outrider_testing.tokenizer_families import TEXT, write
 
 _SERVICE: dict[str, Any] = {
     "device": "cpu",

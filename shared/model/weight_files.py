@@ -1,0 +1,79 @@
+"""Whether the files of a checkpoint are whole, before anything is read from them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from outrider.shared.core.errors import ConfigError
+
+_POINTER = b"version https://git-lfs"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raises ``ConfigError`` naming the file that is not there, not whole or not the real one.
+
+    Looks at what transformers would take: safetensors before pickles, an index before one file.
+    Leaves a folder without any of them to whoever loads it.
+    """
+    for index, single in zip(_INDEXES, _SINGLE, strict=True):
+        if (folder / single).is_file():
+            return _check(folder / single)
+        if (folder / index).is_file():
+            return _check_shards(folder, folder / index)
+    return None
+
+
+def _check_shards(folder: Path, index: Path) -> None:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(_told(index, _reason(index) or "is no index of weights")) from None
+    for name in names:
+        shard = folder / str(name)
+        if not shard.is_file():
+            raise ConfigError(_told(shard, f"is not there, but {index.name} names it"))
+        _check(shard)
+
+
+def _check(file: Path) -> None:
+    reason = _reason(file)
+    if reason is None and file.suffix == ".safetensors":
+        reason = _broken_safetensors(file)
+    if reason is not None:
+        raise ConfigError(_told(file, reason))
+
+
+def _told(file: Path, reason: str) -> str:
+    return f"path: {file} {reason}: fetch the file again"
+
+
+def _reason(file: Path) -> str | None:
+    """What is wrong with any file of weights; None where nothing is."""
+    with file.open("rb") as stream:
+        head = stream.read(len(_POINTER))
+    if not head:
+        return "is empty"
+    if head == _POINTER:
+        return "is a pointer of Git LFS, not the file itself (git lfs pull)"
+    return None
+
+
+def _broken_safetensors(file: Path) -> str | None:
+    """What is wrong with its header or its length; None where nothing is."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        if 8 + length > size:
+            return "is cut off within its header, or no safetensors file"
+        try:
+            entries = json.loads(stream.read(length))
+            ends = [one["data_offsets"][1] for name, one in entries.items() if name[:2] != "__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "has a header that is not one of safetensors"
+    wanted = 8 + length + max(ends, default=0)
+    return f"is cut off: {size} of {wanted} bytes" if size < wanted else None
