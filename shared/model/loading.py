@@ -37,7 +37,8 @@ def load_runner(
     """Loads a model and allocates its arena.
 
     ``progress`` is told, in a few words, what is being done. Raises ``ConfigError``: no model
-    there or not whole, a model that can't work, a device that is missing, an arena that is too small.
+    there or not a whole one, one that can't work, a device that is missing, an arena that is too
+    small.
     """
     device = choose_device(config.device)
     if config.threads is not None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from outrider.draft_service.engine import DraftEngine
+from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.model.loading import load_runner
 from outrider.shared.model.runner import Runner, Span
@@ -24,6 +25,8 @@ from outrider_testing.architectures import ARCHITECTURES, WINDOW, tiny
 
 DOCS = Path(__file__).parents[4] / "docs" / "architectures.md"
 COUNT, K, SLACK = 16, 3, 6
+FORMS: dict[str, Any] = {name: {"max_shard_size": "40KB"} for name in ("GPT-2", "Qwen3")}
+"""How some are saved: in several files."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "T5": ({"model_type": "t5"}, "encoder-decoder"),
@@ -61,7 +64,8 @@ HEAD = """# Architectures
 
 Any decoder-only model of transformers whose layers are full or sliding-window attention is served
 from the arena by its own code, without code for it here. This table is written by
-`tests/shared/model/hf/test_architectures.py`, which runs a tiny random model of each:
+`tests/shared/model/hf/test_architectures.py`, which saves a tiny random model of each, loads it as
+the services do, and runs it:
 
 - **greedy**: under speculation with a random draft (K = 3, prefill in chunks), the tokens are those
   of Hugging Face's `generate` on the model alone;
@@ -108,7 +112,7 @@ def draft() -> DraftEngine:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architecture_keeps_its_tokens(name: str, draft: DraftEngine) -> None:
+def test_architecture_keeps_its_tokens(name: str, draft: DraftEngine, tmp_path: Path) -> None:
     from transformers import CONFIG_MAPPING
 
     if ARCHITECTURES[name][0] not in CONFIG_MAPPING:
@@ -119,7 +123,11 @@ def test_architecture_keeps_its_tokens(name: str, draft: DraftEngine) -> None:
     text = asked[2] + wanted[2]
     with torch.inference_mode():
         full = model(torch.tensor([text])).logits[0].clone()
-    runner = engines.runner(model, max_k=K, prefill_chunk=SLACK)
+    # As users do: from files.
+    model.save_pretrained(tmp_path, **FORMS.get(name, {}))
+    assert len(list(tmp_path.glob("model*.safetensors"))) == (3 if name in FORMS else 1)
+    settings: dict[str, Any] = {"device": "cpu", "arena_bytes": 4 << 20, "max_sequences": 16}
+    runner = load_runner(ModelConfig(path=str(tmp_path), max_k=K, prefill_chunk=SLACK, **settings))
     rings = [pool for pool in runner.arena.pools if pool.window is not None]
     assert all(pool.window + pool.slack == WINDOW + SLACK for pool in rings)
     courses = engines.speculate(VerifyEngine(runner, K), draft, asked, COUNT, K, chunk=SLACK)
@@ -137,8 +145,6 @@ def test_architecture_keeps_its_tokens(name: str, draft: DraftEngine) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_can_not_work_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    from outrider.shared.config.schema import ModelConfig
 
     fields, reason = REFUSED[name]
     config = CONFIG_MAPPING[fields["model_type"]](
