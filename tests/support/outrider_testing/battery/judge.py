@@ -164,7 +164,7 @@ class Judge:
         """Where in the text after the prompt a stop string begins."""
         if not asked.stop:
             return None
-        text = self.reply(asked.prompt, made)
+        text = self.reply(asked.prompt, made, echoed=asked.echo)
         found = [
             (text.find(stop) + len(stop), text.find(stop)) for stop in asked.stop if stop in text
         ]
