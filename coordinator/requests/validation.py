@@ -32,6 +32,7 @@ class Limits:
     slack: int
     """Tokens to reserve beyond prompt and new tokens: the largest proposal and one."""
     arena_tokens: int
+    """Slots that the longest sequence may have."""
     eos_token_ids: tuple[int, ...]
     default_k: int | None
     default_max_new_tokens: int

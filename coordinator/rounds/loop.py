@@ -202,7 +202,7 @@ class RoundLoop:
 
     def _settle(self, outcome: Outcome) -> None:
         info = self._verify_connection.info
-        self._jobs.settle(outcome, None if info is None else info.model.arena_tokens)
+        self._jobs.settle(outcome, None if info is None else info.model.arena_longest)
 
     async def _idle(self) -> None:
         """Nothing can run: tell the services what to free and wait."""

@@ -60,6 +60,9 @@ class ModelConfig(Checked):
     )
     max_k: int = setting(16, help="largest number of draft tokens in one proposal", low=0, high=64)
     prefill_chunk: int = setting(512, help="prompt rows of one forward", low=1)
+    max_positions: int | None = setting(
+        None, help="longest sequence in tokens; none takes the model's own context", low=2
+    )
     max_sequences: int = setting(256, help="most live sequences", low=1)
     numerics: str = setting("auto", help="numeric path", choices=("auto", "exact", "fast"))
     threads: int | None = setting(None, help="CPU threads of the model; none: shared out", low=1)

@@ -37,6 +37,8 @@ class EngineInfo:
     arena_tokens: int
     arena_tokens_used: int
     arena_tokens_largest_free: int
+    arena_longest: int
+    """Slots that the longest sequence may ask for."""
     sequences: int
     max_k: int
 
@@ -47,6 +49,7 @@ def write_description(info: EngineInfo) -> pb.ModelDescription:
         **asdict(info.facts),
         arena_tokens=info.arena_tokens,
         arena_tokens_used=info.arena_tokens_used,
+        arena_longest=info.arena_longest,
     )
 
 

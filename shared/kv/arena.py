@@ -141,6 +141,13 @@ class Arena:
         return self.pools[0].tokens
 
     @property
+    def longest(self) -> int | None:
+        """Largest capacity that can ever be admitted; None where nothing limits it: a ring holds
+        the end of any sequence."""
+        whole = [pool.tokens for pool in self.pools if pool.window is None]
+        return min(whole) if whole else None
+
+    @property
     def used(self) -> int:
         """Slots reserved in the first pool."""
         return self.allocators[0].used

@@ -14,13 +14,14 @@ from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import LayerKind, Storage, shared_pools
+from outrider.shared.model.hf.context import context_of
 from outrider.shared.model.hf.loading import choose_dtype, load_model
+from outrider.shared.model.hf.weight_files import check_weight_files
 from outrider.shared.model.llama.checkpoint import LlamaForCausalLM, load_plain
 from outrider.shared.model.llama.runner import LlamaRunner, why_not
 from outrider.shared.model.locate import model_path
 from outrider.shared.model.runner import Runner
 from outrider.shared.model.vocabulary import fingerprint
-from outrider.shared.model.weight_files import check_weight_files
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def make_runner(
     """A runner over a module that is loaded already; see ``load_runner``."""
     device, dtype = model.device, model.dtype
     fast = _want_fast(model, config.runner)
-    facts = _facts(model, config.path, path, "llama" if fast else "generic")
+    facts = _facts(model, config, path, "llama" if fast else "generic")
     kinds, index = _kinds(model)
     slack = max(config.prefill_chunk, config.max_k + 1)
     pools = shared_pools(
@@ -184,23 +185,21 @@ def _budget(config: ModelConfig, device: torch.device) -> int:
     return CPU_ARENA_BYTES
 
 
-def _facts(model: Any, name: str, path: str, runner: str) -> ModelFacts:
+def _facts(model: Any, asked: ModelConfig, path: str, runner: str) -> ModelFacts:
     config = model.config.get_text_config(decoder=True)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     if eos is None:
         eos = config.eos_token_id
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(
-        name=name,
+        name=asked.path,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=_weight_bytes(model),
         vocab_size=vocab_size,
         vocab_fingerprint=fingerprint(path, vocab_size),
-        # Without a limit of its own (ALiBi), a model is as long as its arena.
-        max_positions=positions or getattr(config, "max_seq_len", None) or 1 << 20,
+        max_positions=context_of(config, asked.max_positions),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         eos_token_ids=ids,

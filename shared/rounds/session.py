@@ -89,6 +89,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
             arena_tokens=arena.tokens,
             arena_tokens_used=arena.used,
             arena_tokens_largest_free=arena.largest_free,
+            arena_longest=arena.longest or self.runner.facts.max_positions + self.max_k + 1,
             sequences=self.sequences,
             max_k=self.max_k,
         )

@@ -190,3 +190,23 @@ async def test_rejection_with_k_and_seed_is_replayed_however_long_the_draft_take
     finally:
         verify.server.drain(grace=0)
     assert told[0] == told[1]
+
+
+async def test_a_base_of_windows_alone_serves_more_than_its_rings_hold(
+    tmp_path: Path, short_folder: Path, client_of: Make, tiny_base: Path
+) -> None:
+    from outrider_testing.architectures import tiny
+
+    tiny("mistral", {"vocab_size": 320, "max_position_embeddings": 400}).save_pretrained(tmp_path)
+    options = {"device": "cpu", "arena_bytes": 16 << 20, "threads": 1, "max_sequences": 1}
+    config = VerifyConfig(path=str(tmp_path), prefill_chunk=24, **options)
+    verify = start_model("verify", config, f"unix:{short_folder}/verify")
+    try:
+        async with client_of(verify, tokenizer=str(tiny_base), prefill_chunk=24) as client:
+            prompt = list(range(1, 200))
+            result = await client.generate(ask(prompt, 40, stopping={"ignore_eos": True}))
+            assert result.only.ids == reference(tmp_path, prompt, 40)
+            info = await client.info()
+            assert info.base.arena_tokens < 239 < info.base.arena_longest
+    finally:
+        verify.server.drain(grace=0)

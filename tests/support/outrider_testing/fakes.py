@@ -277,6 +277,7 @@ class _Engine:
             arena_tokens=toy.arena_tokens,
             arena_tokens_used=toy.used,
             arena_tokens_largest_free=toy.arena_tokens - toy.used,
+            arena_longest=toy.arena_tokens,
             sequences=toy.live,
             max_k=toy.max_k,
         )
