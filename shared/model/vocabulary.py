@@ -7,6 +7,8 @@ import json
 import logging
 from pathlib import Path
 
+from outrider.shared.core.tokenizer_files import added_tokens, complete
+
 log = logging.getLogger(__name__)
 
 
@@ -16,14 +18,15 @@ def fingerprint(path: str, vocab_size: int) -> str:
     ``path``: the model's folder or hub id. A model without tokenizer files is fingerprinted by
     ``vocab_size`` (rows of its output layer) alone, and the result says so by its prefix
     ``size-only:``. Padding of the output layer beyond the tokenizer does not count: models of
-    one family pad differently.
+    one family pad differently. Nor do ids beyond the output layer, which no text has.
     """
     vocabulary = _vocabulary(path) if path else None
     digest = hashlib.sha256()
     if vocabulary is None:
         digest.update(f"vocab_size {vocab_size}".encode())
         return f"size-only:{digest.hexdigest()}"
-    for token, number in sorted(vocabulary.items(), key=lambda entry: (entry[1], entry[0])):
+    known = {token: number for token, number in vocabulary.items() if number < vocab_size}
+    for token, number in sorted(known.items(), key=lambda entry: (entry[1], entry[0])):
         digest.update(f"{number}\t{token}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -35,13 +38,13 @@ def _vocabulary(path: str) -> dict[str, int] | None:
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            vocabulary: dict[str, int] = Tokenizer.from_file(
-                str(folder / "tokenizer.json")
-            ).get_vocab(with_added_tokens=True)
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            complete(backend, folder)
+            vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
             return vocabulary
         if (folder / "vocab.json").is_file():
             plain: dict[str, int] = json.loads((folder / "vocab.json").read_text("utf-8"))
-            return plain
+            return plain | {text: number for number, (text, _) in added_tokens(folder).items()}
         if not (folder / "tokenizer_config.json").is_file():
             return None
     from transformers import AutoTokenizer

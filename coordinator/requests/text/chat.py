@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.shared.core.errors import InvalidRequest
+from outrider.shared.core.tokenizer_files import read_json, special_tokens
 
 FIELD = "conversation"
 
@@ -55,22 +56,11 @@ class ChatTemplate:
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
-        path = self._folder / "tokenizer_config.json"
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return read if isinstance(read, dict) else {}
+        return read_json(self._folder / "tokenizer_config.json")
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
-        found = {}
-        for name, value in self._configuration.items():
-            if name.endswith("_token"):
-                text = value.get("content") if isinstance(value, dict) else value
-                if isinstance(text, str):
-                    found[name] = text
-        return found
+        return special_tokens(self._folder)
 
     @cached_property
     def _source(self) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from outrider.coordinator.requests.text.chat import ChatTemplate
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.tokenizer_files import complete
 
 _OLDER = ("tokenizer_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -91,6 +92,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(f"tokenizer = {name!r}: {file}: not a tokenizer: {error}") from None
+    complete(backend, folder)
     return Tokenizer(backend, ChatTemplate(folder))
 
 

@@ -162,7 +162,7 @@ def test_requests_defaults_are_resolved() -> None:
     assert made.num_samples == 1
     assert made.eos_token_ids == (2,)
     assert made.logprobs is None
-    seedless = Decoding(eos_token_ids=(2,), prompt_len=2, seed=made.decoding.seed)
+    seedless = Decoding(eos_token_ids=(2,), prompt_len=2, seed=made.decoding.seed, vocab_size=100)
     assert made.decoding == seedless
     assert 0 <= made.decoding.seed < 2**63
 
@@ -210,6 +210,7 @@ def test_requests_every_field_arrives() -> None:
         seed=2**64 - 1,
         rule=REJECTION,
         logprobs=0,
+        vocab_size=100,
     )
     assert made.stop_strings == ("a", "b")
     assert made.stop_token_ids == (8, 9)

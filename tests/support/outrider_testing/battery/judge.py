@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -60,9 +60,12 @@ class Judge:
         if strange := [token for token in made if not 0 <= token < size]:
             return Verdict(f"token {strange[0]} is outside the vocabulary")
         decoding = asked.decoding(answer.finished.seed, self.eos)
-        scores = self._processed(asked, made, decoding)
+        contexts = self._raw(asked, made)
+        scores = [processors_of(decoding)(*context)[0] for context in contexts]
         for at in range(len(asked.resume), len(made)):
             found = self._token(scores[at], made[at], decoding, at)
+            if found.wrong and self._at_a_cut(contexts[at], made[at], decoding, at):
+                return Verdict(tie=True)
             if found.wrong or found.tie:
                 return found
         return Verdict(
@@ -71,18 +74,17 @@ class Judge:
             or self._text(asked, answer, made)
         )
 
-    def _processed(self, asked: Asked, made: Sequence[int], decoding: Decoding) -> Tensor:
-        """``[made, vocab]``: what each token is chosen from, without noise.
+    def _raw(self, asked: Asked, made: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The tokens before each of ``made``, ``[1, length]``, and the logits, ``[1, vocab]``.
 
         ``generate`` itself runs, cache and all, and is made to write these tokens.
         """
         if not made:
-            return torch.empty(0)
-        seen: list[Tensor] = []
-        apply = processors_of(decoding)
+            return []
+        seen: list[tuple[Tensor, Tensor]] = []
 
         def force(input_ids: Tensor, scores: Tensor) -> Tensor:
-            seen.append(apply(input_ids, scores.float())[0])
+            seen.append((input_ids.clone(), scores.float().clone()))
             forced = torch.full_like(scores, -torch.inf)
             forced[0, made[len(seen) - 1]] = 0.0
             return forced
@@ -98,7 +100,21 @@ class Judge:
                 pad_token_id=0,
                 logits_processor=[force],
             )
-        return torch.stack(seen)
+        return seen
+
+    def _at_a_cut(
+        self, context: tuple[Tensor, Tensor], token: int, decoding: Decoding, at: int
+    ) -> bool:
+        """Whether the token is right where a cut keeps a hair more, or less."""
+        for factor in (1 - CLOSE, 1 + CLOSE):
+            near = replace(
+                decoding,
+                top_p=min(1.0, decoding.top_p * factor),
+                min_p=decoding.min_p * factor,
+            )
+            if not self._token(processors_of(near)(*context)[0], token, near, at).wrong:
+                return True
+        return False
 
     def _token(self, scores: Tensor, token: int, decoding: Decoding, at: int) -> Verdict:
         where = f"token {at}"
@@ -119,12 +135,12 @@ class Judge:
             return Verdict(tie=True)
         return Verdict(f"{where} is {token}, must be {best}; its score is {gap:.3g} below")
 
-    def _logprobs(self, asked: Asked, answer: Answer, scores: Tensor) -> str:
+    def _logprobs(self, asked: Asked, answer: Answer, scores: Sequence[Tensor]) -> str:
         if asked.logprobs is None:
             return "" if not answer.logprobs else "log-probabilities that nobody asked for"
         if len(answer.logprobs) != len(answer.ids):
             return f"{len(answer.logprobs)} log-probabilities of {len(answer.ids)} tokens"
-        right = scores.double().log_softmax(-1)[len(asked.resume) :] if len(scores) else scores
+        right = [row.double().log_softmax(-1) for row in scores[len(asked.resume) :]]
         for index, one in enumerate(answer.logprobs):
             row = right[index]
             allowed = CLOSE * _largest(scores[len(asked.resume) + index])
