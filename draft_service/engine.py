@@ -57,7 +57,7 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         The base's own token after them needs no place.
         """
         committed = item.base_len + len(item.append)
-        return next_k(item.k, self.runner.facts.max_positions + 1, committed)
+        return next_k(item.k, self.runner.places(committed) + 1, committed)
 
     def _noise(self, work: Sequence[tuple[ProposeItem, Held]], ks: Sequence[int]) -> _Noise | None:
         """The noise of all positions of the round, drawn at once: it depends on no token."""
@@ -110,7 +110,13 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
                         weights[i].append(weight)
             active = [i for i in active if i not in failed | stuck and len(chosen[i]) < ks[i]]
             spans = [
-                Span(work[i][1].extent, work[i][1].extent.valid_len, chosen[i][-1:], 1)
+                Span(
+                    work[i][1].extent,
+                    work[i][1].extent.valid_len,
+                    chosen[i][-1:],
+                    1,
+                    work[i][1].long_from,
+                )
                 for i in active
             ]
             rows += len(spans)

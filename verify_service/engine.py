@@ -39,8 +39,8 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         """See ``Engine.sound``: the proposal up to its first token that can't be judged."""
         if not item.proposal or item.extend_only:
             return item
-        places = self.runner.facts.max_positions - item.base_len - len(item.append)
-        most = max(0, min(self.max_k, places))
+        log_len = item.base_len + len(item.append)
+        most = max(0, min(self.max_k, self.runner.places(log_len) - log_len))
         kept, why = sound_tokens(item.proposal, item.rows, self.runner.facts.vocab_size, most)
         if kept == len(item.proposal) and len(item.rows) in (0, kept):
             return item

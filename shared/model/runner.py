@@ -18,27 +18,60 @@ from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.arena import Arena, Extent
 from outrider.shared.kv.storage import Storage
 
+NEVER = 1 << 62
+"""A position that no row has."""
+
 
 @dataclass(slots=True)
 class Span:
     """Rows of one sequence: ``tokens`` at positions ``start …`` of ``extent``.
 
-    The logits of the last ``wanted`` rows are returned.
+    The logits of the last ``wanted`` rows are returned. ``long_from``: the position from which on
+    rows count as those of a long sequence; see ``RotarySwitch``.
     """
 
     extent: Extent
     start: int
     tokens: Sequence[int]
     wanted: int
+    long_from: int = NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class RotarySwitch:
+    """A rotary embedding that changes its factors where a sequence becomes longer than ``border``.
+
+    ``anew``: the whole sequence is then taken in anew under the long factors, as transformers'
+    ``generate`` does for some models; for the others, what was cached stays as it is.
+    """
+
+    border: int
+    anew: bool
+
+    def long_from(self, prompt_len: int) -> int:
+        """From where on the rows of a sequence are long when it begins."""
+        if prompt_len > self.border:
+            return 0
+        return NEVER if self.anew else self.border
 
 
 class Runner(ABC):
     """A model with its arena."""
 
+    switch: RotarySwitch | None = None
+    """Where the rotary embedding depends on the length of the sequence."""
+
     def __init__(self, facts: ModelFacts, storage: Storage) -> None:
         """``storage`` holds the KV of every layer of the model."""
         self.facts = facts
         self.storage = storage
+
+    def places(self, log_len: int) -> int:
+        """Positions that rows may take while the log has ``log_len`` tokens."""
+        switch = self.switch
+        if switch is not None and switch.anew and log_len <= switch.border:
+            return min(switch.border, self.facts.max_positions)
+        return self.facts.max_positions
 
     @property
     def arena(self) -> Arena:

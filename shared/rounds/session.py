@@ -24,7 +24,7 @@ from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefu
 from outrider.shared.core.model_facts import EngineInfo
 from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
 from outrider.shared.kv.arena import Extent
-from outrider.shared.model.runner import Runner, Span
+from outrider.shared.model.runner import NEVER, Runner, Span
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Held:
     decoding: Decoding
     extent: Extent
     log: list[int] = field(default_factory=list)
+    long_from: int = NEVER
+    """See ``Span``."""
 
 
 Run = Callable[[Sequence[tuple[ItemT, Held]]], tuple[list[AnswerT | Refusal], int]]
@@ -168,6 +170,8 @@ class Session(Generic[ItemT, AnswerT]):
             except CapacityError as error:
                 raise SequenceRefused(RefusalCode.NO_CAPACITY, str(error)) from error
             held = Held(request.epoch, self._decoding(request), extent, tokens)
+            if self._engine.runner.switch is not None:
+                held.long_from = self._engine.runner.switch.long_from(request.decoding.prompt_len)
             self._held[request.sequence_id] = held
             self._engine.sequences += 1
 
@@ -305,6 +309,7 @@ class Session(Generic[ItemT, AnswerT]):
                 f"base_len {item.base_len} is within the {extent.pinned} that samples share",
                 held_len=extent.valid_len,
             )
+        self._lengthen(item, held)
         if not arena.rollback(extent, item.base_len):
             extent.clear()
             raise SequenceRefused(
@@ -315,6 +320,23 @@ class Session(Generic[ItemT, AnswerT]):
         del held.log[item.base_len :]
         held.log.extend(item.append)
         return held
+
+    def _lengthen(self, item: ItemT, held: Held) -> None:
+        """Counts the sequence as long from now on, if it has become so with this item.
+
+        Where all of it is to be taken in anew then, raises ``SequenceRefused``: KV_MISSING.
+        """
+        switch = self._engine.runner.switch
+        if switch is None or not switch.anew or held.long_from == 0:
+            return
+        if item.base_len + len(item.append) > switch.border:
+            held.long_from = 0
+            if item.base_len:
+                held.extent.clear()
+                raise SequenceRefused(
+                    RefusalCode.KV_MISSING,
+                    f"beyond {switch.border} tokens all of the sequence is read anew",
+                )
 
     def _reserve(self, request: OpenSequence) -> tuple[Extent, list[int]]:
         """An extent, and the tokens whose KV it holds: those shared with a parent, or none.
@@ -328,6 +350,7 @@ class Session(Generic[ItemT, AnswerT]):
             parent is None
             or parent.extent.parent is not None
             or not 0 < prefix < request.capacity
+            or (runner.switch is not None and runner.switch.anew)
             or not runner.arena.holds(parent.extent, prefix)
         ):
             return runner.arena.admit(request.capacity), []
@@ -359,7 +382,7 @@ def spans_of(
 ) -> list[Span]:
     """Spans that continue each extent at its valid length; those without rows are left out."""
     return [
-        Span(held.extent, held.extent.valid_len, rows, count)
+        Span(held.extent, held.extent.valid_len, rows, count, held.long_from)
         for (_, held), rows, count in zip(work, tokens, wanted, strict=True)
         if rows
     ]

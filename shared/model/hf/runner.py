@@ -21,6 +21,7 @@ from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.arena import Extent
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.hf.cache import ArenaCache
+from outrider.shared.model.hf.length_rotary import LengthRotary
 from outrider.shared.model.hf.packed_cache import PackedCache, register
 from outrider.shared.model.packing import pack
 from outrider.shared.model.runner import Runner, Span
@@ -44,6 +45,9 @@ class HfRunner(Runner):
         self._cache = PackedCache(storage, index, layers)
         self._own_attention: str | None = model.config._attn_implementation
         self._name = register(self, self._cache.attention)
+        self._rotary = LengthRotary(model)
+        if self._rotary.switch is not None and self._rotary.switch.border < facts.max_positions:
+            self.switch = self._rotary.switch
         self.packed = True
         self._choose_mode()
 
@@ -128,6 +132,7 @@ class HfRunner(Runner):
             raise ConfigError("its forward takes no positions")
         device = self.storage.device
         self._cache.spans = pack(self.storage, spans)
+        self._rotary.rows(spans, device)
         try:
             return self._logits(
                 torch.tensor([ids], device=device),
@@ -137,6 +142,7 @@ class HfRunner(Runner):
             )
         finally:
             self._cache.spans = ()
+            self._rotary.rows((), device)
 
     def _forward_one(self, span: Span) -> Tensor:
         rows = len(span.tokens)
@@ -144,13 +150,19 @@ class HfRunner(Runner):
         extra: dict[str, Any] = {}
         if "position_ids" in self._takes:
             extra["position_ids"] = torch.arange(span.start, span.start + rows, device=device)[None]
-        return self._logits(
-            torch.tensor([list(span.tokens)], device=device),
-            torch.arange(rows - span.wanted, rows, device=device),
-            past_key_values=ArenaCache(self.storage, [span.extent], self._index, seen=span.start),
-            attention_mask=torch.ones(1, span.start + rows, dtype=torch.long, device=device),
-            **extra,
-        )
+        self._rotary.rows([span], device)
+        try:
+            return self._logits(
+                torch.tensor([list(span.tokens)], device=device),
+                torch.arange(rows - span.wanted, rows, device=device),
+                past_key_values=ArenaCache(
+                    self.storage, [span.extent], self._index, seen=span.start
+                ),
+                attention_mask=torch.ones(1, span.start + rows, dtype=torch.long, device=device),
+                **extra,
+            )
+        finally:
+            self._rotary.rows((), device)
 
     def _logits(self, ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
         if "logits_to_keep" in self._takes and wanted.numel():

@@ -91,7 +91,7 @@ def test_asking_says_what_a_conversation_must_be(tmp_path: Path, text: str) -> N
         (["--logit-bias", "x=1"], "--logit-bias: got 'x'; must be a whole number"),
         (["--bad-words", "1,x"], "--bad-words: got 'x'; must be a whole number"),
         (["--min-p", "1"], "--min-p: got '1'; must be a number >= 0 and < 1"),
-        (["--repetition-penalty", "0"], "--repetition-penalty: got '0'; must be a number > 0"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: got '0'; must be a number >= 1e-06"),
         (["--presence-penalty", "3"], "--presence-penalty: got '3'; must be a number >= -2"),
         (["--frequency-penalty=-3"], "--frequency-penalty: got '-3'; must be a number >= -2"),
         (["--min-new-tokens", "-1"], "--min-new-tokens: got '-1'; must be a whole number"),
