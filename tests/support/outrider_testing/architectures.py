@@ -160,6 +160,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+BORDER = 24
+"""Tokens of a sequence beyond which ``LENGTHS`` take other factors."""
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.05, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": BORDER,
+}
+# Models that decode otherwise once a sequence is long.
+LENGTHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Phi-3 (longrope)": (
+        "phi3",
+        {"original_max_position_embeddings": BORDER, "rope_parameters": _LONG},
+    ),
+    "Llama (longrope)": ("llama", {"rope_parameters": _LONG}),
+}
+
+
 def tiny(kind: str, changes: dict[str, Any], seed: int = 0) -> Any:
     """A random model of a kind, a few ten thousand parameters, float32; no end-of-sequence ids."""
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 from outrider.shared.core.rules import COUPLED, GREEDY, REJECTION, Rule
 from outrider.shared.core.types import Decoding
-from outrider_testing.architectures import ARCHITECTURES
+from outrider_testing.architectures import ARCHITECTURES, LENGTHS
 from outrider_testing.tokenizer_families import FAMILIES
 
 POSITIONS = 128
@@ -77,7 +77,7 @@ def draw_case(number: int) -> Case:
     model = {"prefill_chunk": chunk, "runner": rng.choice(("auto", "auto", "generic"))}
     return Case(
         number=number,
-        architecture=rng.choice(list(ARCHITECTURES)),
+        architecture=rng.choice(list(ARCHITECTURES | LENGTHS)),
         family=rng.choice(list(FAMILIES)),
         draft=rng.choice(DRAFTS),
         link=rng.choice(LINKS),

@@ -19,7 +19,7 @@ import torch
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import CoordinatorConfig, DraftConfig, VerifyConfig
 from outrider_testing import clients
-from outrider_testing.architectures import ARCHITECTURES, tiny
+from outrider_testing.architectures import ARCHITECTURES, LENGTHS, tiny
 from outrider_testing.battery.cases import (
     Asked,
     Case,
@@ -99,7 +99,7 @@ def _save_models(case: Case, folder: Path, size: int) -> Any:
 
 
 def _tiny(architecture: str, vocab_size: int, seed: int) -> Any:
-    kind, changes = ARCHITECTURES[architecture]
+    kind, changes = (ARCHITECTURES | LENGTHS)[architecture]
     return tiny(kind, {**changes, "vocab_size": vocab_size}, seed)
 
 
