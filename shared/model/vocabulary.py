@@ -38,7 +38,11 @@ def _vocabulary(path: str) -> dict[str, int] | None:
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises bare ones; the model itself may serve
+                log.warning("no tokenizer at %s: %s", path, error)
+                return None
             complete(backend, folder)
             vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
             return vocabulary

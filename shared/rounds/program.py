@@ -79,6 +79,7 @@ def serve(
         lifecycle.watch_stdin(part.drain_seconds + 5)
     library_env.before_torch(part.threads)
     server = telemetry = None
+    serving = False
     try:
         # Imported late so that a wrong flag is told at once, and bound before the model is
         # loaded so that a port in use is.
@@ -105,6 +106,7 @@ def serve(
         gc.freeze()
         stop.started()
         server.serving()
+        serving = True
         log.info("%s serves %s on %s", service, part.path, server.address)
         reporter.ready(str(server.address))
         stop.wait()
@@ -117,8 +119,8 @@ def serve(
     except Exception as error:
         expected = isinstance(error, OutriderError)
         reason = str(error) if expected else f"{part.path} can't be served: {_kind(error)}"
-        # A traceback is for whoever mends it, on demand.
-        log.error("%s", reason)
+        # Where nothing was served yet, a traceback is for whoever mends it, on demand.
+        log.error("%s", reason, exc_info=serving and not expected)
         log.debug("%s", reason, exc_info=not expected)
         reporter.failed(reason)
         if server is not None:

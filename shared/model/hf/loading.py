@@ -39,6 +39,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
             dtype=choose_dtype(dtype, config, device),
             low_cpu_mem_usage=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except Exception as error:  # whatever a broken file makes a reader raise
         raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 from outrider.shared.core.errors import ConfigError
@@ -41,8 +42,9 @@ def _check_shards(folder: Path, index: Path) -> None:
 
 def _check(file: Path) -> None:
     reason = _reason(file)
-    if reason is None and file.suffix == ".safetensors":
-        reason = _broken_safetensors(file)
+    if reason is None:
+        broken = _broken_safetensors if file.suffix == ".safetensors" else _broken_archive
+        reason = broken(file)
     if reason is not None:
         raise ConfigError(_told(file, reason))
 
@@ -60,6 +62,16 @@ def _reason(file: Path) -> str | None:
     if head == _POINTER:
         return "is a pointer of Git LFS, not the file itself (git lfs pull)"
     return None
+
+
+def _broken_archive(file: Path) -> str | None:
+    """What is wrong with a file of torch.save; None where nothing can be seen from outside.
+
+    Its table of contents stands at its end. Older ones are a plain pickle.
+    """
+    with file.open("rb") as stream:
+        archive = stream.read(4) == b"PK\x03\x04"
+    return "is cut off" if archive and not zipfile.is_zipfile(file) else None
 
 
 def _broken_safetensors(file: Path) -> str | None:

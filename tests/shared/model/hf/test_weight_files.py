@@ -111,8 +111,23 @@ def test_tensors_without_a_place_are_refused_by_name(copy: Path, runner: str) ->
 @pytest.mark.parametrize("runner", ["auto", "generic"])
 def test_tensors_of_another_shape_are_refused(copy: Path, runner: str) -> None:
     change(copy, intermediate_size=80)
-    with pytest.raises(ConfigError, match=r"copy"):
+    with pytest.raises(ConfigError, match=r"the files have 6 tensors model.* in another shape"):
         load(copy, runner)
+
+
+def test_pickles_that_are_cut_off_are_refused_by_name(copy: Path) -> None:
+    file = copy / "pytorch_model.bin"
+    torch.save(load_file(copy / "model.safetensors"), file)
+    (copy / "model.safetensors").unlink()
+    assert load(copy).facts.parameters
+    cut(file, file.stat().st_size // 2)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is cut off"):
+        load(copy)
+
+
+def test_a_tokenizer_that_can_not_be_read_leaves_the_model_to_serve(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{")
+    assert load(copy).facts.vocab_fingerprint.startswith("size-only:")
 
 
 @pytest.mark.parametrize("runner", ["auto", "generic"])
