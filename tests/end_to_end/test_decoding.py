@@ -272,7 +272,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "min_p": ({"min_p": 1.0}, "sampling.min_p: got 1.0; must be in [0, 1)"),
     "repetition": (
         {"repetition_penalty": 0.0},
-        "sampling.repetition_penalty: got 0.0; must be a finite number > 0",
+        "sampling.repetition_penalty: got 0.0; must be in [1e-06, 1e+06]",
     ),
     "presence": ({"presence_penalty": 3.0}, "sampling.presence_penalty: got 3.0; must be in ["),
     "frequency": ({"frequency_penalty": -9.0}, "sampling.frequency_penalty: got -9.0; must be in"),

@@ -33,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=1, help="so that several may run side by side")
     parser.add_argument("--json", type=Path, default=None, help="file for the counts")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    logging.disable(logging.ERROR)
     until = time.monotonic() + 60 * args.minutes
     done: list[Outcome] = []
     number = args.first
@@ -81,4 +79,6 @@ def counts_of(done: Sequence[Outcome]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
     sys.exit(main())

@@ -68,11 +68,12 @@ class Judge:
                 return Verdict(tie=True)
             if found.wrong or found.tie:
                 return found
-        return Verdict(
-            self._logprobs(asked, answer, scores)
-            or self._end(asked, answer, made)
-            or self._text(asked, answer, made)
-        )
+        wrong = self._logprobs(asked, answer, scores)
+        for near in _near(decoding) if wrong else ():
+            other = [processors_of(near)(*context)[0] for context in contexts]
+            if not self._logprobs(asked, answer, other):
+                return Verdict(tie=True)
+        return Verdict(wrong or self._end(asked, answer, made) or self._text(asked, answer, made))
 
     def _raw(self, asked: Asked, made: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The tokens before each of ``made``, ``[1, length]``, and the logits, ``[1, vocab]``.
@@ -106,15 +107,10 @@ class Judge:
         self, context: tuple[Tensor, Tensor], token: int, decoding: Decoding, at: int
     ) -> bool:
         """Whether the token is right where a cut keeps a hair more, or less."""
-        for factor in (1 - CLOSE, 1 + CLOSE):
-            near = replace(
-                decoding,
-                top_p=min(1.0, decoding.top_p * factor),
-                min_p=decoding.min_p * factor,
-            )
-            if not self._token(processors_of(near)(*context)[0], token, near, at).wrong:
-                return True
-        return False
+        return any(
+            not self._token(processors_of(near)(*context)[0], token, near, at).wrong
+            for near in _near(decoding)
+        )
 
     def _token(self, scores: Tensor, token: int, decoding: Decoding, at: int) -> Verdict:
         where = f"token {at}"
@@ -223,3 +219,15 @@ def shared_length(one: str, other: str) -> int:
 def _largest(scores: Tensor) -> float:
     """Of what is not forbidden, and at least one."""
     return max(1.0, float(scores[scores > -torch.inf].abs().max()))
+
+
+def _near(decoding: Decoding) -> list[Decoding]:
+    """Decodings whose cuts keep a hair less, and a hair more."""
+    return [
+        replace(
+            decoding,
+            top_p=min(1.0, decoding.top_p * factor),
+            min_p=decoding.min_p * factor,
+        )
+        for factor in (1 - CLOSE, 1 + CLOSE)
+    ]
