@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from outrider.coordinator.requests.sampling_fields import decoding_of
-from outrider.coordinator.requests.text.detokenize import finished
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core.errors import CapacityError, InvalidRequest
@@ -165,7 +164,7 @@ def _prompt(
     if kind == "prompt_token_ids":
         field = "prompt_token_ids.ids"
         ids = _ids(field, message.prompt_token_ids.ids, limits.vocab_size)
-        text = finished(tokenizer.decode(ids)) if tokenizer and message.output.echo else ""
+        text = tokenizer.decode(ids) if tokenizer and message.output.echo else ""
     else:
         if tokenizer is None:
             raise InvalidRequest(kind, "text", "prompt_token_ids: this server has no tokenizer")

@@ -14,9 +14,9 @@ Four rules make the concatenation of all deltas *equal* to decoding everything a
    decoding of the longer one, with at least one emitted character in it. UTF-8 synchronises
    itself (a lead byte is never a continuation byte) and the decoders look at the start of the
    text only, so from such a place on both windows decode alike.
-4. The text after a prompt is the text of both, less what that has in common with the text of the
-   prompt alone. The two part before the prompt's end only where it stands within a character, which
-   then belongs to what follows, or within a run that a later byte spoils.
+4. The text after a prompt is the text of both, less what that has in common with the text of
+   the prompt alone. The two part before the prompt's end only where it stands within a
+   character, which then belongs to what follows, or within a run that a later byte spoils.
 
 Cost: every token is decoded at most about ``WINDOW / KEEP`` times, whatever the length.
 """
@@ -25,6 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
+
+from outrider.coordinator.requests.text.byte_run import ByteRun
 
 WINDOW = 32
 """Tokens after which the window slides."""
@@ -42,6 +44,9 @@ class Decoder(Protocol):
     def keeps_run_open(self, token: int) -> bool:
         """Whether a run of byte tokens goes on through this token (see rule 2)."""
 
+    def byte(self, token: int) -> int | None:
+        """The byte that ``token`` stands for, if it is a byte token of a byte-fallback decoder."""
+
     def special_tokens(self) -> Mapping[int, str]:
         """The tokens that are left out of the text, as they are written."""
 
@@ -53,10 +58,14 @@ def finished(text: str) -> str:
 
 def _common(one: str, other: str) -> int:
     """How many first characters two texts share."""
-    most = min(len(one), len(other))
-    if one[:most] == other[:most]:
-        return most
-    return next(i for i in range(most) if one[i] != other[i])
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 class Detokenizer:
@@ -67,7 +76,16 @@ class Detokenizer:
     ``echoed``: its text was sent up to ``finished``, and the rest of it is emitted.
     """
 
-    __slots__ = ("_before", "_closed", "_decoder", "_emitted", "_patience", "_window")
+    __slots__ = (
+        "_before",
+        "_closed",
+        "_decoder",
+        "_emitted",
+        "_patience",
+        "_run",
+        "_text",
+        "_window",
+    )
 
     def __init__(
         self, decoder: Decoder, context: Sequence[int] = (), *, echoed: bool = False
@@ -75,6 +93,8 @@ class Detokenizer:
         self._decoder = decoder
         self._window: list[int] = []
         self._closed = 0  # tokens of the window that are not part of an open byte run
+        self._text = ""  # their text
+        self._run = ByteRun()  # the others
         self._emitted = 0  # characters of the window's text that are out
         self._patience = WINDOW
         # The text of the context, until it is known where the text after it begins.
@@ -91,16 +111,19 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes in ``ids``; returns the text that is final and was not returned before."""
-        window = self._window
-        before = self._closed
-        window.extend(ids)
-        closed = len(window)
-        while closed > before and self._decoder.keeps_run_open(window[closed - 1]):
-            closed -= 1
-        if closed == before:
+        window, closed = self._window, self._closed
+        seen = len(window)
+        for token in ids:
+            window.append(token)
+            if not self._decoder.keeps_run_open(token):
+                closed = len(window)
+        if closed == self._closed:
+            self._extend_run(seen)
             return ""
         self._closed = closed
-        text = self._decoder.decode(window[:closed])
+        self._text = text = self._decoder.decode(window[:closed])
+        self._run = ByteRun()
+        self._extend_run(closed)
         final = len(text) - text.endswith(_REPLACEMENT)
         if self._before is not None and not self._begin(text[:final]):
             return ""
@@ -111,16 +134,10 @@ class Detokenizer:
         return delta
 
     def peek(self) -> str:
-        """What an open run of byte tokens says so far; empty where it is within a character.
-
-        A later byte may spoil it, so it is not to be sent, but it is the text of the tokens so far.
-        """
-        if self._closed == len(self._window):
-            return ""
-        text = self._decoder.decode(self._window)
-        closed = len(self._decoder.decode(self._window[: self._closed]))
-        if _REPLACEMENT in text[closed:]:
-            return ""
+        """The text of the tokens so far that ``push`` has not returned, since it may change."""
+        if self._closed == len(self._window) and self._before is None:
+            return self._text[self._emitted :]
+        text = self._text + self._run.text
         return text[self._start(text) :]
 
     def flush(self) -> str:
@@ -129,6 +146,16 @@ class Detokenizer:
         delta = text[self._start(text) :]
         self._before, self._emitted = None, len(text)
         return delta
+
+    def _extend_run(self, start: int) -> None:
+        """Takes the window's tokens from ``start`` on into the open run."""
+        for index in range(start, len(self._window)):
+            byte = self._decoder.byte(self._window[index])
+            if byte is not None:
+                # Some decoders remove a space at the start of a text.
+                bare = byte == ord(" ") and not (self._text or self._run.text)
+                dropped = bare and not self._decoder.decode(self._window[: index + 1])
+                self._run.push(byte, dropped=dropped)
 
     def _begin(self, final: str) -> bool:
         """Whether it can be told where the text after the context begins; notes it then.
@@ -152,6 +179,7 @@ class Detokenizer:
         if emitted > 0 and text.endswith(shorter) and self._is_border(start, shorter, text):
             del self._window[:start]
             self._closed = KEEP
+            self._text = shorter
             self._emitted = emitted
             self._patience = WINDOW
         else:

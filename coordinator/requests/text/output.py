@@ -7,15 +7,11 @@ slow reader has not fetched is merged into one delta, so a sample holds at most 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from outrider.coordinator.requests.text.detokenize import Decoder, Detokenizer
-from outrider.coordinator.requests.text.stopping import (
-    Finish,
-    FinishReason,
-    StopStrings,
-    TokenStops,
-)
+from outrider.coordinator.requests.text.detokenize import Decoder, Detokenizer, finished
+from outrider.coordinator.requests.text.stop_strings import StopStrings
+from outrider.coordinator.requests.text.stopping import Finish, FinishReason, TokenStops
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core.types import PositionLogprobs
 
@@ -33,23 +29,24 @@ class Output:
         echo: str | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """``echo``: the prompt's text, to be sent first.
+        """``echo``: the text of the prompt, which is sent first.
 
-        ``wake`` is called whenever there is something to fetch."""
+        ``wake`` is called whenever there is something to fetch.
+        """
         self._text: Detokenizer | None = None
+        self._special: Mapping[int, str] = {}
         if decoder is not None:
             self._text = Detokenizer(decoder, prompt_ids, echoed=echo is not None)
+            self._special = decoder.special_tokens()
         self._strings = StopStrings(stop_strings)
-        special = decoder.special_tokens().items() if decoder is not None and stop_strings else ()
-        # Special tokens that stop strings speak of; they are no text otherwise.
-        self._marks = {
-            token: mark for token, mark in special if any(mark in stop for stop in stop_strings)
-        }
+        # Special tokens that stand in text that is still to come, and after how much of it.
+        self._waiting: list[tuple[int, str]] = []
+        self._reach = max((len(stop) for stop in stop_strings), default=0)
         self._eager = bool(stop_strings)
         self._stops = stops
         self._wake = wake
         self._undecoded: list[int] = []
-        self._pieces: list[str] = [echo] if echo else []
+        self._pieces: list[str] = [finished(echo)] if echo else []
         self._tokens: list[int] = []
         self._origins: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
@@ -140,12 +137,23 @@ class Output:
         if self._text is None:
             return None
         stop = self._release(self._text.push((token,)))
-        mark = self._marks.get(token, "")
-        if stop is None and self._strings.ends(open_run := self._text.peek(), mark):
-            stop = self._release(open_run)  # no later byte will spoil it
-        if stop is None and mark:
-            stop = self._release(mark, hidden=True)
-        return stop
+        if stop is not None or not self._eager:
+            return stop
+        special, coming = self._special.get(token), self._text.peek()
+        for index in range(len(self._waiting) - 1, -1, -1):
+            if self._waiting[index][0] <= len(coming):
+                break
+            # It stood within a character, which was told as one U+FFFD for each byte.
+            self._waiting[index] = (len(coming), self._waiting[index][1])
+        if special is not None:
+            self._waiting.append((len(coming), special))
+        # An end within a character is no text yet, unless a special token comes after it.
+        elif finished(coming) != coming:
+            return None
+        if (special is not None and not coming) or self._completes(coming):
+            # It is the text of the tokens so far: no later byte will change it any more.
+            return self._release(coming)
+        return None
 
     def _decode(self) -> None:
         if self._undecoded:
@@ -153,10 +161,46 @@ class Output:
                 self._release(self._text.push(self._undecoded))
             self._undecoded.clear()
 
-    def _release(self, text: str, *, hidden: bool = False) -> str | None:
+    def _completes(self, coming: str) -> bool:
+        """Whether a stop string would be complete with ``coming`` and what waits in it.
+
+        It was not before the last token, so only the end is looked at.
+        """
+        if not coming:
+            return False
+        first, end = max(0, len(coming) - self._reach), len(coming)
+        pieces: list[tuple[str, bool]] = []
+        for place, special in reversed(self._waiting[-self._reach :]):
+            if place < first:
+                break
+            pieces += ((coming[place:end], False), (special, True))
+            end = place
+        pieces.append((coming[first:end], False))
+        return self._strings.completes(pieces[::-1], after_held=not first)
+
+    def _release(self, text: str) -> str | None:
+        """Releases ``text``, and the special tokens that waited for it, up to a stop string."""
+        done = passed = 0
+        stop: str | None = None
+        for place, special in self._waiting:
+            if place > len(text) or stop is not None:
+                break
+            stop = self._pass(text[done:place])
+            if stop is None:
+                stop = self._pass(special, special=True)
+            done, passed = place, passed + 1
+        if stop is None:
+            stop = self._pass(text[done:])
+        if self._waiting and (text or passed):
+            rest = self._waiting[passed:]
+            self._waiting = [(place - len(text), special) for place, special in rest]
+        return stop
+
+    def _pass(self, text: str, *, special: bool = False) -> str | None:
         if not text:
             return None
-        released, stop = self._strings.push(text, hidden=hidden)
+        strings = self._strings
+        released, stop = strings.push_special(text) if special else strings.push(text)
         if released:
             self._pieces.append(released)
         return stop

@@ -16,7 +16,7 @@ from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.tokenizer_files import complete
 
 _OLDER = ("tokenizer_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WANTED = "a folder with tokenizer.json, a tokenizer.json file, or a hub id"
 
 
@@ -48,6 +48,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; ids outside the vocabulary have none."""
         return str(self._backend.decode(ids, skip_special_tokens=True))
+
+    def byte(self, token: int) -> int | None:
+        """The byte that ``token`` stands for, where it is a byte-fallback token."""
+        piece: str | None = self._backend.id_to_token(token) if self._byte_fallback else None
+        byte = _BYTE_TOKEN.fullmatch(piece) if piece is not None else None
+        return int(byte[1], 16) if byte else None
 
     def special_tokens(self) -> Mapping[int, str]:
         """The tokens that are left out of decoded text, as they are written."""

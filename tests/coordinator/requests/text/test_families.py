@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
 from outrider.coordinator.requests.text.detokenize import Detokenizer, finished
 from outrider.coordinator.requests.text.output import Output
-from outrider.coordinator.requests.text.stopping import FinishReason, TokenStops
+from outrider.coordinator.requests.text.stopping import Finish, FinishReason, TokenStops
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider_testing.battery.judge import shared_length
+from outrider_testing.stops import Part, naive, parts_of
 from outrider_testing.tokenizer_families import FAMILIES, SPECIAL, TEXT, finish
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -167,3 +169,112 @@ def test_stop_may_be_a_token_that_was_added_and_is_text(kind: str) -> None:
     ids = [backend.token_to_id("a"), backend.token_to_id("<think>"), backend.token_to_id("a")]
     told, text, over = pushed(kind, ids, ["<think>"])
     assert (told, text.strip(), over) == (ids[:2], "a", True)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_special_token_within_a_run_stands_where_it_came(kind: str) -> None:
+    table = KINDS[kind]._backend.get_vocab()
+    a, line, end = table["a"], table["<0x0A>"], table["</s>"]
+    ids = [a, line, end, a]
+    assert pushed(kind, ids, ["\n</s>a"]) == (ids, "a", True)
+    assert pushed(kind, ids, ["</s>\n"]) == (ids, "a\na", False)
+    ids = [a, line, end, line, end, line]
+    assert pushed(kind, ids, ["</s>\n</s>\n"]) == (ids, "a\n", True)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", *BYTES])
+def test_special_token_ends_the_text_that_came_before_it(kind: str) -> None:
+    """Also where that is within a character, as an end-of-sequence token does."""
+    table = KINDS[kind]._backend.get_vocab()
+    ids = [table["a"], table["ç" if kind == "byte-level" else "<0xE7>"], table["</s>"], table["a"]]
+    assert pushed(kind, ids, ["</s>"]) == (ids[:3], "a" + REPLACEMENT, True)
+
+
+@kinds
+def test_stop_does_not_depend_on_other_stops(kind: str) -> None:
+    table = KINDS[kind]._backend.get_vocab()
+    ids = [table["a"], table["</s>"], table["a"], table["a"]]
+    stop = KINDS[kind].decode([table["a"]] * 2)
+    assert pushed(kind, ids, [stop]) == (ids[:3], "", True)
+    assert pushed(kind, ids, [stop, "</s>never"]) == (ids[:3], "", True)
+
+
+@kinds
+def test_stop_is_found_in_the_text_as_written(kind: str) -> None:
+    tokenizer, rng = KINDS[kind], random.Random(kind)
+    special = tokenizer.special_tokens()
+    found = 0
+    for _ in range(150):
+        prompt, plain = random_ids(tokenizer, rng)[:20], random_ids(tokenizer, rng)[:20]
+        ids = [
+            one
+            for token in plain
+            for one in (token, *rng.choices([*special], k=rng.choice((0, 0, 1))))
+        ]
+        texts = [reply(tokenizer, prompt, ids[:n]) for n in range(len(ids) + 1)]
+        if any(REPLACEMENT in one or not two.startswith(one) for one, two in pairwise(texts)):
+            continue
+        parts: list[list[Part]] = [[]]
+        for token, one, two in zip(ids, texts, texts[1:], strict=False):
+            new = [(special[token], True)] if token in special else parts_of(two[len(one) :])
+            parts.append([*parts[-1], *new])
+        if not parts[-1]:
+            continue
+        start = rng.randrange(len(parts[-1]))
+        stop = "".join(one for one, _ in parts[-1][start : start + rng.randint(1, 4)])
+        first = next(n for n in range(len(parts)) if naive(parts[n], [stop])[1])
+        output = Output(tokenizer, prompt, stop_strings=[stop], stops=TokenStops((), (), 999))
+        for block in blocks_of(ids, rng):
+            if output.push(block, [1] * len(block)):
+                break
+        delta = output.fetch()
+        assert delta is not None
+        assert list(delta.token_ids) == ids[:first], (prompt, ids, stop)
+        assert delta.text == naive(parts[first], [stop])[0], (prompt, ids, stop)
+        found += 1
+    assert found > 20
+
+
+class Counting:
+    """A tokenizer that counts how many tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.byte, self.keeps_run_open = tokenizer.byte, tokenizer.keeps_run_open
+        self.special_tokens = tokenizer.special_tokens
+        self._decode = tokenizer.decode
+        self.decoded = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.decoded += len(ids)
+        return self._decode(ids)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_work_for_a_run_is_linear_and_the_stop_in_it_is_found(kind: str) -> None:
+    table = KINDS[kind]._backend.get_vocab()
+    run = [table["<0x20>"], *[table["<0x61>"], table["</s>"]] * 2000]
+    counting = Counting(KINDS[kind])
+    output = Output(counting, (), stop_strings=["xyz", "a</s>b"], stops=TokenStops((), (), 9999))
+    for token in run:
+        assert output.push([token], [1]) is None
+    stop = [table["<0x78>"], table["<0x79>"], table["<0x7A>"], table["<0x7A>"]]
+    assert output.push(stop, [1] * 4) is not None
+    delta = output.fetch()
+    assert delta is not None
+    assert len(delta.token_ids) == len(run) + 3
+    assert delta.text == KINDS[kind].decode(run)
+    assert counting.decoded < 10 * len(run)
+
+
+@kinds
+def test_echo_of_a_text_that_ends_in_a_replacement_character_is_sent_once(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    prompt = tokenizer.encode("a" + REPLACEMENT)
+    text = tokenizer.decode(prompt)
+    output = Output(tokenizer, prompt, echo=text, stops=TokenStops((), (), 9))
+    token = tokenizer.encode("a")[-1]
+    output.push([token], [1])
+    output.end(Finish(FinishReason.CANCELLED))
+    delta = output.fetch()
+    assert delta is not None
+    assert delta.text == tokenizer.decode([*prompt, token])

@@ -7,84 +7,15 @@ from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from outrider.coordinator.requests.text.output import Output
-from outrider.coordinator.requests.text.stopping import (
-    Finish,
-    FinishReason,
-    StopStrings,
-    TokenStops,
+from outrider.coordinator.requests.text.stopping import Finish, FinishReason, TokenStops
+from outrider_testing.stops import Part, may_become_stop, naive, parts_of
+
+STOPS = st.lists(
+    st.lists(st.sampled_from(["a", "b", "c", "<c>"]), min_size=1, max_size=4).map("".join),
+    max_size=4,
 )
-
-TEXT = st.text("abc", max_size=6)
-STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
-
-
-def naive(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """The text before the stop that is complete first, and that stop; longest on a tie."""
-    for end in range(1, len(text) + 1):
-        complete = [stop for stop in stops if text[:end].endswith(stop)]
-        if complete:
-            stop = max(complete, key=len)
-            return text[: end - len(stop)], stop
-    return text, None
-
-
-def may_become_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that begins a stop."""
-    return max(
-        (
-            n
-            for n in range(len(text) + 1)
-            if any(s.startswith(text[len(text) - n :]) for s in stops)
-        ),
-        default=0,
-    )
-
-
-class StopStringsMachine(RuleBasedStateMachine):
-    """Feeds text in pieces; what is out must always be what the reference allows."""
-
-    @initialize(stops=STOPS)
-    def begin(self, stops: list[str]) -> None:
-        self.stops = stops
-        self.machine = StopStrings(stops)
-        self.text = ""
-        self.released = ""
-        self.found: str | None = None
-
-    @rule(piece=TEXT)
-    def push(self, piece: str) -> None:
-        if self.found is not None:
-            return  # the end is the end
-        self.text += piece
-        released, self.found = self.machine.push(piece)
-        self.released += released
-
-    @invariant()
-    def agrees_with_reference(self) -> None:
-        if not hasattr(self, "stops"):
-            return
-        text, stop = naive(self.text, self.stops)
-        assert self.found == stop
-        if stop is not None:
-            assert self.released == text
-        else:
-            held = may_become_stop(self.text, self.stops)
-            assert self.released == self.text[: len(self.text) - held]
-            assert self.machine.held == self.text[len(self.text) - held :]
-
-
-TestStopStringsMachine = StopStringsMachine.TestCase
-TestStopStringsMachine.settings = settings(max_examples=150, deadline=None)
-
-
-def test_stop_strings_flush_releases_what_was_held() -> None:
-    machine = StopStrings(["abc"])
-    assert machine.push("xab") == ("x", None)
-    assert machine.flush() == "ab"
-    assert machine.flush() == ""
 
 
 class Letters:
@@ -98,8 +29,11 @@ class Letters:
     def keeps_run_open(self, token: int) -> bool:
         return False
 
+    def byte(self, token: int) -> int | None:
+        return None
+
     def special_tokens(self) -> dict[int, str]:
-        return {7: "<end>"}
+        return {7: "<c>"}
 
 
 EOS, STOP = 6, 5
@@ -107,23 +41,23 @@ EOS, STOP = 6, 5
 
 def reference(
     tokens: Sequence[int], stops: Sequence[str], limit: int
-) -> tuple[list[int], str, Finish | None]:
+) -> tuple[list[int], list[Part], Finish | None]:
     """Tokens, text and end of a run that goes one token, and one character, at a time."""
-    letters = Letters()
+    letters, special = Letters(), Letters().special_tokens()
     out: list[int] = []
-    text = ""
+    parts: list[Part] = []
     for token in tokens:
         out.append(token)
         if token in (EOS, STOP):
             reason = FinishReason.END_OF_SEQUENCE if token == EOS else FinishReason.STOP_TOKEN
-            return out, text, Finish(reason, stop_token_id=token)
-        text += letters.decode([token])
-        cut, stop = naive(text, stops)
+            return out, parts, Finish(reason, stop_token_id=token)
+        parts += [(special[token], True)] if token in special else parts_of(letters.decode([token]))
+        _, stop = naive(parts, stops)
         if stop is not None:
-            return out, cut, Finish(FinishReason.STOP_STRING, stop_string=stop)
+            return out, parts, Finish(FinishReason.STOP_STRING, stop_string=stop)
         if len(out) == limit:
-            return out, text, Finish(FinishReason.MAX_TOKENS)
-    return out, text, None
+            return out, parts, Finish(FinishReason.MAX_TOKENS)
+    return out, parts, None
 
 
 @settings(max_examples=400, deadline=None)
@@ -157,7 +91,8 @@ def test_output_equals_reference_however_tokens_are_cut_into_blocks(
         start += len(block)
         if not (lazy and rng.random() < 0.5):
             fetch()
-    wanted_ids, wanted_text, wanted_end = reference(tokens, stops, limit)
+    wanted_ids, parts, wanted_end = reference(tokens, stops, limit)
+    wanted_text, _ = naive(parts, stops)
     fetch()
     assert output.finish == wanted_end
     assert ids == wanted_ids
@@ -165,7 +100,7 @@ def test_output_equals_reference_however_tokens_are_cut_into_blocks(
     if wanted_end is not None:
         assert text == wanted_text
     else:
-        held = may_become_stop(wanted_text, stops)
+        held = may_become_stop(parts, stops)
         assert text == wanted_text[: len(wanted_text) - held]
 
 
