@@ -17,27 +17,36 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 def check_weight_files(folder: Path) -> None:
     """Raises ``ConfigError`` naming the file that is not there, not whole or not the real one.
 
-    Looks at what transformers would take: safetensors before pickles, an index before one file.
     Leaves a folder without any of them to whoever loads it.
+    """
+    for file in weight_files(folder):
+        _check(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights; none where there are none by the usual names.
+
+    As transformers takes them: safetensors before pickles, one file before an index. Raises
+    ``ConfigError`` for an index that is none, or names what is not there.
     """
     for index, single in zip(_INDEXES, _SINGLE, strict=True):
         if (folder / single).is_file():
-            return _check(folder / single)
+            return [folder / single]
         if (folder / index).is_file():
-            return _check_shards(folder, folder / index)
-    return None
+            return _shards(folder, folder / index)
+    return []
 
 
-def _check_shards(folder: Path, index: Path) -> None:
+def _shards(folder: Path, index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(_told(index, _reason(index) or "is no index of weights")) from None
-    for name in names:
-        shard = folder / str(name)
+    shards = [folder / str(name) for name in names]
+    for shard in shards:
         if not shard.is_file():
             raise ConfigError(_told(shard, f"is not there, but {index.name} names it"))
-        _check(shard)
+    return shards
 
 
 def _check(file: Path) -> None:

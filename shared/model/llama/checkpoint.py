@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from outrider.shared.model.hf.weight_files import weight_files
+
 log = logging.getLogger(__name__)
 
 _DEFAULTS: dict[str, Any] = {
@@ -176,16 +178,12 @@ def _tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str
     """All weights, converted and on their device; None where they are not safetensors."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if not all((folder / name).is_file() for name in names):
+    files = weight_files(folder)
+    if not files or any(file.suffix != ".safetensors" for file in files):
         return None
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        with safe_open(str(folder / name), framework="pt") as file:
+    for one in files:
+        with safe_open(str(one), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(key)
                 if not tensor.is_floating_point():

@@ -29,6 +29,11 @@ def load(folder: Path, runner: str = "auto") -> Runner:
     )
 
 
+def logits_of(mine: Runner) -> torch.Tensor:
+    with torch.inference_mode():
+        return mine.forward([Span(mine.arena.admit(40), 0, [5, 6, 7, 8], 4)])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one file, its output layer not tied."""
@@ -91,6 +96,18 @@ def test_weight_files_that_an_index_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(POINTER)
     with pytest.raises(ConfigError, match=r"index\.json is a pointer of Git LFS"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("runner", ["auto", "generic"])
+def test_weights_in_one_file_go_before_an_index(copy: Path, runner: str) -> None:
+    """As transformers has it: other weights in shards beside them are not looked at."""
+    other = engines.tiny_llama(2, tie_word_embeddings=False)
+    other.save_pretrained(copy / "shards", max_shard_size="40KB")
+    before = logits_of(load(copy, runner))
+    for file in (copy / "shards").glob("*safetensors*"):
+        shutil.copy(file, copy / file.name)
+    assert (copy / "model.safetensors.index.json").is_file()
+    assert torch.equal(logits_of(load(copy, runner)), before)
 
 
 @pytest.mark.parametrize("runner", ["auto", "generic"])
