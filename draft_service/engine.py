@@ -109,16 +109,9 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
                     if weight is not None:
                         weights[i].append(weight)
             active = [i for i in active if i not in failed | stuck and len(chosen[i]) < ks[i]]
-            spans = [
-                Span(
-                    work[i][1].extent,
-                    work[i][1].extent.valid_len,
-                    chosen[i][-1:],
-                    1,
-                    work[i][1].long_from,
-                )
-                for i in active
-            ]
+            spans = spans_of(
+                [work[i] for i in active], [chosen[i][-1:] for i in active], [1] * len(active)
+            )
             rows += len(spans)
         return self._answers(work, chosen, weights, failed), rows
 

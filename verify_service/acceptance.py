@@ -19,8 +19,7 @@ from torch import Tensor
 
 from outrider.shared.core.rules import GREEDY
 from outrider.shared.core.types import Decoding, PositionLogprobs, SparseRow
-from outrider.shared.sampling.choose import RowContext, penalise
-from outrider.shared.sampling.penalties import may_forbid_all
+from outrider.shared.sampling.choose import RowContext, dead_rows, penalise
 from outrider.shared.sampling.warpers import warp
 
 
@@ -115,21 +114,18 @@ def _step_back(batch: JudgeBatch, verdicts: list[tuple[int, int]]) -> set[int]:
     What was accepted before such a row stands, its last token being the one that follows the
     others: so the text comes as far as token by token, and the next round begins at that row.
     """
-    stuck = set()
+    stuck: set[int] = set()
+    dead = dead_rows(batch.processed, batch.contexts)
+    if not dead:
+        return stuck
     for i, item in enumerate(batch.items):
-        if not may_forbid_all(item.decoding):
-            continue
         first, (accepted, _) = batch.first[i], verdicts[i]
-        best = batch.processed[first : first + accepted + 1].amax(-1)
-        dead = (best == -math.inf).nonzero()
-        if not len(dead):
-            continue
-        at = int(dead[0])
-        if at:
-            verdicts[i] = (at - 1, item.proposal[at - 1])
-        else:
+        at = next((row - first for row in dead if first <= row <= first + accepted), None)
+        if at == 0:
             verdicts[i] = (0, 0)
             stuck.add(i)
+        elif at is not None:
+            verdicts[i] = (at - 1, item.proposal[at - 1])
     return stuck
 
 

@@ -56,6 +56,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
 
+    def let_go(self) -> None:
+        """Closes the pipe that ends it with us; it has ended, or nobody is to wait for it."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
     def why(self) -> str:
         """Why it ended, for a person."""
         if self.failure:
@@ -126,8 +131,7 @@ def stop_in_order(children: Sequence[Child], grace: float) -> None:
     stop([child for child in children if child.name == "coordinator"], grace)
     stop(children, grace)
     for child in children:
-        if child.process.stdin is not None:
-            child.process.stdin.close()
+        child.let_go()
 
 
 def _environment(config: Config) -> dict[str, str]:

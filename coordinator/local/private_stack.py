@@ -89,8 +89,7 @@ def deployments(
         # Nobody is served any more, so they need not stop in order.
         children.stop(running, STOP_SECONDS)
         for child in running:
-            if child.process.stdin is not None:
-                child.process.stdin.close()
+            child.let_go()
         shutil.rmtree(folder, ignore_errors=True)
 
 

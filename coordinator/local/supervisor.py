@@ -111,8 +111,7 @@ class Supervisor:
     def _ended(self, part: SupervisedPart) -> int | None:
         child = part.child
         self._say("up", child.why())
-        if child.process.stdin is not None:
-            child.process.stdin.close()
+        child.let_go()
         if not child.ready and child.failure:
             return 1  # a wrong configuration: it would fail again
         part.served |= child.ready

@@ -30,7 +30,7 @@ class Limits:
     max_k: int
     slack: int
     """Tokens to reserve beyond prompt and new tokens: the largest proposal and one."""
-    arena_tokens: int
+    arena_longest: int
     """Slots that the longest sequence may have."""
     eos_token_ids: tuple[int, ...]
     default_k: int | None
@@ -128,11 +128,11 @@ def validate(
         draft_top=limits.draft_top,
     )
     capacity = len(prompt_ids) + max_new_tokens + limits.slack
-    if capacity > limits.arena_tokens:
+    if capacity > limits.arena_longest:
         raise CapacityError(
             f"the sequence needs {capacity} token slots (prompt {len(prompt_ids)} + "
             f"max_new_tokens {max_new_tokens} + {limits.slack} for proposals); the KV arena of "
-            f"this server has {limits.arena_tokens}",
+            f"this server has {limits.arena_longest}",
             permanent=True,
         )
     return GenerationRequest(
@@ -233,7 +233,7 @@ def _max_new_tokens(stopping: pb.StopConditions, limits: Limits, prompt_len: int
     most = min(limits.max_new_tokens, room)
     if not stopping.HasField("max_new_tokens"):
         # The default adapts to what fits, the client asked for no number.
-        spare = limits.arena_tokens - prompt_len - limits.slack
+        spare = limits.arena_longest - prompt_len - limits.slack
         return max(1, min(limits.default_max_new_tokens, most, spare))
     value = stopping.max_new_tokens
     if not 1 <= value <= most:

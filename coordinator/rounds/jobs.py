@@ -80,8 +80,8 @@ class Jobs:
         for sequence in ended:
             self.finish(sequence)
 
-    def settle(self, outcome: Outcome, arena_tokens: int | None) -> None:
-        """Does what a round left to do; ``arena_tokens``: of the base's arena, where known."""
+    def settle(self, outcome: Outcome, arena_longest: int | None) -> None:
+        """Does what a round left to do; ``arena_longest``: of the base, where known."""
         for sequence in outcome.admitted:
             self._jobs[sequence].changed.set()
         for sequence in outcome.finished:
@@ -90,8 +90,8 @@ class Jobs:
             self.finish(sequence, error)
         # The last refused goes back first, so that the queue keeps its order.
         for sequence in reversed(outcome.full):
-            if arena_tokens is not None and sequence.capacity > arena_tokens:
-                self.finish(sequence, never_fits(sequence, arena_tokens))
+            if arena_longest is not None and sequence.capacity > arena_longest:
+                self.finish(sequence, never_fits(sequence, arena_longest))
             elif not sequence.statistics.admitted_ns:
                 self._drafting.forget(sequence)
                 self._scheduler.refuse(sequence)

@@ -305,10 +305,10 @@ def nothing_allowed(sequence: Sequence) -> InvalidRequest:
     )
 
 
-def never_fits(sequence: Sequence, arena_tokens: int) -> CapacityError:
+def never_fits(sequence: Sequence, arena_longest: int) -> CapacityError:
     """The error for a sequence that is larger than the whole arena."""
     return CapacityError(
         f"the sequence needs {sequence.capacity} token slots; the KV arena of the base has "
-        f"{arena_tokens}",
+        f"{arena_longest}",
         permanent=True,
     )

@@ -73,7 +73,7 @@ class Runtime:
             max_positions=base.model.max_positions,
             max_k=max_k,
             slack=max_k + 1,
-            arena_tokens=base.model.arena_longest,
+            arena_longest=base.model.arena_longest,
             eos_token_ids=tuple(base.model.eos_token_ids),
             default_k=None if config.default_k is None else min(config.default_k, max_k),
             default_max_new_tokens=config.default_max_new_tokens,

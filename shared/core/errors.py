@@ -96,3 +96,8 @@ class ProtocolError(OutriderError):
     """A peer broke the protocol."""
 
     status = "FAILED_PRECONDITION"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -64,32 +64,41 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
-    """By id, the tokens that are listed beside tokenizer.json: text, and whether it is special."""
-    found: dict[int, tuple[str, bool]] = {}
+def listed_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
+    """By id, the tokens that are listed beside the vocabulary: text, and whether it is special."""
+    listed: dict[int, tuple[str, bool]] = {}
     for text, number in read_json(folder / "added_tokens.json").items():
-        found[int(number)] = (text, False)
-    listed = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    for number, one in (listed or {}).items():
+        listed[int(number)] = (text, False)
+    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for number, one in (decoder or {}).items():
         if isinstance(one, dict) and isinstance(one.get("content"), str):
-            found[int(number)] = (one["content"], bool(one.get("special", False)))
+            listed[int(number)] = (one["content"], bool(one.get("special", False)))
+    return listed
+
+
+def added_tokens(folder: Path, known: Mapping[str, int]) -> dict[int, tuple[str, bool]]:
+    """``listed_tokens`` that get the id that is written for them, beside ``known``, the vocabulary.
+
+    The library numbers tokens as they come, so one after a gap would get another.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    following = len(known)
+    for number, (text, special) in sorted(listed_tokens(folder).items()):
+        if known.get(text, following) == number:
+            found[number] = (text, special)
+            following += text not in known
     return found
 
 
 def complete(backend: Any, folder: Path) -> None:
-    """Gives ``backend``, a ``tokenizers.Tokenizer``, what stands beside its file in ``folder``.
-
-    Only what gets the id that is written for it: a token that the library would number otherwise
-    is left out.
-    """
+    """Gives ``backend``, a ``tokenizers.Tokenizer``, what stands beside its file in ``folder``."""
     from tokenizers import AddedToken
 
     known = backend.get_vocab(with_added_tokens=True)
-    for number, (text, special) in sorted(added_tokens(folder).items()):
-        if known.get(text, len(known)) != number:
-            continue
+    added = added_tokens(folder, known)
+    for text, special in added.values():
         token = AddedToken(text, special=special, normalized=False)
         (backend.add_special_tokens if special else backend.add_tokens)([token])
-        known[text] = number
-    named = [one for one in special_tokens(folder).values() if one in known]
+    texts = known.keys() | {text for text, _ in added.values()}
+    named = [one for one in special_tokens(folder).values() if one in texts]
     backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in named])

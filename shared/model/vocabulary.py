@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from outrider.shared.core.tokenizer_files import added_tokens, complete
+from outrider.shared.core.tokenizer_files import added_tokens, listed_tokens
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ def _vocabulary(path: str) -> dict[str, int] | None:
             except Exception as error:  # the library raises bare ones; the model itself may serve
                 log.warning("no tokenizer at %s: %s", path, error)
                 return None
-            complete(backend, folder)
-            vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-            return vocabulary
+            known: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+            added = added_tokens(folder, known)
+            return known | {text: number for number, (text, _) in added.items()}
         if (folder / "vocab.json").is_file():
             plain: dict[str, int] = json.loads((folder / "vocab.json").read_text("utf-8"))
-            return plain | {text: number for number, (text, _) in added_tokens(folder).items()}
+            return plain | {text: number for number, (text, _) in listed_tokens(folder).items()}
         if not (folder / "tokenizer_config.json").is_file():
             return None
     from transformers import AutoTokenizer

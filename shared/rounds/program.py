@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from outrider.shared.config import flags, telemetry_flags
 from outrider.shared.config.schema import Config, ModelConfig, ServeConfig, load
-from outrider.shared.core.errors import ConfigError, OutriderError
+from outrider.shared.core.errors import ConfigError, OutriderError, first_line
 from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def serve(
 
 
 def _kind(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def section_of(service: str) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "RowContext",
     "choice_noise",
     "choose",
+    "dead_rows",
     "penalise",
     "process",
     "propose",
@@ -136,6 +137,18 @@ def _perturb_support(part: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     return perturbed
 
 
+def dead_rows(processed: Tensor, rows: Sequence[RowContext]) -> list[int]:
+    """The rows of ``processed`` [rows, vocab] in which no token may be chosen, ascending.
+
+    Only those are looked at whose decoding can forbid everything; one transfer if there are any.
+    """
+    asked = [i for i, row in enumerate(rows) if may_forbid_all(row.decoding)]
+    if not asked:
+        return []
+    best = processed[asked].amax(-1).tolist()
+    return [i for i, value in zip(asked, best, strict=True) if value == -math.inf]
+
+
 def propose(
     logits: Tensor, rows: Sequence[RowContext], noise: Tensor | None = None
 ) -> tuple[list[int], list[SparseRow | None]]:
@@ -154,9 +167,8 @@ def propose(
         part = processed if len(drawn) == len(rows) else processed[drawn]
         for i, token, row in zip(drawn, *_draw(part, [rows[i] for i in drawn]), strict=True):
             tokens[i], sparse[i] = token, row
-    for i, context in enumerate(rows):
-        if may_forbid_all(context.decoding) and processed[i].amax() == -math.inf:
-            tokens[i], sparse[i] = -1, None
+    for i in dead_rows(processed, rows):
+        tokens[i], sparse[i] = -1, None
     return tokens, sparse
 
 

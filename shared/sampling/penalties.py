@@ -48,8 +48,7 @@ def is_penalised(d: Decoding) -> bool:
         or d.presence_penalty != 0.0
         or d.frequency_penalty != 0.0
         or bool(d.logit_bias)
-        or bool(d.bad_words)
-        or (d.min_new_tokens > 0 and bool(d.eos_token_ids))
+        or may_forbid_all(d)
         or d.vocab_size > 0
     )
 

@@ -111,7 +111,7 @@ def test_a_row_and_a_file_make_a_rule(add_rule: Any, needs_rows: bool) -> None:
     words = ["generate", "5,6,7", "--token-ids", "--rule", "single", "--temperature", "0.9"]
     args = make_parser(words).parse_args([*words, "--seed", "3"])
     limits = Limits(
-        vocab_size=engines.VOCAB, max_positions=64, max_k=8, slack=9, arena_tokens=1000,
+        vocab_size=engines.VOCAB, max_positions=64, max_k=8, slack=9, arena_longest=1000,
         eos_token_ids=(), default_k=None, default_max_new_tokens=16, max_new_tokens=48,
         max_logprobs=20,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from outrider.coordinator.requests.text.chat import ChatTemplate
-from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.errors import ConfigError, first_line
 from outrider.shared.core.tokenizer_files import complete
 
 _OLDER = ("tokenizer_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
@@ -68,9 +68,8 @@ class Tokenizer:
             return False
         known = self._open.get(token)
         if known is None:
-            piece: str | None = self._backend.id_to_token(token)
-            known = piece is None or _BYTE_TOKEN.fullmatch(piece) is not None
-            known = self._open[token] = known or token in self._special
+            textless = token in self._special or self._backend.id_to_token(token) is None
+            known = self._open[token] = textless or self.byte(token) is not None
         return known
 
 
@@ -123,9 +122,9 @@ def _from_hub(name: str) -> tuple[Path, Path]:
             )
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"tokenizer = {name!r}: neither a folder nor on the hub ({reason}); must be {_WANTED}"
+            f"tokenizer = {name!r}: neither a folder nor on the hub ({first_line(error)}); "
+            f"must be {_WANTED}"
         ) from None
     return folder / "tokenizer.json", folder
 
@@ -138,9 +137,8 @@ def _converted(name: str, folder: Path) -> Tokenizer:
 
         backend = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"tokenizer = {name!r}: no tokenizer.json in {folder}, and what is there can't be "
-            f"converted ({reason}); must be {_WANTED}"
+            f"converted ({first_line(error)}); must be {_WANTED}"
         ) from None
     return Tokenizer(backend, ChatTemplate(folder))

@@ -6,8 +6,9 @@ the set that it would have if its sequence were decoded alone, a token at a time
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,16 +39,20 @@ class LengthRotary:
                 self.switch = RotarySwitch(border, anew)
                 self._take_over(module, border)
 
-    def rows(self, spans: Sequence[Span], device: torch.device) -> None:
-        """Says what the next forward's rows are; without spans the module is left alone."""
-        self._long = None
-        if self.switch is not None and spans:
+    @contextlib.contextmanager
+    def turning(self, spans: Sequence[Span], device: torch.device) -> Iterator[None]:
+        """Within, the rows of a forward are those of ``spans``; else its module is left alone."""
+        if self.switch is not None:
             flags = [
                 position >= span.long_from
                 for span in spans
                 for position in range(span.start, span.start + len(span.tokens))
             ]
             self._long = torch.tensor(flags, device=device)[None, :, None]
+        try:
+            yield
+        finally:
+            self._long = None
 
     def _take_over(self, module: Any, border: int) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

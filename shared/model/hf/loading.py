@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.errors import ConfigError, first_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -29,7 +29,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"path: {path} can't be loaded: {first_line(error)}") from error
     reason = refusal(config)
     if reason is not None:
         raise ConfigError(f"path: {path}: {reason}")
@@ -42,7 +42,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except Exception as error:  # whatever a broken file makes a reader raise
-        raise ConfigError(f"path: {path} can't be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"path: {path} can't be loaded: {first_line(error)}") from error
     model, info = found
     reason = mismatch(model, info) or refusal(model.config, model)
     if reason is not None:
@@ -162,7 +162,3 @@ def _has_bfloat16(device: torch.device) -> bool:
         except (RuntimeError, TypeError):
             return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

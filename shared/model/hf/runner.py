@@ -132,17 +132,16 @@ class HfRunner(Runner):
             raise ConfigError("its forward takes no positions")
         device = self.storage.device
         self._cache.spans = pack(self.storage, spans)
-        self._rotary.rows(spans, device)
         try:
-            return self._logits(
-                torch.tensor([ids], device=device),
-                torch.tensor(wanted, device=device, dtype=torch.long),
-                position_ids=torch.tensor([positions], device=device),
-                past_key_values=self._cache,
-            )
+            with self._rotary.turning(spans, device):
+                return self._logits(
+                    torch.tensor([ids], device=device),
+                    torch.tensor(wanted, device=device, dtype=torch.long),
+                    position_ids=torch.tensor([positions], device=device),
+                    past_key_values=self._cache,
+                )
         finally:
             self._cache.spans = ()
-            self._rotary.rows((), device)
 
     def _forward_one(self, span: Span) -> Tensor:
         rows = len(span.tokens)
@@ -150,19 +149,15 @@ class HfRunner(Runner):
         extra: dict[str, Any] = {}
         if "position_ids" in self._takes:
             extra["position_ids"] = torch.arange(span.start, span.start + rows, device=device)[None]
-        self._rotary.rows([span], device)
-        try:
+        cache = ArenaCache(self.storage, [span.extent], self._index, seen=span.start)
+        with self._rotary.turning([span], device):
             return self._logits(
                 torch.tensor([list(span.tokens)], device=device),
                 torch.arange(rows - span.wanted, rows, device=device),
-                past_key_values=ArenaCache(
-                    self.storage, [span.extent], self._index, seen=span.start
-                ),
+                past_key_values=cache,
                 attention_mask=torch.ones(1, span.start + rows, dtype=torch.long, device=device),
                 **extra,
             )
-        finally:
-            self._rotary.rows((), device)
 
     def _logits(self, ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
         if "logits_to_keep" in self._takes and wanted.numel():

@@ -38,7 +38,7 @@ def limits(**changes: Any) -> Limits:
                 "max_positions": 64,
                 "max_k": 8,
                 "slack": 9,
-                "arena_tokens": 1000,
+                "arena_longest": 1000,
                 "eos_token_ids": (2,),
                 "default_k": None,
                 "default_max_new_tokens": 16,
@@ -242,7 +242,7 @@ def test_requests_rule_is_resolved(rule: int, temperature: float, wanted: Rule) 
 
 def test_requests_default_max_new_tokens_adapts_to_the_context() -> None:
     assert validate(request(prompt_token_ids=ids(*[3] * 60)), limits(), None).max_new_tokens == 4
-    assert validate(request(), limits(arena_tokens=20), None).max_new_tokens == 9
+    assert validate(request(), limits(arena_longest=20), None).max_new_tokens == 9
     with pytest.raises(InvalidRequest, match="context is 64, the prompt has 60"):
         validate(
             request(prompt_token_ids=ids(*[3] * 60), **stopping(max_new_tokens=5)), limits(), None
@@ -251,7 +251,7 @@ def test_requests_default_max_new_tokens_adapts_to_the_context() -> None:
 
 def test_requests_larger_than_the_arena_are_refused_for_good_with_sizes() -> None:
     with pytest.raises(CapacityError, match=r"needs 27 token slots .* has 20") as error:
-        validate(request(**stopping(max_new_tokens=16)), limits(arena_tokens=20), None)
+        validate(request(**stopping(max_new_tokens=16)), limits(arena_longest=20), None)
     assert error.value.permanent
 
 

@@ -17,33 +17,9 @@ from outrider.shared.core.types import Decoding, OpenSequence, ProposeItem, Veri
 from outrider.shared.model.runner import Runner, Span
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
+from outrider_testing.architectures import tiny
 
 FAMILY = ["llama", "mistral", "qwen2", "qwen3"]
-
-
-def family(kind: str, **changes: Any) -> Any:
-    """A tiny member of the Llama block family."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    fields = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
-    if kind == "mistral":
-        fields["sliding_window"] = 8
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**(fields | changes))
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def ragged(runner: Runner) -> torch.Tensor:
@@ -72,8 +48,8 @@ def ragged(runner: Runner) -> torch.Tensor:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_the_fast_path_equals_the_generic_one(kind: str) -> None:
     options = {"prefill_chunk": 10, "max_k": 4}
-    fast = engines.runner(family(kind), runner="llama", **options)
-    generic = engines.runner(family(kind), runner="generic", **options)
+    fast = engines.runner(tiny(kind, {}), runner="llama", **options)
+    generic = engines.runner(tiny(kind, {}), runner="generic", **options)
     assert (fast.facts.runner, generic.facts.runner) == ("llama", "generic")
     torch.testing.assert_close(ragged(fast), ragged(generic), atol=1e-4, rtol=1e-4)
 
@@ -81,13 +57,13 @@ def test_the_fast_path_equals_the_generic_one(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "generic"])
 def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype) -> None:
-    exact = ragged(engines.runner(family("llama"), runner=kind))
-    half = ragged(engines.runner(family("llama").to(dtype), runner=kind))
+    exact = ragged(engines.runner(tiny("llama", {}), runner=kind))
+    half = ragged(engines.runner(tiny("llama", {}).to(dtype), runner=kind))
     assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_fused_weights_are_not_held_twice() -> None:
-    model = family("llama")
+    model = tiny("llama", {})
     plain = sum(p.numel() for p in model.parameters())
     runner = engines.runner(model)
     storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
@@ -101,11 +77,11 @@ def test_the_fast_path_is_refused_with_the_reason_where_it_does_not_fit() -> Non
     with pytest.raises(ConfigError, match="GPT2LMHeadModel is not of the Llama block family"):
         engines.runner(engines.tiny_gpt2(), runner="llama")
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert engines.runner(family("llama", rope_parameters=dynamic)).facts.runner == "generic"
+    assert engines.runner(tiny("llama", {"rope_parameters": dynamic})).facts.runner == "generic"
 
 
 def test_positions_up_to_the_last_are_served() -> None:
-    runner = engines.runner(family("llama"), arena_bytes=1 << 20)
+    runner = engines.runner(tiny("llama", {}), arena_bytes=1 << 20)
     extent = runner.arena.admit(128)
     with torch.inference_mode():
         runner.forward([Span(extent, 0, [1] * 127, 0)])
@@ -113,7 +89,7 @@ def test_positions_up_to_the_last_are_served() -> None:
 
 
 def test_a_span_that_may_not_be_written_is_refused_before_anything_is() -> None:
-    runner = engines.runner(family("llama"))
+    runner = engines.runner(tiny("llama", {}))
     one, two = runner.arena.admit(8), runner.arena.admit(8)
     with torch.inference_mode():
         for span in (Span(two, 1, [1], 1), Span(two, 0, [1] * 9, 1)):
@@ -128,12 +104,12 @@ def test_branches_read_the_prefix_of_their_parent(kind: str) -> None:
     if kind == "gpt2":
         model = engines.tiny_gpt2()
     elif kind == "gptj":
-        model = family("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
+        model = tiny("gptj", {})
     elif kind == "gemma2":
         mixed = ["sliding_attention", "full_attention"]
-        model = family("gemma2", sliding_window=8, layer_types=mixed, initializer_range=0.2)
+        model = tiny("gemma2", {"layer_types": mixed, "initializer_range": 0.2})
     else:
-        model = family(kind)
+        model = tiny(kind, {})
     prompt = [(5 * i + 1) % 97 for i in range(21)]
     texts = [[(3 * i + n) % 97 for i in range(20)] for n in (2, 9)]
     with torch.inference_mode():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def write(family: str, folder: Path) -> Tokenizer:
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config | {"bos_token": "<s>", "eos_token": "</s>"})
     )
+    return made
+
+
+def blocks_of(ids: Sequence[int], rng: random.Random) -> list[list[int]]:
+    """``ids`` cut into blocks of one to nine, as verdicts do."""
+    made, start = [], 0
+    while start < len(ids):
+        size = rng.randint(1, 9)
+        made.append(list(ids[start : start + size]))
+        start += size
     return made
 
 

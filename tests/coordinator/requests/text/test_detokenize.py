@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import string
 import time
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from outrider.coordinator.requests.text.detokenize import KEEP, WINDOW, Detokenizer
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
+from outrider_testing.tokenizer_families import blocks_of
 
 
 class _NoChat:
@@ -74,24 +74,13 @@ KINDS = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "metaspac
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def blocks_of(ids: Sequence[int], seed: int) -> list[list[int]]:
-    """``ids`` cut into blocks of one to nine, as verdicts do."""
-    rng = random.Random(seed)
-    made, start = [], 0
-    while start < len(ids):
-        size = rng.randint(1, 9)
-        made.append(list(ids[start : start + size]))
-        start += size
-    return made
-
-
 @kinds
 @settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, 270), max_size=5 * WINDOW), seed=st.integers(0, 99))
 def test_detokenizer_deltas_equal_decoding_at_once(kind: str, ids: list[int], seed: int) -> None:
     tokenizer = KINDS[kind]
     one = Detokenizer(tokenizer)
-    deltas = [one.push(block) for block in blocks_of(ids, seed)]
+    deltas = [one.push(block) for block in blocks_of(ids, random.Random(seed))]
     deltas.append(one.flush())
     assert "".join(deltas) == tokenizer.decode(ids)
 
@@ -106,7 +95,7 @@ def test_detokenizer_continues_the_prompt_exactly(text: str, cut: int, seed: int
     ids = [tokenizer._backend.token_to_id(_bytes_to_alphabet()[byte]) for byte in text.encode()]
     prompt, rest = ids[:cut], ids[cut:]
     one = Detokenizer(tokenizer, prompt)
-    deltas = [one.push(block) for block in blocks_of(rest, seed)] + [one.flush()]
+    deltas = [one.push(block) for block in blocks_of(rest, random.Random(seed))] + [one.flush()]
     whole, before = tokenizer.decode(ids), tokenizer.decode(prompt)
     # A character that began in the prompt belongs to what follows.
     assert "".join(deltas) == whole[len(before) - before.endswith("\ufffd") :]

@@ -14,7 +14,7 @@ from outrider.coordinator.requests.text.stopping import Finish, FinishReason, To
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider_testing.battery.judge import shared_length
 from outrider_testing.stops import Part, naive, parts_of
-from outrider_testing.tokenizer_families import FAMILIES, SPECIAL, TEXT, finish
+from outrider_testing.tokenizer_families import FAMILIES, SPECIAL, TEXT, blocks_of, finish
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -43,15 +43,6 @@ def random_ids(tokenizer: Tokenizer, rng: random.Random) -> list[int]:
         ids = [tokenizer._backend.token_to_id(f"<0x{byte:02X}>") or 5 for byte in text.encode()]
         ids = [*ids[: rng.randint(1, len(ids))], rng.randrange(size)]
     return ids
-
-
-def blocks_of(ids: Sequence[int], rng: random.Random) -> list[list[int]]:
-    made, start = [], 0
-    while start < len(ids):
-        size = rng.randint(1, 9)
-        made.append(list(ids[start : start + size]))
-        start += size
-    return made
 
 
 def reply(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
