@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ pytest_plugins = ["outrider_testing.alone"]
 # Before torch is imported, here and in what tests start: the cores are shared by workers and
 # services, and threads that wait for each other on a busy core take many times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels are compiled once for all workers and runs, and not into the user's own folder.
+os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/outrider-tests-{os.getuid()}"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from outrider.shared import pair
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.model.bandwidth import read_bandwidth
+from outrider.shared.core.bandwidth import read_bandwidth
 
 if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload

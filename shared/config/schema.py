@@ -67,7 +67,11 @@ class ModelConfig(Checked):
     numerics: str = setting("auto", help="numeric path", choices=("auto", "exact", "fast"))
     threads: int | None = setting(None, help="CPU threads of the model; none: shared out", low=1)
     runner: str = setting(
-        "auto", help="implementation of the forward", choices=("auto", "generic", "llama")
+        "auto", help="implementation of the forward", choices=("auto", "generic", "llama", "cpu")
+    )
+    cache_dir: str | None = setting(
+        None,
+        help="folder for compiled kernels and what was tried out; none: the user's cache folder",
     )
     link_spin_seconds: float = setting(
         0.02, help="how long to watch for the other service before sleeping", low=0.0, high=1.0

@@ -62,10 +62,8 @@ def load_runner(
         model = load_plain(path, lambda own: choose_dtype(config.dtype, own, device), device)
     if model is None:
         model = load_model(path, config.dtype, device)
-    if config.threads is None and device.type == "cpu" and _weight_bytes(model) < _ONE_THREAD:
-        torch.set_num_threads(1)
     try:
-        return make_runner(model, config, path, progress)
+        return make_runner(model, config, path, progress, release=True)
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error}") from error
 
@@ -75,8 +73,13 @@ def make_runner(
     config: ModelConfig,
     path: str = "",
     progress: Callable[[str], None] = lambda message: None,
+    *,
+    release: bool = False,
 ) -> Runner:
-    """A runner over a module that is loaded already; see ``load_runner``."""
+    """A runner over a module that is loaded already; see ``load_runner``.
+
+    ``release``: the module is not needed afterwards; its weights may be let go of.
+    """
     device, dtype = model.device, model.dtype
     fast = _want_fast(model, config.runner)
     facts = _facts(model, config, path, "llama" if fast else "generic")
@@ -93,7 +96,10 @@ def make_runner(
     progress(f"allocating the arena, {next(iter(pools.values())).tokens} tokens")
     storage = Storage(kinds, pools, dtype=dtype, device=device)
     runner: Runner
-    kernels = _kernel_runner(model, facts, storage, config, progress) if fast else None
+    kernels = _kernel_runner(model, facts, storage, config, progress, release) if fast else None
+    if kernels is None and device.type == "cpu" and config.threads is None:
+        if facts.weight_bytes < _ONE_THREAD:
+            torch.set_num_threads(1)
     if kernels is not None:
         runner = kernels
     elif fast:
@@ -121,9 +127,14 @@ def _kernel_runner(
     storage: Storage,
     config: ModelConfig,
     progress: Callable[[str], None],
+    release: bool,
 ) -> Runner | None:
     """The runner with this project's kernels; None where they can't be used: the log says why."""
-    if storage.device.type != "cuda" or config.runner == "llama":
+    if config.runner == "llama":
+        return None
+    if config.runner == "cpu" or storage.device.type == "cpu":
+        return _cpu_runner(model, facts, storage, config, progress, release)
+    if storage.device.type != "cuda":
         return None
     from outrider.shared.model.cuda.runner import CudaRunner
     from outrider.shared.model.cuda.support import why_not as no_kernels
@@ -143,6 +154,42 @@ def _kernel_runner(
     for choice in runner.choices:
         log.info("operation %s", choice)
     runner.warm_up(progress)
+    return runner
+
+
+def _cpu_runner(
+    model: Any,
+    facts: ModelFacts,
+    storage: Storage,
+    config: ModelConfig,
+    progress: Callable[[str], None],
+    release: bool,
+) -> Runner | None:
+    from outrider.shared.model.cpu.kept import cache_folder
+    from outrider.shared.model.cpu.runner import CpuRunner
+    from outrider.shared.model.cpu.runner import why_not as no_kernels
+    from outrider.shared.model.cpu.team import best_team
+
+    reason = no_kernels(model, storage)
+    if reason is not None and config.runner == "cpu":
+        raise ConfigError(f"runner: got cpu; {reason}")
+    if reason is not None:
+        log.warning("%s runs without kernels: %s", config.path, reason)
+        return None
+    progress("compiling kernels")
+    kept = cache_folder(config.cache_dir)
+    runner = CpuRunner(
+        model,
+        replace(facts, runner="cpu"),
+        storage,
+        threads=config.threads or torch.get_num_threads(),
+        kept=kept,
+        release=release,
+    )
+    if config.threads is None:
+        progress("trying numbers of threads")
+        runner.team = best_team(runner, kept)
+    log.info("%s: %s", config.path, runner.summary)
     return runner
 
 
@@ -177,8 +224,8 @@ def choose_device(name: str) -> torch.device:
 
 def _want_fast(model: Any, wish: str) -> bool:
     reason = why_not(model)
-    if wish == "llama" and reason is not None:
-        raise ConfigError(f"runner: got llama; {reason}")
+    if wish in ("llama", "cpu") and reason is not None:
+        raise ConfigError(f"runner: got {wish}; {reason}")
     return wish != "generic" and reason is None
 
 

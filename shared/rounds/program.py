@@ -163,6 +163,6 @@ def _show(
 
         servicer.watch(ServiceTelemetry(telemetry, service.lower(), engine.info).round)
     if config.telemetry.profile or (telemetry is not None and telemetry.metering):
-        from outrider.shared.model.bandwidth import read_bandwidth
+        from outrider.shared.core.bandwidth import read_bandwidth
 
         servicer.memory_bandwidth = read_bandwidth(engine.info().facts.device)

@@ -4,10 +4,9 @@ The block is: norm, fused q/k/v projection, rotary embedding, attention over the
 projection, residual; norm, fused gate/up projection, gated activation, down projection,
 residual. Llama, Mistral, Qwen2 (biased q/k/v) and Qwen3 (norms on queries and keys) share it.
 
-Where it saves time on a CPU: a model of a few million parameters spends more time between its
-matrix products than in them, so the path does as few tensor operations as it can; and the
-matrix products of a few rows are asked for in the form in which the library is fastest (see
-``linear``).
+A model of a few million parameters spends more time between its matrix products than in them, so
+the path does as few tensor operations as it can. On a CPU it runs where the compiled forward
+(``shared/model/cpu``) can't.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.nn import functional
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.attention import attend, fold_mask
-from outrider.shared.model.llama.linear import Products, RmsNorm, fuse
+from outrider.shared.model.llama.linear import RmsNorm, fuse
 from outrider.shared.model.packing import PackedSpan, pack
 from outrider.shared.model.runner import Runner, Span
 
@@ -92,7 +91,6 @@ class LlamaRunner(Runner):
         super().__init__(facts, storage)
         config = model.config
         self._model = model
-        self._product = Products.choose(storage.dtype, storage.device)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
@@ -109,8 +107,7 @@ class LlamaRunner(Runner):
         positions = max(1, min(facts.max_positions, max(p.tokens for p in self.arena.pools)))
         if all(kind.window is not None for kind in storage.kinds):
             positions = facts.max_positions
-        # One more, for the twin of a row at the last position.
-        self._cos, self._sin = _rotary_table(model, positions + 1)
+        self._cos, self._sin = _rotary_table(model, positions)
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         device = self.storage.device
@@ -118,27 +115,21 @@ class LlamaRunner(Runner):
         ids = [token for span in spans for token in span.tokens]
         wanted = [row for work in works for row in range(work.end - work.span.wanted, work.end)]
         rows = len(ids)
-        # Where a product of one row is slower than one of two (see ``linear``), a lone row gets
-        # a twin, which is never written to the arena and never looked at.
-        if rows == 1 and self._product.twin:
-            ids.append(ids[0])
         index = torch.tensor(ids, device=device)
         hidden = functional.embedding(index, self._embedding)
-        rotation = self._rotation(works, len(ids))
+        rotation = self._rotation(works, rows)
         places = [self._place(work) for work in works]
-        blended = hidden.new_zeros(len(ids), self._heads, self._dim)
+        blended = hidden.new_zeros(rows, self._heads, self._dim)
         for layer, block in enumerate(self._blocks):
             self._attention(layer, block, hidden, rotation, places, blended)
             self._feed_forward(block, hidden)
         if len(wanted) == rows:
-            picked = hidden  # a twin's logits are cut off below
+            picked = hidden
         elif not wanted:
             return hidden.new_zeros(0, self.facts.vocab_size)
         else:
-            picks = wanted * 2 if len(wanted) == 1 and self._product.twin else wanted
-            picked = hidden.index_select(0, torch.tensor(picks, device=device))
-        logits = self._product(self._norm(picked), self._head)
-        return logits[: len(wanted)].contiguous()
+            picked = hidden.index_select(0, torch.tensor(wanted, device=device))
+        return functional.linear(self._norm(picked), self._head)
 
     def _place(self, work: PackedSpan) -> _Place:
         storage, pools = self.storage, range(len(self.storage.kinds))
@@ -154,7 +145,6 @@ class LlamaRunner(Runner):
     def _rotation(self, works: Sequence[PackedSpan], rows: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin of every row, ``[rows, 1, dim]``."""
         if len(works) == 1:
-            # Consecutive positions; a twin may have the next one, nobody looks at it.
             start = works[0].span.start
             return self._cos[start : start + rows], self._sin[start : start + rows]
         places: list[int] = []
@@ -174,7 +164,7 @@ class LlamaRunner(Runner):
     ) -> None:
         """Adds the attention of one layer to ``hidden`` in place."""
         heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
-        qkv = self._product(block.norm(hidden), block.qkv, block.qkv_bias).contiguous()
+        qkv = functional.linear(block.norm(hidden), block.qkv, block.qkv_bias).contiguous()
         qkv = qkv.view(-1, heads + 2 * kv_heads, dim)
         turned = qkv[:, : heads + kv_heads]
         if block.query_norm is not None and block.key_norm is not None:
@@ -201,13 +191,13 @@ class LlamaRunner(Runner):
             )
             blended[place.begin : place.end].copy_(mixed[0].transpose(0, 1))
         flat = blended.view(-1, heads * dim)
-        hidden.add_(self._product(flat, block.out, block.out_bias))
+        hidden.add_(functional.linear(flat, block.out, block.out_bias))
 
     def _feed_forward(self, block: _Block, hidden: Tensor) -> None:
         """Adds the gated layers of one block to ``hidden`` in place."""
-        both = self._product(block.mlp_norm(hidden), block.gate_up)
+        both = functional.linear(block.mlp_norm(hidden), block.gate_up)
         gate = functional.silu(both[:, : self._half]).mul_(both[:, self._half :])
-        hidden.add_(self._product(gate.contiguous(), block.down))
+        hidden.add_(functional.linear(gate.contiguous(), block.down))
 
 
 def _block(layer: Any, config: Any, window: int | None) -> _Block:

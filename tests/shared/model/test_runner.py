@@ -45,17 +45,18 @@ def ragged(runner: Runner) -> torch.Tensor:
         return torch.cat(found)
 
 
+@pytest.mark.parametrize("path", ["cpu", "llama"])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_the_fast_path_equals_the_generic_one(kind: str) -> None:
+def test_the_fast_path_equals_the_generic_one(kind: str, path: str) -> None:
     options = {"prefill_chunk": 10, "max_k": 4}
-    fast = engines.runner(tiny(kind, {}), runner="llama", **options)
+    fast = engines.runner(tiny(kind, {}), runner=path, **options)
     generic = engines.runner(tiny(kind, {}), runner="generic", **options)
-    assert (fast.facts.runner, generic.facts.runner) == ("llama", "generic")
+    assert (fast.facts.runner, generic.facts.runner) == (path, "generic")
     torch.testing.assert_close(ragged(fast), ragged(generic), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "generic"])
+@pytest.mark.parametrize("kind", ["cpu", "llama", "generic"])
 def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype) -> None:
     exact = ragged(engines.runner(tiny("llama", {}), runner=kind))
     half = ragged(engines.runner(tiny("llama", {}).to(dtype), runner=kind))
@@ -65,7 +66,7 @@ def test_half_precision_stays_close_to_float32(kind: str, dtype: torch.dtype) ->
 def test_fused_weights_are_not_held_twice() -> None:
     model = tiny("llama", {})
     plain = sum(p.numel() for p in model.parameters())
-    runner = engines.runner(model)
+    runner = engines.runner(model, runner="llama")
     storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
     assert sum(p.untyped_storage().nbytes() for p in storages.values()) == 4 * plain
     block = runner._blocks[0]
@@ -160,7 +161,7 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["llama", "generic"])
+@pytest.mark.parametrize("kind", ["cpu", "llama", "generic"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_forward_makes_nothing_of_the_size_of_the_kv(kind: str, rows: int) -> None:
     runner = engines.runner(engines.tiny_llama(1), runner=kind)

@@ -164,7 +164,7 @@ def test_rounds_info_describes_model_and_arena(service: Any, role: str) -> None:
     assert info.protocol == wire.PROTOCOL
     model = info.model
     assert read_description(model) == one.engine.runner.facts
-    assert (model.architecture, model.runner) == ("LlamaForCausalLM", "llama")
+    assert (model.architecture, model.runner) == ("LlamaForCausalLM", "cpu")
     assert (model.vocab_size, len(model.vocab_fingerprint)) == (320, 64)
     assert (info.sequences, info.streams, info.max_k) == (1, 1, 8)
     assert 100 <= model.arena_tokens_used < model.arena_tokens

@@ -66,7 +66,7 @@ def tiny_gpt2(seed: int = 0, *, layers: int = 2, hidden: int = 32, **changes: An
     return made.eval()
 
 
-def runner(model: Any, **changes: Any) -> Runner:
+def runner(model: Any, *, release: bool = False, **changes: Any) -> Runner:
     """A runner over a module on the CPU with a small arena."""
     settings: dict[str, Any] = {
         "path": "tiny",
@@ -75,7 +75,7 @@ def runner(model: Any, **changes: Any) -> Runner:
         "prefill_chunk": 64,
         "max_sequences": 16,
     }
-    return make_runner(model, ModelConfig(**(settings | changes)))
+    return make_runner(model, ModelConfig(**(settings | changes)), release=release)
 
 
 def prompts(count: int, *, seed: int = 0, shortest: int = 1, longest: int = 14) -> list[list[int]]:

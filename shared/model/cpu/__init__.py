@@ -1,0 +1,1 @@
+"""The Llama block family on a CPU, forwarded by this project's own kernels."""

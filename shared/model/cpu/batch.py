@@ -1,0 +1,68 @@
+"""The table of a batch: its rows, where their KV goes, and what each of them reads."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from outrider.kernels.cpu.tables import Batch, Pool
+from outrider.shared.kv.arena import Arena
+from outrider.shared.model.runner import Span
+
+
+class BatchTable:
+    """``words`` is what the kernels are given; what it points at lives as long as it does."""
+
+    def __init__(self, arena: Arena, spans: Sequence[Span]) -> None:
+        """All rows of ``spans`` in one pass."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        segments = [0]  # so that an index of 0 is no segment's
+        pools = [([], [], [], []) for _ in arena.pools]  # type: list[tuple[list[int], ...]]
+        for span in spans:
+            rows = len(span.tokens)
+            start, end = span.start, span.start + rows
+            tokens.extend(span.tokens)
+            positions.extend(range(start, end))
+            wanted.extend(range(len(tokens) - span.wanted, len(tokens)))
+            for number, (slots, lows, starts, places) in enumerate(pools):
+                first = arena.first_read(number, start)
+                places.extend([len(segments)] * rows)
+                starts.extend([first] * rows)
+                for part in arena.segments(span.extent, number, first, end):
+                    segments += (part.slot, part.count)
+                for part in arena.segments(span.extent, number, start, end):
+                    slots.extend(range(part.slot, part.slot + part.count))
+                window = arena.pools[number].window
+                if window is None:
+                    lows.extend([0] * rows)
+                else:
+                    lows.extend([max(0, place - window + 1) for place in range(start, end)])
+        self.rows, self.wanted = len(tokens), len(wanted)
+        self._held = [array("q", part) for part in (tokens, positions, wanted, segments)]
+        begin = self._held[3].buffer_info()[0]
+        self.words = array("q", [0] * len(Batch))
+        self.words[Batch.ROWS], self.words[Batch.WANTED] = self.rows, self.wanted
+        self.words[Batch.TOKENS] = self._address(0)
+        self.words[Batch.POSITIONS] = self._address(1)
+        self.words[Batch.WANTED_ROWS] = self._address(2)
+        for slots, lows, starts, places in pools:
+            record = {
+                Pool.SLOTS: slots,
+                Pool.LOWS: lows,
+                Pool.STARTS: starts,
+                Pool.SEGMENTS: [begin + 8 * place for place in places],
+            }
+            for place in Pool:
+                self._held.append(array("q", record[place]))
+                self.words.append(self._address(-1))
+
+    def _address(self, number: int) -> int:
+        return self._held[number].buffer_info()[0]
+
+    def write_to(self, logits: Tensor) -> None:
+        """``logits``: float32 ``[wanted, whole panels of the vocabulary]``, contiguous."""
+        self.words[Batch.LOGITS] = logits.data_ptr()
