@@ -290,7 +290,7 @@ class InfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[ModelDescription, _Mapping]] = ..., draft: _Optional[_Union[ModelDescription, _Mapping]] = ..., default_k: _Optional[int] = ..., max_k: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., link: _Optional[str] = ..., link_reason: _Optional[str] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("name", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_longest", "eos_token_ids", "runner")
+    __slots__ = ("name", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_longest", "eos_token_ids", "runner", "kernels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +305,7 @@ class ModelDescription(_message.Message):
     ARENA_LONGEST_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RUNNER_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     parameters: int
@@ -319,7 +320,8 @@ class ModelDescription(_message.Message):
     arena_longest: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     runner: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_longest: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., runner: _Optional[str] = ...) -> None: ...
+    kernels: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_longest: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., runner: _Optional[str] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("request_id",)

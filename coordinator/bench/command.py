@@ -7,7 +7,8 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
-from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.bandwidth import read_bandwidth
+from outrider.shared.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from outrider.coordinator.bench.studies.peers import Peers
     from outrider.coordinator.bench.workload import Run, Workload
 
 
@@ -49,18 +51,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="both models in this process: what splitting them costs is missing",
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="beside it transformers' generate on the same checkpoints, alone and assisted",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
 
-def measure_target(arguments: argparse.Namespace, target: str) -> int:
-    """Measures the coordinator at ``target`` and prints a table; returns the exit status."""
+def measure_target(arguments: argparse.Namespace, target: str, config: Config) -> int:
+    """Measures the coordinator at ``target`` and prints a table; returns the exit status.
+
+    Raises ``ConfigError`` for what can't be measured.
+    """
     from outrider.coordinator.bench.workload import measure
 
     workload = _workload(arguments)
-    figures = asyncio.run(
-        measure(target, workload, arguments.ks, repeats=arguments.repeats, warmup=arguments.warmup)
-    )
+    with _peers(arguments, workload, target, config) as peers:
+        figures = asyncio.run(
+            measure(
+                target,
+                workload,
+                arguments.ks,
+                repeats=arguments.repeats,
+                warmup=arguments.warmup,
+                peers=peers,
+            )
+        )
     return _report(arguments, workload, figures)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ``ConfigError`` for flags that do not go together."""
+    if not arguments.peers:
+        return
+    if arguments.target is not None:
+        raise ConfigError("--peers: it loads the same checkpoints, and --target does not say which")
+    if arguments.in_process:
+        raise ConfigError("--peers: it is compared with the services, not with --in-process")
+    if arguments.concurrency != 1:
+        raise ConfigError(f"--concurrency: got {arguments.concurrency}; with --peers it must be 1")
+
+
+@contextmanager
+def _peers(
+    arguments: argparse.Namespace, workload: Workload, target: str, config: Config
+) -> Iterator[Peers | None]:
+    if not arguments.peers:
+        yield None
+        return
+    from outrider.coordinator.bench.studies.peers import Peers
+    from outrider.coordinator.bench.workload import described
+    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
+    from outrider.shared.model.locate import model_path
+
+    encode = load_tokenizer(config.coordinator.tokenizer).encode
+    ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
+    paths = [model_path(one.path) for one in (config.base, config.draft)]
+    dtype = asyncio.run(described(target)).base.dtype
+    peers = Peers(paths[0], paths[1], dtype, ids)
+    try:
+        yield peers
+    finally:
+        peers.close()
 
 
 def measure_in_process(arguments: argparse.Namespace, config: Config) -> int:
@@ -158,9 +211,46 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
                 {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
             ]
         )
-    header = ["K", "tokens/s", "against base", "acceptance", "tokens/round", "draft ms"]
+    peers = figures.get("peers") or []
+    for v in peers:
+        rows.append(
+            [
+                v["name"],
+                tables.number(v["tokens_per_second"], 1),
+                tables.number(v.get("speedup"), 2, "-"),
+                *("-" for _ in range(6)),
+                {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
+            ]
+        )
+    header = [
+        "K",
+        "tokens/s",
+        "against alone" if peers else "against base",
+        "acceptance",
+        "tokens/round",
+        "draft ms",
+    ]
     header += ["verify ms", "overhead ms", "of ceiling", "same tokens"]
-    return tables.markdown(header, rows)
+    lines = [tables.markdown(header, rows)]
+    if peers:
+        lines += ["", _verdict(figures)]
+    return "\n".join(lines)
+
+
+def _verdict(figures: dict) -> str:  # type: ignore[type-arg]
+    """Whether speculation is worth having: against the best that needs none of it."""
+    best = max(figures["variants"], key=lambda v: v["speedup"])
+    other = max(figures["peers"], key=lambda v: v["tokens_per_second"])
+    name = "auto" if best["k"] is None else f"K = {best['k']}"
+    ours = best["tokens_per_second"] / other["tokens_per_second"]
+    if ours <= 1.0:
+        return f"No speed-up: {other['name']} is faster than {name}, {1 / ours:.2f} times."
+    if best["speedup"] <= 1.0:
+        return f"No speed-up by speculation; the base alone is {ours:.2f} times {other['name']}."
+    return (
+        f"{name}: {best['speedup']:.2f} times the faster of the two that run the base alone, "
+        f"{ours:.2f} times {other['name']}."
+    )
 
 
 def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import grpc
 
@@ -49,34 +50,77 @@ class Run:
     first_token_seconds: list[float] = field(default_factory=list)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
 
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+class Peer(Protocol):
+    """Other programs that do the same work; ``studies/peers`` has them."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The first of them is the base alone."""
+
+    def run(self, name: str, workload: Workload) -> Run:
+        """All prompts of the workload, one after the other."""
+
 
 async def measure(
-    target: str, workload: Workload, ks: Sequence[int | None], *, repeats: int, warmup: int
+    target: str,
+    workload: Workload,
+    ks: Sequence[int | None],
+    *,
+    repeats: int,
+    warmup: int,
+    peers: Peer | None = None,
 ) -> dict[str, object]:
     """Runs the workload at every K in ``ks`` (None: the server's choice), ``repeats`` times.
 
-    Returns figures per K: medians over repeats of tokens per second and of the ratio to
-    K = 0 within the same repeat, and whether the tokens were those of K = 0.
+    Returns figures per K: medians over repeats of tokens per second and of the ratio to the base
+    alone within the same repeat, and whether the tokens were those of K = 0. With ``peers`` the
+    base alone is whichever was faster in that repeat, ours or theirs.
     """
-    runs: dict[int | None, list[Run]] = {k: [] for k in ks}
+    variants = [*ks, *(peers.names if peers is not None else ())]
+    runs: dict[int | str | None, list[Run]] = {one: [] for one in variants}
     async with grpc.aio.insecure_channel(target) as channel:
         stub = rpc.GenerationStub(channel)
-        for _ in range(warmup):
-            for k in ks:
-                await run_once(stub, workload, k)
-        for repeat in range(repeats):
-            order = list(ks)
-            order = order[repeat % len(order) :] + order[: repeat % len(order)]
-            for k in order:
-                runs[k].append(await run_once(stub, workload, k))
+        for repeat in range(-warmup, repeats):
+            turn = repeat % len(variants)
+            for one in variants[turn:] + variants[:turn]:
+                if isinstance(one, str):
+                    assert peers is not None
+                    run = await asyncio.to_thread(peers.run, one, workload)
+                else:
+                    run = await run_once(stub, workload, one)
+                if repeat >= 0:
+                    runs[one].append(run)
         info = await stub.Info(pb.InfoRequest())
+    alone = [
+        runs[one] for one in (0, *(peers.names[:1] if peers is not None else ())) if one in runs
+    ]
+    fastest = [
+        max(some, key=lambda run: run.tokens / run.seconds) for some in zip(*alone, strict=True)
+    ]
     base = runs.get(0)
     return {
-        "variants": [summary(k, runs[k], base) for k in ks],
+        "variants": [summary(k, runs[k], base, fastest) for k in ks],
+        "peers": [
+            {"name": name, **summary(None, runs[name], base, fastest)}
+            for name in variants
+            if isinstance(name, str)
+        ],
         "base": asdict(read_description(info.base)),
         "draft": asdict(read_description(info.draft)) if info.HasField("draft") else None,
         "link": info.link,
     }
+
+
+async def described(target: str) -> pb.InfoResponse:
+    """What the coordinator at ``target`` says of itself."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        found: pb.InfoResponse = await rpc.GenerationStub(channel).Info(pb.InfoRequest())
+        return found
 
 
 async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | None) -> Run:
@@ -146,9 +190,11 @@ def _add(total: list[int], more: Sequence[int]) -> None:
         total[i] += n
 
 
-def summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str, object]:
-    """Medians of one variant, and the ratio to ``base`` repeat by repeat."""
-    speeds = [r.tokens / r.seconds for r in runs]
+def summary(
+    k: int | None, runs: list[Run], base: list[Run] | None, alone: list[Run] | None = None
+) -> dict[str, object]:
+    """Medians of one variant, and the ratio to ``alone`` (else ``base``) repeat by repeat."""
+    speeds = [r.speed() for r in runs]
     proposed = sum(r.proposed for r in runs)
     rounds = sum(r.rounds for r in runs)
     by_position = [0] * max((len(r.proposed_by_position) for r in runs), default=0)
@@ -172,10 +218,12 @@ def summary(k: int | None, runs: list[Run], base: list[Run] | None) -> dict[str,
             "overhead": _per_round(r.overhead_seconds / max(r.rounds, 1) for r in runs),
         },
     }
-    if base is not None:
+    alone = alone or base
+    if alone:
         made["speedup"] = statistics.median(
-            (r.tokens / r.seconds) / (b.tokens / b.seconds) for r, b in zip(runs, base, strict=True)
+            r.speed() / b.speed() for r, b in zip(runs, alone, strict=True)
         )
+    if base is not None:
         made["same_tokens_as_base"] = all(
             r.outputs == b.outputs for r, b in zip(runs, base, strict=True)
         )

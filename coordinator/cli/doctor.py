@@ -19,6 +19,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "llvmlite",
     "grpcio",
     "protobuf",
     "triton",

@@ -209,15 +209,16 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.study is not None:
         return registry.run_study(args, config)
+    command.check(args)
     if args.in_process:
         return command.measure_in_process(args, config)
     if args.target is not None:
-        return command.measure_target(args, args.target)
+        return command.measure_target(args, args.target, config)
     progress = display.Progress(sys.stderr)
     log = sys.stderr if args.verbose else None
     with daemon(args.cuda_mps) as own, deployment(config, progress, log, own) as target:
         progress.clear()
-        return command.measure_target(args, target)
+        return command.measure_target(args, target, config)
 
 
 # --- parts -------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any
 
 from outrider.kernels.cpu.language import FLOAT, INT, POINTER, Code, Value, ir, vector
 from outrider.kernels.cpu.numbers import load_floats, store_floats
-from outrider.kernels.cpu.shape import Shape
+from outrider.kernels.cpu.shape import KernelShape
 
 
-def write_rotate(module: ir.Module, shape: Shape) -> Any:
+def write_rotate(module: ir.Module, shape: KernelShape) -> Any:
     """The function ``rotate``: one head of one row, in place, with its norm before.
 
     Arguments: head [dim], its norm's weight [dim] or null, eps, cos [dim], signed sin [dim].
@@ -35,7 +35,7 @@ def write_rotate(module: ir.Module, shape: Shape) -> Any:
     return code.done()
 
 
-def write_store(module: ir.Module, shape: Shape) -> Any:
+def write_store(module: ir.Module, shape: KernelShape) -> Any:
     """The function ``keep``: one head of floats to its place in the arena, in the arena's type."""
     code = Code(module, "keep", [POINTER, POINTER, INT])
     head, cache, index = code.arguments
@@ -44,7 +44,7 @@ def write_store(module: ir.Module, shape: Shape) -> Any:
     return code.done()
 
 
-def write_attend(module: ir.Module, shape: Shape) -> Any:
+def write_attend(module: ir.Module, shape: KernelShape) -> Any:
     """The function ``attend``: one query head of one row.
 
     Arguments: query [dim], keys and values (the layer's, at the KV head), elements between two

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from outrider.kernels.cpu.shape import Shape
+from outrider.kernels.cpu.shape import KernelShape
 from outrider.kernels.cpu.team import openmp
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def vector_lanes() -> int:
     return 8 if features.get("avx2") else 4
 
 
-def write(shape: Shape) -> str:
+def write(shape: KernelShape) -> str:
     """The module for ``shape`` as LLVM's text."""
     from outrider.kernels.cpu.forward import write_forward
     from outrider.kernels.cpu.language import ir
@@ -72,36 +72,18 @@ def write(shape: Shape) -> str:
     return str(module)
 
 
-class Forward:
-    """A compiled forward."""
+class CompiledForward:
+    """The functions of ``forward``, compiled."""
 
-    def __init__(self, shape: Shape, kept: Path | None = None) -> None:
+    def __init__(self, shape: KernelShape, kept: Path | None = None) -> None:
         """``kept``: the folder for compiled code; None keeps none."""
-        import llvmlite.binding as llvm
-
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        llvm.initialize_native_asmparser()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=_flags(), opt=3, jit=True
-        )
         place = kept / f"{_key(shape)}.o" if kept is not None else None
         code = _read(place)
         if code is None:
-            module = llvm.parse_assembly(write(shape))
-            module.triple = machine.triple
-            module.data_layout = str(machine.target_data)
-            options = llvm.create_pipeline_tuning_options(speed_level=3)
-            passes = llvm.create_pass_builder(machine, options).getModulePassManager()
-            passes.run(module, llvm.create_pass_builder(machine, options))
-            code = machine.emit_object(module)
+            code = optimised(write(shape))
             _write(place, code)
-        empty = llvm.parse_assembly("")
-        empty.triple = machine.triple
-        # The engine owns the machine code; it must live as long as it may be called.
-        self._engine: Any = llvm.create_mcjit_compiler(empty, machine)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
+        # It owns the machine code, which must live as long as it may be called.
+        self._engine = loaded(code)
         self._together = self._engine.get_function_address("together")
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
             self._engine.get_function_address("alone")
@@ -116,6 +98,44 @@ class Forward:
             library.GOMP_parallel(self._together, tables, threads, 0)
 
 
+def optimised(text: str) -> bytes:
+    """A module's text as machine code for this processor."""
+    import llvmlite.binding as llvm
+
+    machine = _machine()
+    module = llvm.parse_assembly(text)
+    module.triple = machine.triple
+    module.data_layout = str(machine.target_data)
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def loaded(code: bytes) -> Any:
+    """Machine code made callable: an engine that knows its functions' addresses."""
+    import llvmlite.binding as llvm
+
+    machine = _machine()
+    empty = llvm.parse_assembly("")
+    empty.triple = machine.triple
+    engine = llvm.create_mcjit_compiler(empty, machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
+def _machine() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=_flags(), opt=3, jit=True
+    )
+
+
 def _flags() -> str:
     import llvmlite.binding as llvm
 
@@ -125,7 +145,7 @@ def _flags() -> str:
     return f"{flags},-prefer-256-bit" if features.get("avx512f") else flags
 
 
-def _key(shape: Shape) -> str:
+def _key(shape: KernelShape) -> str:
     """Names everything that the machine code depends on: these sources, LLVM, the processor."""
     import llvmlite
 

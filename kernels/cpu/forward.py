@@ -11,12 +11,14 @@ from typing import Any
 from outrider.kernels.cpu.attention import write_attend, write_rotate, write_store
 from outrider.kernels.cpu.barrier import write_wait
 from outrider.kernels.cpu.language import FLOAT, INT, INT8, POINTER, Code, Value, ir
-from outrider.kernels.cpu.linear import Epilogue, write_linear
+from outrider.kernels.cpu.linear import write_linear
 from outrider.kernels.cpu.numbers import load_floats
-from outrider.kernels.cpu.shape import Shape
-from outrider.kernels.cpu.tables import Batch, Layer, Model, Pool
+from outrider.kernels.cpu.shape import KernelShape
+from outrider.kernels.cpu.tables import BatchWords, LayerWords, ModelWords, PoolWords
+from outrider.kernels.linear_shapes import Epilogue
 
-def write_forward(module: ir.Module, shape: Shape, pause: str) -> None:
+
+def write_forward(module: ir.Module, shape: KernelShape, pause: str) -> None:
     """The functions ``together``, which OpenMP calls on every thread, and ``alone``.
 
     Their argument points at two words: the addresses of the model's table and the batch's.
@@ -29,13 +31,13 @@ def write_forward(module: ir.Module, shape: Shape, pause: str) -> None:
             model = code.pointer(code.arguments[0], 0)
             thread, threads = (
                 code.call_address(code.load(model, place, INT))
-                for place in (Model.THREAD, Model.THREADS)
+                for place in (ModelWords.THREAD, ModelWords.THREADS)
             )
         code.call(body, code.arguments[0], thread, threads)
         code.done()
 
 
-def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
+def _write_body(module: ir.Module, shape: KernelShape, pause: str) -> Any:
     wait = write_wait(module, pause)
     linear = write_linear(module, shape)
     rotate, keep = write_rotate(module, shape), write_store(module, shape)
@@ -51,19 +53,23 @@ def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
     def array(place: int) -> Value:
         return code.pointer(model, place)
 
-    rows = code.load(batch, Batch.ROWS, INT)
-    width, heads, kv_heads = word(Model.HIDDEN_WIDTH), word(Model.HEADS), word(Model.KV_HEADS)
-    hidden, qkv = array(Model.HIDDEN_ROWS), array(Model.QKV_ROWS)
-    mixed, gated = array(Model.MIXED_ROWS), array(Model.GATED_ROWS)
-    qkv_width, mixed_width = word(Model.QKV_WIDTH), word(Model.MIXED_WIDTH)
-    gated_width = word(Model.GATED_WIDTH)
-    eps = code.load(model, Model.EPS * 2, FLOAT)
-    scale = code.load(model, Model.SCALE * 2, FLOAT)
-    scratch = code.at(array(Model.SCRATCH), thread * word(Model.SCRATCH_BYTES), INT8)
+    rows = code.load(batch, BatchWords.ROWS, INT)
+    width, heads, kv_heads = (
+        word(ModelWords.HIDDEN_WIDTH),
+        word(ModelWords.HEADS),
+        word(ModelWords.KV_HEADS),
+    )
+    hidden, qkv = array(ModelWords.HIDDEN_ROWS), array(ModelWords.QKV_ROWS)
+    mixed, gated = array(ModelWords.MIXED_ROWS), array(ModelWords.GATED_ROWS)
+    qkv_width, mixed_width = word(ModelWords.QKV_WIDTH), word(ModelWords.MIXED_WIDTH)
+    gated_width = word(ModelWords.GATED_WIDTH)
+    eps = code.load(model, ModelWords.EPS * 2, FLOAT)
+    scale = code.load(model, ModelWords.SCALE * 2, FLOAT)
+    scratch = code.at(array(ModelWords.SCRATCH), thread * word(ModelWords.SCRATCH_BYTES), INT8)
     null = code.null()
 
     def meet() -> None:
-        code.call(wait, array(Model.BARRIER), threads, word(Model.YIELD))
+        code.call(wait, array(ModelWords.BARRIER), threads, word(ModelWords.YIELD))
 
     def mine(count: Value) -> tuple[Value, Value]:
         return count * thread // threads, count * (thread + 1) // threads
@@ -78,32 +84,38 @@ def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
         )  # fmt: skip
         meet()
 
-    positions = code.pointer(batch, Batch.POSITIONS)
+    positions = code.pointer(batch, BatchWords.POSITIONS)
     with code.range(*mine(rows)) as row:
-        token = code.load(code.pointer(batch, Batch.TOKENS), row, INT)
-        with code.range(0, word(Model.HIDDEN), 8) as k:
+        token = code.load(code.pointer(batch, BatchWords.TOKENS), row, INT)
+        with code.range(0, size, 8) as k:
             value = load_floats(
-                code, array(Model.EMBEDDING), token * word(Model.HIDDEN) + k, shape.weights, 8
+                code,
+                array(ModelWords.EMBEDDING),
+                token * word(ModelWords.HIDDEN) + k,
+                shape.weights,
+                8,
             )
             code.store(value, hidden, row * width + k)
         # What stood here may not have been finite, and steps add to the padding too.
-        with code.range(word(Model.HIDDEN), width, 8) as k:
+        with code.range(size, width, 8) as k:
             code.store(code.zeros(8), hidden, row * width + k)
     meet()
 
-    records = code.at(model, len(Model), INT)
-    with code.range(0, word(Model.LAYERS)) as number:
-        layer = code.at(records, number * len(Layer), INT)
+    records = code.at(model, len(ModelWords), INT)
+    with code.range(0, word(ModelWords.LAYERS)) as number:
+        layer = code.at(records, number * len(LayerWords), INT)
 
         def own(place: int, layer: Value = layer) -> Value:
             return code.pointer(layer, place)
 
         product(
-            hidden, width, rows, own(Layer.QKV), word(Model.HIDDEN), qkv_width,
-            own(Layer.NORM), own(Layer.QKV_BIAS), qkv, qkv_width, Epilogue.STORE,
+            hidden, width, rows, own(LayerWords.QKV), size, qkv_width,
+            own(LayerWords.NORM), own(LayerWords.QKV_BIAS), qkv, qkv_width, Epilogue.STORE,
         )  # fmt: skip
-        pool = code.at(batch, code.load(layer, Layer.POOL, INT) * len(Pool) + len(Batch), INT)
-        stride = code.load(layer, Layer.TOKEN_STRIDE, INT)
+        pool = code.at(
+            batch, code.load(layer, LayerWords.POOL, INT) * len(PoolWords) + len(BatchWords), INT
+        )
+        stride = code.load(layer, LayerWords.TOKEN_STRIDE, INT)
         every = heads + kv_heads * 2
         with code.range(*mine(rows * every)) as unit:
             row, head = unit // every, unit % every
@@ -111,26 +123,27 @@ def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
             is_key = head.compare(">=", heads)
             with code.when(head.compare("<", heads + kv_heads)):
                 position = code.load(positions, row, INT)
-                norm = code.choose(is_key, own(Layer.KEY_NORM), own(Layer.QUERY_NORM))
+                norm = code.choose(is_key, own(LayerWords.KEY_NORM), own(LayerWords.QUERY_NORM))
                 cos, sin = (
-                    code.at(array(table), position * dim) for table in (Model.COS, Model.SIN)
+                    code.at(array(table), position * dim)
+                    for table in (ModelWords.COS, ModelWords.SIN)
                 )
                 code.call(rotate, place, norm, eps, cos, sin)
             with code.when(is_key):
-                slot = code.load(code.pointer(pool, Pool.SLOTS), row, INT)
+                slot = code.load(code.pointer(pool, PoolWords.SLOTS), row, INT)
                 kv = head - heads
                 is_value = kv.compare(">=", kv_heads)
-                cache = code.choose(is_value, own(Layer.VALUES), own(Layer.KEYS))
+                cache = code.choose(is_value, own(LayerWords.VALUES), own(LayerWords.KEYS))
                 kv = code.choose(is_value, kv - kv_heads, kv)
                 code.call(keep, place, cache, slot * stride + kv * dim)
         meet()
         group = heads // kv_heads
-        size = 4 if shape.cache == "float32" else 2
+        element = 4 if shape.cache == "float32" else 2
         with code.range(*mine(rows * heads)) as unit:
             row, head = unit // heads, unit % heads
-            begin = head // group * (dim * size)
+            begin = head // group * (dim * element)
             keys, values = (
-                code.at(own(cache), begin, INT8) for cache in (Layer.KEYS, Layer.VALUES)
+                code.at(own(cache), begin, INT8) for cache in (LayerWords.KEYS, LayerWords.VALUES)
             )
             code.call(
                 attend,
@@ -138,9 +151,9 @@ def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
                 keys,
                 values,
                 stride,
-                code.pointer(code.pointer(pool, Pool.SEGMENTS), row),
-                code.load(code.pointer(pool, Pool.STARTS), row, INT),
-                code.load(code.pointer(pool, Pool.LOWS), row, INT),
+                code.pointer(code.pointer(pool, PoolWords.SEGMENTS), row),
+                code.load(code.pointer(pool, PoolWords.STARTS), row, INT),
+                code.load(code.pointer(pool, PoolWords.LOWS), row, INT),
                 code.load(positions, row, INT) + 1,
                 scale,
                 scratch,
@@ -148,28 +161,29 @@ def _write_body(module: ir.Module, shape: Shape, pause: str) -> Any:
             )
         meet()
         product(
-            mixed, mixed_width, rows, own(Layer.OUT), word(Model.MIXED), width,
-            null, own(Layer.OUT_BIAS), hidden, width, Epilogue.ADD,
+            mixed, mixed_width, rows, own(LayerWords.OUT), word(ModelWords.MIXED), width,
+            null, own(LayerWords.OUT_BIAS), hidden, width, Epilogue.RESIDUAL,
         )  # fmt: skip
         product(
-            hidden, width, rows, own(Layer.GATE_UP), word(Model.HIDDEN), gated_width * 2,
-            own(Layer.MLP_NORM), null, gated, gated_width, Epilogue.GATED,
+            hidden, width, rows, own(LayerWords.GATE_UP), size, gated_width * 2,
+            own(LayerWords.MLP_NORM), null, gated, gated_width, Epilogue.GATED,
         )  # fmt: skip
         product(
-            gated, gated_width, rows, own(Layer.DOWN), word(Model.GATED), width,
-            null, null, hidden, width, Epilogue.ADD,
+            gated, gated_width, rows, own(LayerWords.DOWN), word(ModelWords.GATED), width,
+            null, null, hidden, width, Epilogue.RESIDUAL,
         )  # fmt: skip
 
-    wanted = code.load(batch, Batch.WANTED, INT)
-    picked = array(Model.PICKED_ROWS)
+    wanted = code.load(batch, BatchWords.WANTED, INT)
+    picked = array(ModelWords.PICKED_ROWS)
     with code.range(*mine(wanted)) as row:
-        source = code.load(code.pointer(batch, Batch.WANTED_ROWS), row, INT)
+        source = code.load(code.pointer(batch, BatchWords.WANTED_ROWS), row, INT)
         with code.range(0, width, 8) as k:
             code.store(code.load(hidden, source * width + k, FLOAT, 8), picked, row * width + k)
     meet()
-    vocabulary = word(Model.VOCABULARY_WIDTH)
+    vocabulary = word(ModelWords.VOCABULARY_WIDTH)
     product(
-        picked, width, wanted, array(Model.HEAD), word(Model.HIDDEN), vocabulary,
-        array(Model.NORM), null, code.pointer(batch, Batch.LOGITS), vocabulary, Epilogue.STORE,
+        picked, width, wanted, array(ModelWords.HEAD), size, vocabulary,
+        array(ModelWords.NORM), null, code.pointer(batch, BatchWords.LOGITS), vocabulary,
+        Epilogue.STORE,
     )  # fmt: skip
     return code.done()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir as ir  # the other files take it from here
 
 INT = ir.IntType(64)
 INT32 = ir.IntType(32)
@@ -236,9 +236,7 @@ class Code:
 
     def highest_lane(self, value: Value) -> Value:
         """The largest lane."""
-        return self.intrinsic(
-            f"llvm.vector.reduce.fmax.{self._suffix(value.kind)}", FLOAT, value
-        )
+        return self.intrinsic(f"llvm.vector.reduce.fmax.{self._suffix(value.kind)}", FLOAT, value)
 
     def total(self, value: Value) -> Value:
         """The sum of the lanes: the upper half onto the lower, until one is left."""
@@ -317,9 +315,7 @@ class Code:
         with self.builder.if_else(condition.raw) as both:
             yield both
 
-    def call_one(
-        self, functions: Sequence[Any], number: Value, arguments: Sequence[Value]
-    ) -> None:
+    def call_one(self, functions: Sequence[Any], number: Value, arguments: Sequence[Value]) -> None:
         """Calls ``functions[number]``."""
         after = self.builder.append_basic_block()
         switch = self.builder.switch(number.raw, after)
@@ -340,9 +336,7 @@ class Code:
         whole = vector(INT32, kind.count)
         x = self.choose(x.compare("<", -87.3), -87.3, x)
         x = self.choose(x.compare(">", 88.3), 88.3, x)
-        steps = self.intrinsic(
-            f"llvm.rint.{self._suffix(kind)}", kind, x * 1.4426950408889634
-        )
+        steps = self.intrinsic(f"llvm.rint.{self._suffix(kind)}", kind, x * 1.4426950408889634)
         rest = self.fma(steps, self.number(-0.693359375, kind), x)
         rest = self.fma(steps, self.number(2.12194440e-4, kind), rest)
         value = self.number(1.9875691500e-4, kind)
@@ -355,9 +349,6 @@ class Code:
         ):
             value = self.fma(value, rest, self.number(factor, kind))
         value = self.fma(value, rest * rest, rest + 1.0)
-        power = self.intrinsic(
-            f"llvm.fptosi.sat.v{kind.count}i32.v{kind.count}f32", whole, steps
-        )
+        power = self.intrinsic(f"llvm.fptosi.sat.v{kind.count}i32.v{kind.count}f32", whole, steps)
         scale = ((power + 127) << 23).to(kind)
         return value * scale
-

@@ -12,7 +12,6 @@ its upper, so that one operation each makes float32 of them.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any
 
 from outrider.kernels.cpu.language import (
@@ -27,24 +26,14 @@ from outrider.kernels.cpu.language import (
     vector,
 )
 from outrider.kernels.cpu.numbers import load_floats
-from outrider.kernels.cpu.shape import Shape
+from outrider.kernels.cpu.shape import KernelShape
+from outrider.kernels.linear_shapes import Epilogue
 
 BLOCK = 96
 """Rows that are taken together: normalised once, and multiplied with a panel while it is near."""
 
 
-class Epilogue(IntEnum):
-    """What becomes of the sums."""
-
-    STORE = 0
-    """out = y."""
-    ADD = 1
-    """out += y."""
-    GATED = 2
-    """A panel holds as many gates as ups: out = silu(gate) * up."""
-
-
-def scratch_floats(shape: Shape, longest: int) -> int:
+def scratch_floats(shape: KernelShape, longest: int) -> int:
     """Scratch of one thread, for rows and depths of at most ``longest``."""
     return (BLOCK + shape.columns) * longest + shape.rows * shape.columns
 
@@ -59,7 +48,7 @@ def _weights(code: Code, panel: Value, k: Value, kind: str, columns: int) -> Val
     return code.side_by_side(low, high)
 
 
-def _tile(module: ir.Module, shape: Shape, rows: int, kind: str) -> Any:
+def _tile(module: ir.Module, shape: KernelShape, rows: int, kind: str) -> Any:
     """``rows`` rows times one panel: ``sums[row, column]``."""
     code = Code(module, f"tile_{kind}_{rows}", [POINTER, INT, POINTER, INT, POINTER])
     x, stride, panel, depth, sums = code.arguments
@@ -75,7 +64,7 @@ def _tile(module: ir.Module, shape: Shape, rows: int, kind: str) -> Any:
     return code.done()
 
 
-def _expand(module: ir.Module, shape: Shape) -> Any:
+def _expand(module: ir.Module, shape: KernelShape) -> Any:
     """A panel as float32, for many rows: converted once instead of for every six."""
     code = Code(module, "expand", [POINTER, INT, POINTER])
     panel, depth, out = code.arguments
@@ -104,8 +93,11 @@ def _normalise(module: ir.Module) -> Any:
     return code.done()
 
 
-def _finish(module: ir.Module, shape: Shape) -> Any:
-    """One row of sums to its place in ``out``; ``column`` is the panel's first."""
+def _finish(module: ir.Module, shape: KernelShape) -> Any:
+    """One row of sums to its place in ``out``; ``column`` is the panel's first.
+
+    A panel of ``GATED`` holds as many gates as ups; the residual is what stands in ``out``.
+    """
     columns, half = shape.columns, shape.columns // 2
     code = Code(module, "finish", [POINTER, POINTER, POINTER, INT, INT])
     sums, out, bias, column, epilogue = code.arguments
@@ -118,13 +110,13 @@ def _finish(module: ir.Module, shape: Shape) -> Any:
             total = code.variable(code.load(sums, 0, FLOAT, columns))
             with code.when(bias.compare("!=", code.null())):
                 total.set(total.get() + code.load(bias, column, FLOAT, columns))
-            with code.when(epilogue.compare("==", int(Epilogue.ADD))):
+            with code.when(epilogue.compare("==", int(Epilogue.RESIDUAL))):
                 total.set(code.load(out, column, FLOAT, columns) + total.get())
             code.store(total.get(), out, column)
     return code.done()
 
 
-def write_linear(module: ir.Module, shape: Shape) -> Any:
+def write_linear(module: ir.Module, shape: KernelShape) -> Any:
     """The function ``linear``; this thread does panels ``panels * thread / threads`` and on.
 
     Arguments: x, its row stride, rows, w, k, columns (whole panels), norm or null, eps, bias or

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class KernelShape:
     """Everything that is a constant in the compiled code.
 
     ``weights``, ``cache``: element types of the weights and of the KV, ``float32``, ``bfloat16``

@@ -14,8 +14,8 @@ class _Places(IntEnum):
         return count
 
 
-class Model(_Places):
-    """Head of a model's table; ``Layer`` records follow. Widths are whole panels."""
+class ModelWords(_Places):
+    """Head of a model's table; ``LayerWords`` records follow. Widths are whole panels."""
 
     LAYERS = auto()
     HIDDEN = auto()
@@ -48,7 +48,7 @@ class Model(_Places):
     YIELD = auto()
 
 
-class Layer(_Places):
+class LayerWords(_Places):
     """One layer's record."""
 
     NORM = auto()
@@ -67,8 +67,8 @@ class Layer(_Places):
     POOL = auto()
 
 
-class Batch(_Places):
-    """Head of a batch's table; ``Pool`` records follow."""
+class BatchWords(_Places):
+    """Head of a batch's table; ``PoolWords`` records follow."""
 
     ROWS = auto()
     TOKENS = auto()
@@ -78,7 +78,7 @@ class Batch(_Places):
     LOGITS = auto()
 
 
-class Pool(_Places):
+class PoolWords(_Places):
     """Per pool of the arena, arrays with an entry for each row."""
 
     SLOTS = auto()

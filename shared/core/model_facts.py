@@ -27,6 +27,8 @@ class ModelFacts:
     dtype: str
     eos_token_ids: tuple[int, ...]
     runner: str
+    kernels: str = ""
+    """What they were chosen to be on this machine, in words; empty where there are none."""
 
 
 @dataclass(frozen=True, slots=True)

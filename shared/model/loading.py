@@ -97,9 +97,8 @@ def make_runner(
     storage = Storage(kinds, pools, dtype=dtype, device=device)
     runner: Runner
     kernels = _kernel_runner(model, facts, storage, config, progress, release) if fast else None
-    if kernels is None and device.type == "cpu" and config.threads is None:
-        if facts.weight_bytes < _ONE_THREAD:
-            torch.set_num_threads(1)
+    if device.type == "cpu" and config.threads is None and facts.weight_bytes < _ONE_THREAD:
+        torch.set_num_threads(1)
     if kernels is not None:
         runner = kernels
     elif fast:
@@ -165,10 +164,11 @@ def _cpu_runner(
     progress: Callable[[str], None],
     release: bool,
 ) -> Runner | None:
+    from outrider.kernels.cpu.team import available
     from outrider.shared.model.cpu.kept import cache_folder
     from outrider.shared.model.cpu.runner import CpuRunner
     from outrider.shared.model.cpu.runner import why_not as no_kernels
-    from outrider.shared.model.cpu.team import best_team
+    from outrider.shared.model.cpu.team import choose_team
 
     reason = no_kernels(model, storage)
     if reason is not None and config.runner == "cpu":
@@ -182,14 +182,14 @@ def _cpu_runner(
         model,
         replace(facts, runner="cpu"),
         storage,
-        threads=config.threads or torch.get_num_threads(),
+        threads=config.threads or available(),
         kept=kept,
         release=release,
     )
     if config.threads is None:
         progress("trying numbers of threads")
-        runner.team = best_team(runner, kept)
-    log.info("%s: %s", config.path, runner.summary)
+        choose_team(runner, kept)
+    log.info("%s: %s", config.path, runner.facts.kernels)
     return runner
 
 

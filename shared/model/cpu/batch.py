@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from outrider.kernels.cpu.tables import Batch, Pool
+from outrider.kernels.cpu.tables import BatchWords, PoolWords
 from outrider.shared.kv.arena import Arena
 from outrider.shared.model.runner import Span
 
@@ -44,19 +44,19 @@ class BatchTable:
         self.rows, self.wanted = len(tokens), len(wanted)
         self._held = [array("q", part) for part in (tokens, positions, wanted, segments)]
         begin = self._held[3].buffer_info()[0]
-        self.words = array("q", [0] * len(Batch))
-        self.words[Batch.ROWS], self.words[Batch.WANTED] = self.rows, self.wanted
-        self.words[Batch.TOKENS] = self._address(0)
-        self.words[Batch.POSITIONS] = self._address(1)
-        self.words[Batch.WANTED_ROWS] = self._address(2)
+        self.words = array("q", [0] * len(BatchWords))
+        self.words[BatchWords.ROWS], self.words[BatchWords.WANTED] = self.rows, self.wanted
+        self.words[BatchWords.TOKENS] = self._address(0)
+        self.words[BatchWords.POSITIONS] = self._address(1)
+        self.words[BatchWords.WANTED_ROWS] = self._address(2)
         for slots, lows, starts, places in pools:
             record = {
-                Pool.SLOTS: slots,
-                Pool.LOWS: lows,
-                Pool.STARTS: starts,
-                Pool.SEGMENTS: [begin + 8 * place for place in places],
+                PoolWords.SLOTS: slots,
+                PoolWords.LOWS: lows,
+                PoolWords.STARTS: starts,
+                PoolWords.SEGMENTS: [begin + 8 * place for place in places],
             }
-            for place in Pool:
+            for place in PoolWords:
                 self._held.append(array("q", record[place]))
                 self.words.append(self._address(-1))
 
@@ -65,4 +65,4 @@ class BatchTable:
 
     def write_to(self, logits: Tensor) -> None:
         """``logits``: float32 ``[wanted, whole panels of the vocabulary]``, contiguous."""
-        self.words[Batch.LOGITS] = logits.data_ptr()
+        self.words[BatchWords.LOGITS] = logits.data_ptr()

@@ -6,12 +6,14 @@ machine that shares the folder, or this one after an update, finds out for itsel
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,19 @@ def found(
     except OSError as error:
         log.info("what was found can't be kept in %s: %s", folder, error)
     return result
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Draft and base start at once; what is timed by one should not be disturbed by the other.
+
+    Where the lock can't be had it goes on without.
+    """
+    with ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(place.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.debug("no lock in %s: %s", place, error)
+        yield

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu import compile as kernels
-from outrider.kernels.cpu.shape import Shape, columns_for
+from outrider.kernels.cpu.shape import KernelShape, columns_for
 from outrider.kernels.cpu.team import openmp
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import Storage
@@ -59,16 +59,14 @@ class CpuRunner(Runner):
         """
         super().__init__(facts, storage)
         kind = narrowest((p.data for p in model.parameters()), storage.dtype)
-        self.shape = Shape(
+        self.shape = KernelShape(
             WORD[kind],
             WORD[storage.dtype],
             _head_dim(model.config),
             columns_for(kernels.vector_lanes()),
         )
-        self._call = kernels.Forward(self.shape, kept)
+        self._call = kernels.CompiledForward(self.shape, kept)
         self.threads = threads if openmp() is not None else 1
-        self.team = self.threads
-        """Threads that run a forward; changes no result."""
         positions = max(1, min(facts.max_positions, max(p.tokens for p in self.arena.pools)))
         if all(one.window is not None for one in storage.kinds):
             positions = facts.max_positions
@@ -88,12 +86,16 @@ class CpuRunner(Runner):
         )
         """What the time of a forward depends on besides ``shape``."""
         self._tables = array("q", [self._table.words.buffer_info()[0], 0])
+        self.use(self.threads)
 
-    @property
-    def summary(self) -> str:
-        """What runs, in a line for the log and Info."""
-        kept = f"{self.shape.weights} weights, float32 sums, {self.shape.columns} columns"
-        return f"compiled for {kernels.processor_name()}: {kept}; {self.team} threads"
+    def use(self, team: int) -> None:
+        """``team`` threads run a forward from now on, at most ``threads``; changes no result."""
+        self._team = team
+        self.facts = replace(
+            self.facts,
+            kernels=f"compiled for {kernels.processor_name()}, {self.shape.columns} columns, "
+            f"weights kept as {self.shape.weights}, {team} of {self.threads} threads",
+        )
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         rows = sum(len(span.tokens) for span in spans)
@@ -106,7 +108,7 @@ class CpuRunner(Runner):
         logits = torch.empty(batch.wanted, self._table.vocabulary_width)
         batch.write_to(logits)
         self._tables[1] = batch.words.buffer_info()[0]
-        self._call(self._tables.buffer_info()[0], self.team)
+        self._call(self._tables.buffer_info()[0], self._team)
         if self._table.vocabulary_width == self.facts.vocab_size:
             return logits
         return logits[:, : self.facts.vocab_size].contiguous()
@@ -124,9 +126,7 @@ def _parts(spans: Sequence[Span]) -> list[list[Span]]:
                 room = MAX_ROWS
             end = min(rows, begin + room)
             wanted = max(0, min(end - begin, end - (rows - span.wanted)))
-            passes[-1].append(
-                Span(span.extent, span.start + begin, span.tokens[begin:end], wanted)
-            )
+            passes[-1].append(Span(span.extent, span.start + begin, span.tokens[begin:end], wanted))
             room -= end - begin
             begin = end
     return passes

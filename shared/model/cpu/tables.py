@@ -12,8 +12,8 @@ from torch import Tensor
 
 from outrider.kernels.cpu import barrier
 from outrider.kernels.cpu.linear import scratch_floats
-from outrider.kernels.cpu.shape import Shape, padded
-from outrider.kernels.cpu.tables import Layer, Model
+from outrider.kernels.cpu.shape import KernelShape, padded
+from outrider.kernels.cpu.tables import LayerWords, ModelWords
 from outrider.kernels.cpu.team import address, openmp
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cpu.weights import filled, gated_panels, panels
@@ -31,7 +31,7 @@ class ModelTable:
         self,
         model: Any,
         storage: Storage,
-        shape: Shape,
+        shape: KernelShape,
         *,
         positions: int,
         threads: int,
@@ -59,45 +59,45 @@ class ModelTable:
         library = openmp()
         own = ctypes.CDLL(None)
         head = {
-            Model.LAYERS: config.num_hidden_layers,
-            Model.HIDDEN: hidden,
-            Model.HIDDEN_WIDTH: self._hidden_width,
-            Model.HEADS: heads,
-            Model.KV_HEADS: kv_heads,
-            Model.QKV_WIDTH: self._qkv_width,
-            Model.MIXED: heads * dim,
-            Model.MIXED_WIDTH: mixed,
-            Model.GATED: inner,
-            Model.GATED_WIDTH: gated,
-            Model.VOCABULARY_WIDTH: self.vocabulary_width,
-            Model.EPS: _bits(config.rms_norm_eps),
-            Model.SCALE: _bits(dim**-0.5),
-            Model.COS: self._hold(cos),
-            Model.SIN: self._hold(sin),
-            Model.NORM: self._vector(model.model.norm.weight),
-            Model.HIDDEN_ROWS: self._zeros(MAX_ROWS, self._hidden_width),
-            Model.QKV_ROWS: self._zeros(MAX_ROWS, self._qkv_width),
-            Model.MIXED_ROWS: self._zeros(MAX_ROWS, mixed),
-            Model.GATED_ROWS: self._zeros(MAX_ROWS, gated),
-            Model.PICKED_ROWS: self._zeros(MAX_ROWS, self._hidden_width),
-            Model.SCRATCH: self._zeros(threads, scratch),
-            Model.SCRATCH_BYTES: scratch * 4,
-            Model.BARRIER: self._hold(torch.zeros(barrier.WORDS, dtype=torch.int64)),
-            Model.THREAD: address(library.omp_get_thread_num) if library else 0,
-            Model.THREADS: address(library.omp_get_num_threads) if library else 0,
-            Model.YIELD: address(own.sched_yield),
+            ModelWords.LAYERS: config.num_hidden_layers,
+            ModelWords.HIDDEN: hidden,
+            ModelWords.HIDDEN_WIDTH: self._hidden_width,
+            ModelWords.HEADS: heads,
+            ModelWords.KV_HEADS: kv_heads,
+            ModelWords.QKV_WIDTH: self._qkv_width,
+            ModelWords.MIXED: heads * dim,
+            ModelWords.MIXED_WIDTH: mixed,
+            ModelWords.GATED: inner,
+            ModelWords.GATED_WIDTH: gated,
+            ModelWords.VOCABULARY_WIDTH: self.vocabulary_width,
+            ModelWords.EPS: _bits(config.rms_norm_eps),
+            ModelWords.SCALE: _bits(dim**-0.5),
+            ModelWords.COS: self._hold(cos),
+            ModelWords.SIN: self._hold(sin),
+            ModelWords.NORM: self._vector(model.model.norm.weight),
+            ModelWords.HIDDEN_ROWS: self._zeros(MAX_ROWS, self._hidden_width),
+            ModelWords.QKV_ROWS: self._zeros(MAX_ROWS, self._qkv_width),
+            ModelWords.MIXED_ROWS: self._zeros(MAX_ROWS, mixed),
+            ModelWords.GATED_ROWS: self._zeros(MAX_ROWS, gated),
+            ModelWords.PICKED_ROWS: self._zeros(MAX_ROWS, self._hidden_width),
+            ModelWords.SCRATCH: self._zeros(threads, scratch),
+            ModelWords.SCRATCH_BYTES: scratch * 4,
+            ModelWords.BARRIER: self._hold(torch.zeros(barrier.WORDS, dtype=torch.int64)),
+            ModelWords.THREAD: address(library.omp_get_thread_num) if library else 0,
+            ModelWords.THREADS: address(library.omp_get_num_threads) if library else 0,
+            ModelWords.YIELD: address(own.sched_yield),
         }
         records: list[int] = []
         for number, layer in enumerate(model.model.layers):
             records += self._layer(layer, number, storage)
             if release:
                 _let_go(layer)
-        head[Model.HEAD] = self._panels(model.lm_head.weight)
+        head[ModelWords.HEAD] = self._panels(model.lm_head.weight)
         table = model.model.embed_tokens.weight.data
-        head[Model.EMBEDDING] = self._hold(table.to(self._kind).contiguous())
+        head[ModelWords.EMBEDDING] = self._hold(table.to(self._kind).contiguous())
         if release:
             _let_go(model)
-        self.words = array("q", [head[place] for place in Model] + records)
+        self.words = array("q", [head[place] for place in ModelWords] + records)
 
     def _layer(self, layer: Any, number: int, storage: Storage) -> list[int]:
         attention, mlp, columns = layer.self_attn, layer.mlp, self._shape.columns
@@ -108,24 +108,24 @@ class ModelTable:
         query_norm, key_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
         keys, values = storage.layer_keys[number], storage.layer_values[number]
         record = {
-            Layer.NORM: self._vector(layer.input_layernorm.weight),
-            Layer.QKV: self._panels(torch.cat([one.weight.data for one in trio])),
-            Layer.QKV_BIAS: 0
+            LayerWords.NORM: self._vector(layer.input_layernorm.weight),
+            LayerWords.QKV: self._panels(torch.cat([one.weight.data for one in trio])),
+            LayerWords.QKV_BIAS: 0
             if bias is None
             else self._hold(filled(torch.cat([one.bias.data for one in trio]), self._qkv_width)),
-            Layer.QUERY_NORM: 0 if query_norm is None else self._floats(query_norm.weight),
-            Layer.KEY_NORM: 0 if key_norm is None else self._floats(key_norm.weight),
-            Layer.OUT: self._panels(attention.o_proj.weight),
-            Layer.OUT_BIAS: 0 if out_bias is None else self._vector(out_bias),
-            Layer.MLP_NORM: self._vector(layer.post_attention_layernorm.weight),
-            Layer.GATE_UP: self._panel(gated_panels(gate, up, columns, self._kind)),
-            Layer.DOWN: self._panels(mlp.down_proj.weight),
-            Layer.KEYS: keys.data_ptr(),
-            Layer.VALUES: values.data_ptr(),
-            Layer.TOKEN_STRIDE: keys.stride(0),
-            Layer.POOL: storage.pool_of[number],
+            LayerWords.QUERY_NORM: 0 if query_norm is None else self._floats(query_norm.weight),
+            LayerWords.KEY_NORM: 0 if key_norm is None else self._floats(key_norm.weight),
+            LayerWords.OUT: self._panels(attention.o_proj.weight),
+            LayerWords.OUT_BIAS: 0 if out_bias is None else self._vector(out_bias),
+            LayerWords.MLP_NORM: self._vector(layer.post_attention_layernorm.weight),
+            LayerWords.GATE_UP: self._panel(gated_panels(gate, up, columns, self._kind)),
+            LayerWords.DOWN: self._panels(mlp.down_proj.weight),
+            LayerWords.KEYS: keys.data_ptr(),
+            LayerWords.VALUES: values.data_ptr(),
+            LayerWords.TOKEN_STRIDE: keys.stride(0),
+            LayerWords.POOL: storage.pool_of[number],
         }
-        return [record[place] for place in Layer]
+        return [record[place] for place in LayerWords]
 
     def _hold(self, tensor: Tensor) -> int:
         self._held.append(tensor)

@@ -7,14 +7,14 @@ changes no result.
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from outrider.kernels.cpu.compile import processor
-from outrider.shared.model.cpu.kept import found
+from outrider.shared.model.cpu.kept import alone, found
 from outrider.shared.model.cpu.runner import CpuRunner
 from outrider.shared.model.runner import Span
 
@@ -22,18 +22,19 @@ ROWS = (1, 4)
 """A step of decoding, and a small verify."""
 FLUSH = 32 << 20
 """Bytes that are read before each trial: in a round the other model was here last."""
-REPEATS = 5
+REPEATS = 8
 GAIN = 0.95
-"""A larger team must be this much faster, since others use the cores too."""
+"""A larger team must take less than this much of a smaller one's time: others use the cores too."""
 
 
-def best_team(runner: CpuRunner, kept: Path) -> int:
-    """The number of threads for ``runner``, of at most ``runner.threads``."""
+def choose_team(runner: CpuRunner, kept: Path) -> None:
+    """Has ``runner`` use the best number of threads, at most its ``threads``."""
     if runner.threads == 1:
-        return 1
+        return
     sizes = [runner.threads]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
+    sizes.reverse()
     circumstances = {
         "processor": processor(),
         "torch": torch.__version__,
@@ -41,31 +42,37 @@ def best_team(runner: CpuRunner, kept: Path) -> int:
         "shape": str(runner.shape),
         "model": runner.sizes,
     }
-    return int(found(kept, "team", circumstances, lambda: _try(runner, sizes[::-1])))
+
+    def find() -> int:
+        with alone(kept / "team.lock"):
+            return smallest_of_the_best({size: _time(runner, size) for size in sizes})
+
+    runner.use(int(found(kept, "team", circumstances, find)))
 
 
-def _try(runner: CpuRunner, sizes: list[int]) -> int:
-    """The smallest of ``sizes``, which ascend, that no larger one beats by much."""
-    extent = runner.arena.admit(max(ROWS))
-    other = torch.ones(FLUSH // 4)
-    times: dict[int, float] = {}
-    try:
-        for size in sizes:
-            runner.team = size
-            took = []
-            for turn in range(REPEATS + 1):
-                for rows in ROWS:
-                    extent.clear()
-                    other.sum()
-                    begin = time.perf_counter()
-                    runner.forward([Span(extent, 0, [0] * rows, rows)])
-                    if turn:
-                        took.append(time.perf_counter() - begin)
-            times[size] = statistics.median(took[:: len(ROWS)]) + statistics.median(took[1::2])
-    finally:
-        runner.arena.free(extent)
-    best = sizes[0]
-    for size in sizes[1:]:
-        if times[size] < GAIN * times[best]:
+def smallest_of_the_best(seconds: Mapping[int, float]) -> int:
+    """The number of threads that no larger one beats by much; sizes ascend."""
+    best, *larger = seconds
+    for size in larger:
+        if seconds[size] < GAIN * seconds[best]:
             best = size
     return best
+
+
+def _time(runner: CpuRunner, team: int) -> float:
+    """Seconds of a forward of each of ``ROWS``, the best of some: others may have been at work."""
+    runner.use(team)
+    extent = runner.arena.admit(max(ROWS))
+    other = torch.ones(FLUSH // 4)
+    best = dict.fromkeys(ROWS, float("inf"))
+    try:
+        for _ in range(REPEATS):
+            for rows in ROWS:
+                extent.clear()
+                other.sum()
+                begin = time.perf_counter()
+                runner.forward([Span(extent, 0, [0] * rows, rows)])
+                best[rows] = min(best[rows], time.perf_counter() - begin)
+    finally:
+        runner.arena.free(extent)
+    return sum(best.values())

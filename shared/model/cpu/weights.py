@@ -59,6 +59,6 @@ def _turned(whole: Tensor, columns: int) -> Tensor:
     depth = whole.shape[1]
     turned = whole.view(-1, columns, depth).transpose(1, 2)
     if whole.dtype == torch.bfloat16:
-        # Columns j and j + columns/2 share a word: see ``kernels/cpu/linear``.
+        # Columns j and j + columns/2 share a word: see ``kernels/cpu/linear.py``.
         turned = turned.unflatten(2, (2, columns // 2)).transpose(2, 3)
     return turned.contiguous()
