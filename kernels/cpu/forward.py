@@ -54,11 +54,8 @@ def _write_body(module: ir.Module, shape: KernelShape, pause: str) -> Any:
         return code.pointer(model, place)
 
     rows = code.load(batch, BatchWords.ROWS, INT)
-    width, heads, kv_heads = (
-        word(ModelWords.HIDDEN_WIDTH),
-        word(ModelWords.HEADS),
-        word(ModelWords.KV_HEADS),
-    )
+    size, width = word(ModelWords.HIDDEN), word(ModelWords.HIDDEN_WIDTH)
+    heads, kv_heads = word(ModelWords.HEADS), word(ModelWords.KV_HEADS)
     hidden, qkv = array(ModelWords.HIDDEN_ROWS), array(ModelWords.QKV_ROWS)
     mixed, gated = array(ModelWords.MIXED_ROWS), array(ModelWords.GATED_ROWS)
     qkv_width, mixed_width = word(ModelWords.QKV_WIDTH), word(ModelWords.MIXED_WIDTH)
