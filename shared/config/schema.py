@@ -73,8 +73,12 @@ class ModelConfig(Checked):
         None,
         help="folder for compiled kernels and what was tried out; none: the user's cache folder",
     )
-    link_spin_seconds: float = setting(
-        0.02, help="how long to watch for the other service before sleeping", low=0.0, high=1.0
+    link_spin_seconds: float | None = setting(
+        None,
+        help="how long to watch for the other service before sleeping; none: 0.02 where cores are "
+        "left beside a forward, else 0",
+        low=0.0,
+        high=1.0,
     )
     process_seed: int | None = setting(
         None,

@@ -168,7 +168,7 @@ def _cpu_runner(
     from outrider.shared.model.cpu.kept import cache_folder
     from outrider.shared.model.cpu.runner import CpuRunner
     from outrider.shared.model.cpu.runner import why_not as no_kernels
-    from outrider.shared.model.cpu.team import choose_team
+    from outrider.shared.model.cpu.threads import choose_threads
 
     reason = no_kernels(model, storage)
     if reason is not None and config.runner == "cpu":
@@ -188,7 +188,7 @@ def _cpu_runner(
     )
     if config.threads is None:
         progress("trying numbers of threads")
-        choose_team(runner, kept)
+        choose_threads(runner, kept)
     log.info("%s: %s", config.path, runner.facts.kernels)
     return runner
 

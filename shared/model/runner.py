@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from outrider.shared.core.model_facts import ModelFacts
@@ -115,6 +116,11 @@ class Runner(ABC):
                 raise ValueError(
                     f"rows end at {span.start + rows}; the capacity is {span.extent.capacity}"
                 )
+
+    @property
+    def cores(self) -> int:
+        """Cores of the host that a forward keeps busy."""
+        return torch.get_num_threads() if self.storage.device.type == "cpu" else 0
 
     reads_branches = True
     """Whether a forward reads the KV that a branch shares with its parent where it lies."""

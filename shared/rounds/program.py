@@ -98,9 +98,13 @@ def serve(
         engine = build(part, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
         # Imported late: torch comes with the model.
+        from outrider.kernels.cpu.team import cores
         from outrider.shared.link.device.handshake import side_of
 
-        servicer.attach(engine, link_spin=part.link_spin_seconds, device=side_of(engine))
+        spin = part.link_spin_seconds
+        if spin is None:
+            spin = spin_seconds(engine.runner.cores, cores())
+        servicer.attach(engine, link_spin=spin, device=side_of(engine))
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()
@@ -133,6 +137,15 @@ def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def spin_seconds(busy: int, cores: int) -> float:
+    """How long to watch for the other service: a core that sleeps takes longer to wake.
+
+    ``busy``: cores that a forward takes. The other's forward takes about as many, and the
+    coordinator one: a thread that watches must have one more, or it holds them up.
+    """
+    return 0.02 if cores >= busy + 2 else 0.0
 
 
 def _kind(error: Exception) -> str:

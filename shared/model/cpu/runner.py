@@ -7,6 +7,7 @@ and KV are kept in their own type, weights in 16 bits where that loses nothing.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cpu.batch import BatchTable
 from outrider.shared.model.cpu.tables import MAX_ROWS, WORD, ModelTable
+from outrider.shared.model.cpu.team import Team
 from outrider.shared.model.cpu.weights import narrowest
 from outrider.shared.model.runner import Runner, Span
 
@@ -54,7 +56,7 @@ class CpuRunner(Runner):
     ) -> None:
         """Packs the weights of ``model`` (a module with transformers' names).
 
-        ``threads``: the most that run a forward; see ``team``. ``kept``: the folder for compiled
+        ``threads``: the most that run a forward; see ``use``. ``kept``: the folder for compiled
         code. ``release``: the module may be emptied on the way.
         """
         super().__init__(facts, storage)
@@ -89,13 +91,18 @@ class CpuRunner(Runner):
         self.use(self.threads)
 
     def use(self, team: int) -> None:
-        """``team`` threads run a forward from now on, at most ``threads``; changes no result."""
-        self._team = team
+        """At most ``team`` threads run a forward from now on; changes no result."""
+        self._team = Team(team)
         self.facts = replace(
             self.facts,
             kernels=f"compiled for {kernels.processor_name()}, {self.shape.columns} columns, "
             f"weights kept as {self.shape.weights}, {team} of {self.threads} threads",
         )
+
+    @property
+    def cores(self) -> int:
+        """Threads that run a forward when nobody else wants the cores."""
+        return self._team.largest
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         rows = sum(len(span.tokens) for span in spans)
@@ -108,7 +115,10 @@ class CpuRunner(Runner):
         logits = torch.empty(batch.wanted, self._table.vocabulary_width)
         batch.write_to(logits)
         self._tables[1] = batch.words.buffer_info()[0]
-        self._call(self._tables.buffer_info()[0], self._team)
+        size = self._team.next(batch.rows)
+        begin = time.perf_counter()
+        self._call(self._tables.buffer_info()[0], size)
+        self._team.took(batch.rows, size, time.perf_counter() - begin)
         if self._table.vocabulary_width == self.facts.vocab_size:
             return logits
         return logits[:, : self.facts.vocab_size].contiguous()

@@ -1,78 +1,94 @@
-"""How many threads run a forward: tried on the machine, since no rule knows it.
+"""How many threads run the next forward, while others come and go on the same cores.
 
-More threads read memory faster, up to where it is shared out, and wait for each other at every
-step: a model of a few million parameters is slower on sixteen cores than on four. The number
-changes no result.
+Threads of a team meet after every step. Where another program has one of their cores, all wait
+until the system gives it back, milliseconds for a step of microseconds: then a smaller team is
+faster by far. So the size is chosen by what forwards take: now and then one is run by half or
+twice as many, seldom where that lost, often where forwards have become slow. It changes no result.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from pathlib import Path
-
-import torch
-
-from outrider.kernels.cpu.compile import processor
-from outrider.shared.model.cpu.kept import alone, found
-from outrider.shared.model.cpu.runner import CpuRunner
-from outrider.shared.model.runner import Span
-
-ROWS = (1, 4)
-"""A step of decoding, and a small verify."""
-FLUSH = 32 << 20
-"""Bytes that are read before each trial: in a round the other model was here last."""
-REPEATS = 8
-GAIN = 0.95
-"""A larger team must take less than this much of a smaller one's time: others use the cores too."""
+MOST_ROWS = 32
+"""Forwards of more rows (prompts) say nothing about a step."""
+OFTEN, SELDOM = 16, 2048
+"""Forwards between two tries."""
+SMALLER = 256
+"""The most between two tries where a smaller team is in use: others may be gone again."""
+TRIES = 3
+"""Forwards of a try."""
+SLOW = 1.3
+"""A mean slowdown from which on it is tried often."""
+BETTER = 0.9
+"""Another size must take so much of the time."""
+_RECENT = 0.2
+_FADE = 1.0005
 
 
-def choose_team(runner: CpuRunner, kept: Path) -> None:
-    """Has ``runner`` use the best number of threads, at most its ``threads``."""
-    if runner.threads == 1:
-        return
-    sizes = [runner.threads]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    sizes.reverse()
-    circumstances = {
-        "processor": processor(),
-        "torch": torch.__version__,
-        "threads": runner.threads,
-        "shape": str(runner.shape),
-        "model": runner.sizes,
-    }
+class Team:
+    """Chooses among ``largest`` threads, half as many, and so on down to one."""
 
-    def find() -> int:
-        with alone(kept / "team.lock"):
-            return smallest_of_the_best({size: _time(runner, size) for size in sizes})
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+        self._sizes = [largest]
+        while self._sizes[-1] > 1:
+            self._sizes.append(-(-self._sizes[-1] // 2))
+        self._place = 0
+        # By number of rows the least that a forward took, by any size; it fades, since forwards
+        # become longer with the context. By size the mean of times over that least.
+        self._least: dict[int, float] = {}
+        self._slowdown: dict[int, float] = {}
+        self._pause = OFTEN
+        self._left = OFTEN
+        self._tried: int | None = None
+        self._up = False
 
-    runner.use(int(found(kept, "team", circumstances, find)))
+    @property
+    def size(self) -> int:
+        """The size that is in use."""
+        return self._sizes[self._place]
 
+    def next(self, rows: int) -> int:
+        """Threads for a forward of so many rows."""
+        if len(self._sizes) == 1 or rows > MOST_ROWS:
+            return self.size
+        if self._left > 0:
+            return self.size
+        if self._tried is None:
+            self._tried = self._other()
+        return self._sizes[self._tried]
 
-def smallest_of_the_best(seconds: Mapping[int, float]) -> int:
-    """The number of threads that no larger one beats by much; sizes ascend."""
-    best, *larger = seconds
-    for size in larger:
-        if seconds[size] < GAIN * seconds[best]:
-            best = size
-    return best
+    def took(self, rows: int, size: int, seconds: float) -> None:
+        """Takes note of what a forward by ``size`` threads took."""
+        if len(self._sizes) == 1 or rows > MOST_ROWS:
+            return
+        least = min(seconds, self._least.get(rows, seconds) * _FADE)
+        self._least[rows] = least
+        slowdown = seconds / least
+        before = self._slowdown.get(size, slowdown)
+        self._slowdown[size] = before + _RECENT * (slowdown - before)
+        self._left -= 1
+        own = self._slowdown.get(self.size, 1.0)
+        if self._tried is None:
+            if own > SLOW:
+                self._pause = OFTEN
+                self._left = min(self._left, OFTEN)
+            return
+        if self._left > -TRIES:
+            return
+        if self._slowdown[self._sizes[self._tried]] < BETTER * own:
+            self._place = self._tried
+            self._pause = OFTEN
+        else:
+            self._pause = min(2 * self._pause, SMALLER if self._place else SELDOM)
+        self._tried = None
+        self._left = self._pause
 
-
-def _time(runner: CpuRunner, team: int) -> float:
-    """Seconds of a forward of each of ``ROWS``, the best of some: others may have been at work."""
-    runner.use(team)
-    extent = runner.arena.admit(max(ROWS))
-    other = torch.ones(FLUSH // 4)
-    best = dict.fromkeys(ROWS, float("inf"))
-    try:
-        for _ in range(REPEATS):
-            for rows in ROWS:
-                extent.clear()
-                other.sum()
-                begin = time.perf_counter()
-                runner.forward([Span(extent, 0, [0] * rows, rows)])
-                best[rows] = min(best[rows], time.perf_counter() - begin)
-    finally:
-        runner.arena.free(extent)
-    return sum(best.values())
+    def _other(self) -> int:
+        """The place of the neighbour to try: smaller and larger ones in turn."""
+        self._up = not self._up
+        down, up = self._place + 1, self._place - 1
+        wanted = up if self._up else down
+        place = wanted if 0 <= wanted < len(self._sizes) else self._place * 2 - wanted
+        # What is remembered of it is from another time.
+        self._slowdown.pop(self._sizes[place], None)
+        return place

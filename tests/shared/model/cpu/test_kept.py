@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from outrider.kernels.cpu import compile as kernels
-from outrider.shared.model.cpu import team
+from outrider.shared.model.cpu import threads
 from outrider.shared.model.cpu.kept import cache_folder, found
 from outrider_testing import engines
 
@@ -53,14 +53,14 @@ def test_cache_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder().is_relative_to(Path.home())
 
 
-def test_team_takes_more_threads_only_where_they_pay() -> None:
-    best = team.smallest_of_the_best
+def test_threads_takes_more_threads_only_where_they_pay() -> None:
+    best = threads.smallest_of_the_best
     assert best({1: 4.0, 2: 2.1, 4: 1.4, 8: 1.38}) == 4
     assert best({1: 4.0, 2: 3.9, 4: 3.0}) == 4
     assert best({1: 0.2, 2: 0.3, 4: 0.5}) == 1
 
 
-def test_team_is_tried_once_and_again_on_another_processor(
+def test_threads_is_tried_once_and_again_on_another_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -70,7 +70,7 @@ def test_team_is_tried_once_and_again_on_another_processor(
         tried.append(size)
         return {1: 3.0, 2: 1.0, 3: 2.0}[size]
 
-    monkeypatch.setattr(team, "_time", timed)
+    monkeypatch.setattr(threads, "_time", timed)
 
     def made() -> str:
         runner = engines.runner(engines.tiny_llama(), runner="cpu", cache_dir=str(tmp_path))
@@ -80,14 +80,14 @@ def test_team_is_tried_once_and_again_on_another_processor(
     assert tried == [1, 2, 3]
     assert "2 of 3 threads" in made()
     assert tried == [1, 2, 3]
-    monkeypatch.setattr(team, "processor", lambda: "another")
+    monkeypatch.setattr(threads, "processor", lambda: "another")
     assert "2 of 3 threads" in made()
     assert tried == [1, 2, 3] * 2
     monkeypatch.setattr(kernels, "processor_name", lambda: "named")
     assert made().startswith("compiled for named, ")
 
 
-def test_team_times_the_forward_and_leaves_the_arena_as_it_was() -> None:
+def test_threads_times_the_forward_and_leaves_the_arena_as_it_was() -> None:
     runner = engines.runner(engines.tiny_llama(), runner="cpu", threads=2)
-    assert 0 < team._time(runner, 2) < 60
+    assert 0 < threads._time(runner, 2) < 60
     assert runner.arena.used == 0
