@@ -436,3 +436,30 @@ def test_turns_without_device_memory_are_left_to_the_host(sides: Any) -> None:
     made = Grant(sides, PROMPTS[:1], 20, 2, Decoding()).run()
     assert made.end.reason == pb.GRANT_END_REASON_HOST
     assert made.end.message == "draft and verifier share no device memory"
+
+
+@pytest.mark.parametrize("rule", DECODINGS)
+def test_turns_beside_a_row_that_is_not_finite_are_left_to_the_host(sides: Any, rule: str) -> None:
+    """What was proposed beyond the place does not end the text; the host finds where it does."""
+    decoding, (prompt,) = DECODINGS[rule], PROMPTS[:1]
+    own = replace(decoding, prompt_len=len(prompt), seed=decoding.seed + 1)
+    whole = alone(sides.verify.engine, prompt, 30, own)
+    broken = next(t for at, t in enumerate(whole) if at > 12 and t not in whole[:at])
+    table = sides.verify.engine.runner._embedding
+    kept = table[broken].clone()
+    table.data[broken] = float("nan")
+    try:
+        made = Grant(sides, [prompt], 30, 4, decoding).run()
+        log, session = made.logs[0], sides.verify.session
+        if sides.twin:
+            assert made.end.reason == pb.GRANT_END_REASON_HOST
+        for _ in range(30):
+            item = VerifyItem(1, 1, len(log) - 1, (log[-1],), (broken,) * 3)
+            result = session.round([item])
+            if result.refusals:
+                break
+            verdict = result.answers[0]
+            log += [*[broken] * verdict.num_accepted, verdict.next_token]
+        assert log == whole[: whole.index(broken) + 1]
+    finally:
+        table.data[broken] = kept
