@@ -21,8 +21,12 @@ from outrider.kernels.operation import (
 def reference(
     *, tokens: Tensor, table: Tensor, out: Tensor, rows: int, overlap: bool = False
 ) -> None:
-    """``tokens``: int32 [at least rows]; ``table`` [vocabulary, width]; ``out`` [.., width]."""
-    torch.index_select(table, 0, tokens[:rows].clamp(min=0), out=out[:rows])
+    """``tokens``: int32 [at least rows]; ``table`` [vocabulary, width]; ``out`` [.., width].
+
+    A token that the table has not is taken for the nearest one that it has.
+    """
+    known = tokens[:rows].clamp(0, table.shape[0] - 1)
+    torch.index_select(table, 0, known, out=out[:rows])
 
 
 def _cuda(tools: Tools) -> Call:
@@ -31,15 +35,17 @@ def _cuda(tools: Tools) -> Call:
     ) -> None:
         defines = {"BF16": int(table.dtype == torch.bfloat16)}
         kernel = tools.compiler.kernel("embed", "embed", defines, threads=128, shared=0)
-        kernel.launch((rows,), (tokens, table, out, table.shape[1]), overlap=overlap)
+        kernel.launch((rows,), (tokens, table, out, *reversed(table.shape)), overlap=overlap)
 
     return run
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
     for rows in (1, 7):
+        tokens = torch.randint(0, 100, (64,), device=device, dtype=torch.int32)
+        tokens[2:6] = torch.tensor([-1, 100, 150, (1 << 31) - 1], device=device)
         yield {
-            "tokens": torch.randint(0, 100, (64,), device=device, dtype=torch.int32),
+            "tokens": tokens,
             "table": torch.randn(100, 512, device=device).to(dtype),
             "out": torch.empty(64, 512, device=device, dtype=dtype),
             "rows": rows,

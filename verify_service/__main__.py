@@ -15,10 +15,12 @@ def build(config: ModelConfig, progress: Callable[[str], None]) -> Any:
     """Loads the model and makes the engine; torch is imported here and no earlier."""
     from outrider.shared.model.locate import model_path
 
-    model_path(config.path)  # before seconds of imports
+    path = model_path(config.path)  # before seconds of imports
+    from outrider.shared.model.hf.generation_defaults import warn_of_what_is_left
     from outrider.shared.model.loading import load_runner
     from outrider.verify_service.engine import VerifyEngine
 
+    warn_of_what_is_left(config.path, path)
     return VerifyEngine(load_runner(config, progress), config.max_k)
 
 

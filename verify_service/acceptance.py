@@ -68,13 +68,16 @@ Judge: TypeAlias = Callable[[JudgeBatch, Sequence[int]], list[tuple[int, int]]]
 and the token that follows them. An outcome does not depend on the other items."""
 
 
-def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged | None]:
+def judge(
+    logits: Tensor, items: Sequence[JudgeItem], finite: Sequence[bool] = ()
+) -> list[Judged | None]:
     """Judges a ragged batch of proposals, each by its rule.
 
     ``logits``: the base's raw logits [sum(len(proposal) + 1), vocab], item after item: the
     row of the pending token, then that of each proposed token. An empty proposal is plain
-    decoding. An item's outcome does not depend on the others. None where no token may follow
-    the log, since all are forbidden.
+    decoding. ``finite``: for each row whether its numbers say anything; all do by default. An
+    item's outcome does not depend on the others, nor on rows behind what it accepts. None where
+    no token can follow the log, since all are forbidden, or its row says nothing.
     """
     contexts: list[RowContext] = []
     first: list[int] = []
@@ -94,7 +97,7 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Judged | None]:
     for name, mine in by_judge.items():
         for i, verdict in zip(mine, judge_named(name)(batch, mine), strict=True):
             verdicts[i] = verdict
-    stuck = _step_back(batch, verdicts)
+    stuck = _step_back(batch, verdicts, finite)
     logprobs = _logprobs(batch, scores, verdicts)
     return [
         None if i in stuck else Judged(*verdict, logprobs[i]) for i, verdict in enumerate(verdicts)
@@ -108,14 +111,18 @@ def judge_named(name: str) -> Judge:
     return found
 
 
-def _step_back(batch: JudgeBatch, verdicts: list[tuple[int, int]]) -> set[int]:
-    """Ends verdicts before a row where nothing is allowed; returns the items that begin there.
+def _step_back(
+    batch: JudgeBatch, verdicts: list[tuple[int, int]], finite: Sequence[bool]
+) -> set[int]:
+    """Ends verdicts before a row where nothing can be chosen; returns the items that begin there.
 
     What was accepted before such a row stands, its last token being the one that follows the
     others: so the text comes as far as token by token, and the next round begins at that row.
     """
     stuck: set[int] = set()
     dead = dead_rows(batch.processed, batch.contexts)
+    if not all(finite):
+        dead = sorted({*dead, *(row for row, fine in enumerate(finite) if not fine)})
     if not dead:
         return stuck
     for i, item in enumerate(batch.items):

@@ -16,7 +16,7 @@ from outrider.shared.core.types import Proposal, Verdict, VerifyItem
 from outrider.shared.link.doorbell import Doorbell, Watch
 from outrider.shared.link.mailbox import ENDS, ProposalHead
 from outrider.shared.rounds import device_turns
-from outrider.shared.rounds.grants import Control, End, EndReason
+from outrider.shared.rounds.grants import Control, End, EndReason, NotOnDevice
 from outrider.verify_service.cuda_turns import VerifyTurns
 from outrider.verify_service.granted import VerifyRounds
 from outrider.verify_service.host_rounds import VerifyTaker, VerifyTurn, leave
@@ -64,6 +64,9 @@ class VerifyDeviceTurns(VerifyTaker):
         self._asked = done
         began = max(asked, done - int(1e9 * seconds))
         found = self._turns.result()
+        if any(token < 0 and tokens for tokens, _, token in found):
+            # The device stands still there, whatever the rows before have decided.
+            raise NotOnDevice("a proposed row's logits are not finite")
         proposals = [
             Proposal(lane.sequence_id, lane.epoch, lane.committed_len, tuple(tokens))
             for lane, (tokens, _, _) in zip(self._rounds.lanes, found, strict=True)

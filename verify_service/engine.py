@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import Refusal, Verdict, VerifyItem
 from outrider.shared.model.runner import Span
@@ -71,27 +73,63 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         logits = self.runner.forward(spans)
         finite = finite_rows(logits) if judged else []
         # One bad sequence must not spoil the batch: its rows are judged and thrown away.
-        questions, row, broken = [], 0, set()
-        for i in judged:
-            item, held = work[i]
-            if not all(finite[row : row + wanted[i]]):
-                broken.add(i)
-            row += wanted[i]
-            questions.append(JudgeItem(held.decoding, held.log, item.proposal, item.rows))
-        verdicts = judge(logits, questions) if questions else []
+        questions = [_question(*work[i]) for i in judged]
+        verdicts = judge(logits, questions, finite) if questions else []
+        row, again = 0, []
         for i, verdict in zip(judged, verdicts, strict=True):
-            if i in broken:
-                answers[i] = self._not_finite(*work[i])
-            elif verdict is None:
-                answers[i] = self._refused(
-                    *work[i], RefusalCode.NOTHING_ALLOWED, "no token is allowed"
-                )
+            if verdict is None and not finite[row] and work[i][0].proposal:
+                again.append(i)
             else:
-                answers[i] = _settled(*work[i], verdict)
+                answers[i] = self._answer(*work[i], verdict, finite[row])
+            row += wanted[i]
+        for i, answer in zip(again, self._unspoilt([work[i] for i in again]), strict=True):
+            answers[i] = answer
         return [
             answer if answer is not None else _extended(work[i][0])
             for i, answer in enumerate(answers)
         ], sum(len(span.tokens) for span in spans)
+
+    def _unspoilt(self, work: Sequence[tuple[VerifyItem, Held]]) -> list[Verdict | Refusal]:
+        """Judges anew where not even the pending row was finite, on that row alone.
+
+        Attention gives what a row must not see the weight 0, and 0 times NaN is NaN: a proposed
+        token may spoil the rows before it, and their KV with them. The text must not depend on
+        what was proposed, so only the pending row's own logits can end it.
+        """
+        answers: list[Verdict | Refusal | None] = [None] * len(work)
+        tokens: list[Sequence[int]] = []
+        limit, arena = self.runner.arena.max_rows, self.runner.arena
+        for i, (item, held) in enumerate(work):
+            # Rings keep what came before the rows of the last pass, and no earlier pass had any
+            # of the proposal.
+            end = item.base_len + self.rows_of(item)
+            begin = item.base_len if limit is None else max(item.base_len, end - limit)
+            if not arena.rollback(held.extent, begin):
+                answers[i] = self._not_finite(item, held)
+            tokens.append(() if answers[i] else item.append[begin - item.base_len :])
+        spans = spans_of(work, tokens, [1] * len(work))
+        if spans:
+            logits = self.runner.forward(spans)
+            left = [i for i, answer in enumerate(answers) if answer is None]
+            finite = finite_rows(logits)
+            counts = [len(work[i][0].proposal) + 1 for i in left]
+            # The proposal's own rows count as not finite: they only have to be there.
+            rows = logits.repeat_interleave(torch.tensor(counts, device=logits.device), 0)
+            sound = [own and not j for own, n in zip(finite, counts, strict=True) for j in range(n)]
+            verdicts = judge(rows, [_question(*work[i]) for i in left], sound)
+            for i, verdict, own in zip(left, verdicts, finite, strict=True):
+                answers[i] = self._answer(*work[i], verdict, own)
+        return [answer for answer in answers if answer is not None]
+
+    def _answer(
+        self, item: VerifyItem, held: Held, verdict: Judged | None, finite: bool
+    ) -> Verdict | Refusal:
+        """``verdict``: None where no token can follow the log; ``finite``: its pending row."""
+        if verdict is not None:
+            return _settled(item, held, verdict)
+        if not finite:
+            return self._not_finite(item, held)
+        return self._refused(item, held, RefusalCode.NOTHING_ALLOWED, "no token is allowed")
 
     def _on_device(
         self,
@@ -110,7 +148,13 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         )
         if found is None:
             return None
-        return self._answers(work, found), sum(len(span.tokens) for span in spans)
+        # What is found at the pending row says nothing beside the rows of a proposal.
+        again = [i for i, one in enumerate(found) if one == (0, -1) and work[i][0].proposal]
+        anew = dict(zip(again, self._unspoilt([work[i] for i in again]), strict=True))
+        answers = [
+            anew[i] if i in anew else self._told(*one, *found[i]) for i, one in enumerate(work)
+        ]
+        return answers, sum(len(span.tokens) for span in spans)
 
     def settle(
         self, work: Sequence[tuple[VerifyItem, Held]], found: Sequence[tuple[int, int]]
@@ -118,17 +162,16 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         """See ``Engine.settle``; ``found``: as ``Runner.judge`` returns it."""
         spans = spans_of(work, [self.tokens_of(item) for item, _ in work], [0] * len(work))
         self.runner.written(spans)
-        return self._answers(work, found), sum(len(span.tokens) for span in spans)
+        answers = [self._told(*one, *pair) for one, pair in zip(work, found, strict=True)]
+        return answers, sum(len(span.tokens) for span in spans)
 
-    def _answers(
-        self, work: Sequence[tuple[VerifyItem, Held]], found: Sequence[tuple[int, int]]
-    ) -> list[Verdict | Refusal]:
-        return [
-            self._not_finite(item, held)
-            if token < 0
-            else _settled(item, held, Judged(accepted, token))
-            for (item, held), (accepted, token) in zip(work, found, strict=True)
-        ]
+    def _told(self, item: VerifyItem, held: Held, accepted: int, token: int) -> Verdict | Refusal:
+        """The answer to what the device found; see ``Runner.judge``."""
+        if token < 0 < accepted:  # what stands before a row that is not finite
+            accepted, token = accepted - 1, item.proposal[accepted - 1]
+        if token < 0:
+            return self._not_finite(item, held)
+        return _settled(item, held, Judged(accepted, token))
 
     def _not_finite(self, item: VerifyItem, held: Held) -> Refusal:
         return self._refused(item, held, RefusalCode.MODEL, "the model's logits are not finite")
@@ -137,6 +180,10 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         """Refuses an item that was forwarded; its rows are forgotten."""
         self.runner.arena.distrust(held.extent, item.base_len)
         return refusal(item, code, why)
+
+
+def _question(item: VerifyItem, held: Held) -> JudgeItem:
+    return JudgeItem(held.decoding, held.log, item.proposal, item.rows)
 
 
 def _settled(item: VerifyItem, held: Held, judged: Judged) -> Verdict:

@@ -23,9 +23,9 @@ from outrider.shared.config.schema import Config, DraftConfig, VerifyConfig
 from outrider.shared.process import address
 
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
-"""Seconds before a part is started again: doubled each time it dies young."""
+"""Seconds before a part is started again: doubled each time it dies young or is not ready first."""
 YOUNG = 30.0
-"""Seconds a part must have lived to start again with the first back-off."""
+"""Seconds a part that was ready must have lived to start again with the first back-off."""
 MOST_STARTS = 3
 """Starts of a part that has never been ready; if all fail, so would the next."""
 
@@ -112,15 +112,18 @@ class Supervisor:
         child = part.child
         self._say("up", child.why())
         child.let_go()
-        if not child.ready and child.failure:
-            return 1  # a wrong configuration: it would fail again
         part.served |= child.ready
+        # What has served can do so again, once what keeps it from starting has passed: memory that
+        # is not free yet, say. Until then the others go on as without it.
+        if not part.served and child.failure:
+            return 1  # a wrong configuration: it would fail again
         if not part.served and part.starts >= MOST_STARTS:
             self._say("up", f"{part.name} has failed {part.starts} times and was never ready")
             return 1
         part.starts += 1
         age = time.monotonic() - part.started
-        part.backoff = FIRST_BACKOFF if age > YOUNG else min(2 * part.backoff, LAST_BACKOFF)
+        settled = child.ready and age > YOUNG  # a start may take as long and fail all the same
+        part.backoff = FIRST_BACKOFF if settled else min(2 * part.backoff, LAST_BACKOFF)
         # Jitter keeps parts that die together from coming back together.
         pause = part.backoff * random.uniform(0.5, 1.0)
         part.restart_at = time.monotonic() + pause

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from outrider.coordinator.requests.sequence import Sequence as Seq
@@ -43,6 +44,8 @@ class Drafting:
         self._late = False  # an answer that nobody waited for is still to come
         self._clock = WallClock()
         self._blocked: set[Seq] = set()
+        self._behind: asyncio.Future[pb.DraftResponse | None] | None = None
+        """The answer to what was last sent in the background."""
 
     @property
     def available(self) -> bool:
@@ -55,21 +58,36 @@ class Drafting:
         return not (state.given_up or state.blocked) and sequence.may_open(state)
 
     def select(self, sequences: Iterable[Seq]) -> set[Seq]:
-        """Those near enough to the log to have a proposal without a long wait.
-
-        Where rounds with a proposal and rounds without draw different tokens, a fixed K is to mean
-        the same rounds each time: such a sequence takes all that the draft lacks along.
-        """
+        """Those near enough to the log to have a proposal without a long wait."""
         budget = self._chunk
         near = set()
         for sequence in sequences:
             rows = len(sequence.log) - sequence.base_len(sequence.draft)
-            if rows > LAG and not sequence.replays_rounds:
+            if rows > LAG:
                 if rows > budget:
                     continue
                 budget -= rows
             near.add(sequence)
         return near
+
+    async def bring_near(self, sequences: Iterable[Seq]) -> None:
+        """Waits until ``select`` has all whose rounds are to be the same each time.
+
+        Where rounds with a proposal and rounds without draw different tokens, a text must not
+        depend on how soon the draft is done with its prompt.
+        """
+        for sequence in sequences:
+            if not sequence.replays_rounds:
+                continue
+            # Each message has the draft's patience for itself: what comes next does not stand in
+            # the queue behind a chunk that was sent in the background.
+            if self._behind is not None and self.available:
+                await self._patiently(self._behind)
+            parent = sequence.parent
+            if parent is not None and not sequence.may_open(sequence.draft):
+                await self._take_in(parent, parent.prefix_len)
+            if len(sequence.log) - sequence.base_len(sequence.draft) > LAG:
+                await self._take_in(sequence, len(sequence.log) - 1)
 
     async def propose(
         self,
@@ -97,8 +115,7 @@ class Drafting:
             meanwhile()
             return made
         meanwhile()
-        # Rows of a prompt take their time.
-        response = await self._patiently(future, self._patience * max(1.0, most / self._chunk))
+        response = await self._patiently(future)
         if response is None:
             return made
         made.timing = ServiceTiming.told(sent, self._clock(), response.timing)
@@ -139,7 +156,7 @@ class Drafting:
         """
         if not wait:
             self._give_up(granted.answer)
-        response = await self._patiently(granted.answer, self._patience)
+        response = await self._patiently(granted.answer)
         if response is None:
             return 0
         self._absorb(response, granted.asked)
@@ -210,6 +227,9 @@ class Drafting:
         self._close.clear()
         self._blocked.clear()
         self._late = False
+        if self._behind is not None:
+            _expire(self._behind)
+            self._behind = None
         for sequence in sequences:
             state = sequence.draft
             state.lose()
@@ -217,6 +237,28 @@ class Drafting:
             state.strikes = 0
 
     # --- parts -------------------------------------------------------------------------------
+
+    async def _take_in(self, sequence: Seq, upto: int) -> None:
+        """Brings the draft to ``log[:upto]``, a chunk a message, unless it is late or refuses."""
+        while (
+            self.available
+            and self.usable(sequence)
+            and sequence.output.finish is None
+            and sequence.base_len(sequence.draft) < upto
+        ):
+            assert self._connection is not None
+            request = pb.DraftRequest(round=self._connection.next_number())
+            self._fill_close(request)
+            end = min(upto, sequence.base_len(sequence.draft) + self._chunk)
+            append_item(request, sequence, end, 0)
+            asked = {sequence.sequence_id: DraftAsked(sequence, len(sequence.log), 0)}
+            try:
+                future = await self._connection.send(request, partial(self._came_late, asked=asked))
+            except ServiceUnavailable:
+                return
+            response = await self._patiently(future)
+            if response is not None:
+                self._absorb(response, asked)
 
     def _fill_close(self, request: pb.DraftRequest) -> None:
         if self._close:
@@ -226,23 +268,35 @@ class Drafting:
     async def _send_and_absorb(
         self, request: pb.DraftRequest, asked: dict[int, DraftAsked]
     ) -> None:
-        """Sends a message whose answer nobody waits for."""
+        """Sends a message whose answer only ``bring_near`` waits for."""
         assert self._connection is not None
-        try:
-            future = await self._connection.send(
-                request, lambda answer: self._absorb(answer, asked)
-            )
-        except ServiceUnavailable:
-            return
-        _expire(future)
+        behind: asyncio.Future[pb.DraftResponse | None]
+        behind = self._behind = asyncio.get_running_loop().create_future()
 
-    async def _patiently(
-        self, future: asyncio.Future[pb.DraftResponse], seconds: float
-    ) -> pb.DraftResponse | None:
-        """The answer; None where it is late, or the draft is lost."""
-        timer = asyncio.get_running_loop().call_later(seconds, self._give_up, future)
+        def answered(answer: pb.DraftResponse) -> None:
+            if behind.done():
+                self._came_late(answer, asked)
+            else:
+                behind.set_result(answer)
+                self._absorb(answer, asked)
+
         try:
-            return await future
+            future = await self._connection.send(request, answered)
+        except ServiceUnavailable:
+            self._behind = None
+            return
+        # The answer may have come while the message was on its way out.
+        if not future.done():
+            _expire(future)
+        elif future.exception() is None:
+            answered(future.result())
+
+    async def _patiently(self, future: asyncio.Future[Any]) -> pb.DraftResponse | None:
+        """The answer; None where it is late, or the draft is lost."""
+        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, future)
+        try:
+            answer: pb.DraftResponse | None = await future
+            return answer
         except ServiceUnavailable:
             return None
         finally:

@@ -146,6 +146,7 @@ class RoundLoop:
         started_ns = self._last_ns or self._clock()
         run: GrantRun | None = None
         try:
+            await self._rounds.bring_near(plan)
             ks = self._rounds.choose(plan)
             if len(plan.decode) == self._scheduler.admitted:
                 self._regrant = False

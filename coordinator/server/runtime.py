@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ from outrider.shared.config.schema import CoordinatorConfig
 from outrider.shared.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+_REST_SECONDS = 2.0
 
 
 class Runtime:
@@ -174,6 +178,7 @@ async def running(
                     observer=observer,
                 )
             finally:
+                await _at_rest([one for one in (verify_connection, draft_connection) if one])
                 for task in background[2:] if draft_connection is not None else background[1:]:
                     task.cancel()
                 await verify_connection.close()
@@ -241,6 +246,16 @@ def _round_loop(
         clock=clock,
         patience=config.verify_patience_seconds,
     )
+
+
+async def _at_rest(connections: list[Connection[Any, Any]]) -> None:
+    """Waits until no message is on its way out, but not for ever; see ``Connection.at_rest``."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REST_SECONDS):
+            # While one is waited for, writing to another may begin.
+            while not all(one.at_rest.is_set() for one in connections):
+                for one in connections:
+                    await one.at_rest.wait()
 
 
 async def _draft_reached(connection: DraftConnection, seconds: float) -> None:

@@ -76,6 +76,10 @@ class Connection(Generic[RequestT, ResponseT]):
         self._call: Any = None
         self._pending: dict[int, _Waiting[ResponseT]] = {}
         self._number = 0
+        self.at_rest = asyncio.Event()
+        """Set while no message is on its way out. Whoever is cancelled before takes the stream
+        along: gRPC ends a call of which a write is cancelled, and the service hears no goodbye."""
+        self.at_rest.set()
         self._closing = False
 
     @property
@@ -111,19 +115,13 @@ class Connection(Generic[RequestT, ResponseT]):
             raise ServiceUnavailable(f"the {self.role} service is away")
         future: asyncio.Future[ResponseT] = asyncio.get_running_loop().create_future()
         self._pending[request.round] = _Waiting(time.monotonic(), future, late, each)
-        try:
-            await call.write(request)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            self._down(f"writing failed: {_reason(error)}")
+        await self._write(call, request)
         return future
 
     async def tell(self, request: RequestT) -> None:
         """Sends what is not answered: a change to a grant. Being away is no error."""
         if self._call is not None:
-            try:
-                await self._call.write(request)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-                self._down(f"writing failed: {_reason(error)}")
+            await self._write(self._call, request)
 
     def touch(self) -> None:
         """What is waited for is alive: its time begins anew."""
@@ -199,6 +197,15 @@ class Connection(Generic[RequestT, ResponseT]):
                 await call.done_writing()
 
     # --- the stream --------------------------------------------------------------------------
+
+    async def _write(self, call: Any, request: RequestT) -> None:
+        self.at_rest.clear()
+        try:
+            await call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            self._down(f"writing failed: {_reason(error)}")
+        finally:
+            self.at_rest.set()
 
     async def _open(self, channel: grpc.aio.Channel) -> None:
         info = await self._ask_info(channel)

@@ -200,3 +200,5 @@ class RoundResult(Generic[T]):
     refusals: list[Refusal] = field(default_factory=list)
     model_seconds: float = 0.0
     rows: int = 0
+    cut: int = 0
+    """Proposed tokens that were left out, since they can't be judged."""

@@ -15,7 +15,6 @@ from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import LayerKind, Storage, shared_pools
 from outrider.shared.model.hf.context import context_of
-from outrider.shared.model.hf.generation_defaults import left_to_requests
 from outrider.shared.model.hf.loading import choose_dtype, load_model
 from outrider.shared.model.hf.weight_files import check_weight_files
 from outrider.shared.model.llama.checkpoint import LlamaForCausalLM, load_plain
@@ -49,14 +48,6 @@ def load_runner(
     progress(f"loading {path}")
     if Path(path).is_dir():
         check_weight_files(Path(path))
-        left = left_to_requests(Path(path))
-        if left:
-            log.warning(
-                "%s: generation_config.json is not applied but for its end-of-sequence ids; "
-                "a request asks for what it wants: %s",
-                config.path,
-                ", ".join(left),
-            )
     model: Any = None
     if config.runner != "generic":
         model = load_plain(path, lambda own: choose_dtype(config.dtype, own, device), device)

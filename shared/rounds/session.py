@@ -231,8 +231,10 @@ class Session(Generic[ItemT, AnswerT]):
         result: RoundResult[AnswerT] = RoundResult()
         work: list[tuple[ItemT, Held]] = []
         seen: set[int] = set()
-        for item in items:
-            item = engine.sound(item)
+        for asked in items:
+            item = engine.sound(asked)
+            if item is not asked:
+                result.cut += engine.rows_of(asked) - engine.rows_of(item)
             try:
                 if item.sequence_id in seen:
                     raise SequenceRefused(

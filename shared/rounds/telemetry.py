@@ -38,6 +38,7 @@ class ServiceTelemetry:
         self._seconds = instruments.histogram("outrider.service.round.duration")
         self._model = instruments.counter("outrider.service.model.time")
         self._rows = instruments.counter("outrider.service.rows")
+        self._cut = instruments.counter("outrider.service.tokens.cut")
         self._refusals = instruments.counter("outrider.service.refusals")
         gauges: dict[str, Callable[[EngineInfo], float]] = {
             "outrider.service.sequences": lambda one: one.sequences,
@@ -58,6 +59,7 @@ class ServiceTelemetry:
                 self._seconds.record(answered - arrived)
                 self._model.add(result.model_seconds)
                 self._rows.add(result.rows)
+                self._cut.add(result.cut)
                 for refusal in result.refusals:
                     self._refusals.add(1, RefusalCode(refusal.code).name.lower())
             if message.traceparent:

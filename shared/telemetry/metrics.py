@@ -125,6 +125,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("outrider.service.model.time", "counter", "s",
            "The model's forwards, with sampling and acceptance", SERVICES),
     Metric("outrider.service.rows", "counter", "{row}", "Rows forwarded", SERVICES),
+    Metric("outrider.service.tokens.cut", "counter", "{token}",
+           "Proposed tokens left out, since they can't be judged", SERVICES),
     Metric("outrider.service.refusals", "counter", "{refusal}",
            "Sequences refused, by reason", SERVICES, ("outrider.refusal",)),
     Metric("outrider.service.sequences", "gauge", "{sequence}", "Live sequences", SERVICES),

@@ -6,6 +6,7 @@ import mmap
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +34,12 @@ VOCAB = 64
 PATIENCE = 300.0
 
 
-def model(seed: int, layers: int) -> Any:
+def model(seed: int, layers: int, vocabulary: int = VOCAB) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=layers,
@@ -53,11 +54,11 @@ def model(seed: int, layers: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def runner(seed: int) -> Any:
+def runner(seed: int, vocabulary: int = VOCAB) -> Any:
     config = ModelConfig(
         path="tiny", device="cpu", dtype="bfloat16", arena_bytes=1 << 18, max_sequences=4
     )
-    return host_device.hosted(make_runner(model(seed, 1), config), 4)
+    return host_device.hosted(make_runner(model(seed, 1, vocabulary), config), 4)
 
 
 class Side:
@@ -77,6 +78,14 @@ def runners() -> tuple[Any, Any, Any]:
 @pytest.fixture(params=["twin", "stranger"])
 def sides(request: Any, runners: Any) -> Iterator[SimpleNamespace]:
     base, twin, stranger = runners
+    with paired(base, twin if request.param == "twin" else stranger) as made:
+        made.twin = request.param == "twin"
+        yield made
+
+
+@contextmanager
+def paired(base: Any, draft: Any) -> Iterator[SimpleNamespace]:
+    """Both sides of a mailbox, over these runners."""
     layout, device_layout = Layout(4, 4, 4), DeviceLayout(4, 4)
     memory = mmap.mmap(-1, layout.size)
     regions = [
@@ -84,15 +93,14 @@ def sides(request: Any, runners: Any) -> Iterator[SimpleNamespace]:
         for _ in range(2)
     ]
     ends = socket.socketpair()
-    draft_runner = twin if request.param == "twin" else stranger
     made = []
     for index, (kind, engine) in enumerate(
-        (("verify", VerifyEngine(base, 4)), ("draft", DraftEngine(draft_runner, 4)))
+        (("verify", VerifyEngine(base, 4)), ("draft", DraftEngine(draft, 4)))
     ):
         bell = Doorbell(Mailbox(memory, layout), ends[index], kind)  # type: ignore[arg-type]
         mailbox = DeviceMailbox(regions[index], regions[1 - index], kind)  # type: ignore[arg-type]
         made.append(Side(engine, bell, mailbox))
-    yield SimpleNamespace(verify=made[0], draft=made[1], twin=request.param == "twin")
+    yield SimpleNamespace(verify=made[0], draft=made[1])
     for side in made:
         side.bell.close()
         side.session.release()
@@ -436,3 +444,46 @@ def test_turns_without_device_memory_are_left_to_the_host(sides: Any) -> None:
     made = Grant(sides, PROMPTS[:1], 20, 2, Decoding()).run()
     assert made.end.reason == pb.GRANT_END_REASON_HOST
     assert made.end.message == "draft and verifier share no device memory"
+
+
+@pytest.mark.parametrize("rule", DECODINGS)
+def test_turns_beside_a_row_that_is_not_finite_are_left_to_the_host(sides: Any, rule: str) -> None:
+    """What was proposed beyond the place does not end the text; the host finds where it does."""
+    decoding, (prompt,) = DECODINGS[rule], PROMPTS[:1]
+    own = replace(decoding, prompt_len=len(prompt), seed=decoding.seed + 1)
+    whole = alone(sides.verify.engine, prompt, 30, own)
+    broken = next(t for at, t in enumerate(whole) if at > 12 and t not in whole[:at])
+    table = sides.verify.engine.runner._embedding
+    kept = table[broken].clone()
+    table.data[broken] = float("nan")
+    try:
+        made = Grant(sides, [prompt], 30, 4, decoding).run()
+        log, session = made.logs[0], sides.verify.session
+        if sides.twin:
+            assert made.end.reason == pb.GRANT_END_REASON_HOST
+        for _ in range(30):
+            item = VerifyItem(1, 1, len(log) - 1, (log[-1],), (broken,) * 3)
+            result = session.round([item])
+            if result.refusals:
+                break
+            verdict = result.answers[0]
+            log += [*[broken] * verdict.num_accepted, verdict.next_token]
+        assert log == whole[: whole.index(broken) + 1]
+    finally:
+        table.data[broken] = kept
+
+
+@pytest.mark.parametrize("where", ["on the way", "at the start"])
+def test_turns_end_where_the_base_writes_what_the_draft_lacks(runners: Any, where: str) -> None:
+    """A base padded wider than its draft: the draft drops the sequence, as over messages."""
+    base, narrow = runners[0], runner(1, 24)
+    whole = alone(VerifyEngine(base, 4), [3, 1, 4], 40, Decoding(prompt_len=3, seed=1))
+    first = next(at for at, token in enumerate(whole) if token >= 24)
+    with paired(base, narrow) as sides:
+        prompt = whole[: first + 1] if where == "at the start" else whole[: max(3, first - 1)]
+        made = Grant(sides, [prompt], 20, 3, Decoding()).run()
+        assert made.logs[0] == whole[: len(made.logs[0])]
+        assert made.draft_end is not None
+        assert made.draft_end.reason == pb.GRANT_END_REASON_REFUSED
+        assert "outside the vocabulary of 24" in made.draft_end.message
+        assert made.end.reason == pb.GRANT_END_REASON_REVOKED

@@ -63,8 +63,9 @@ def test_verify_takes_a_broken_proposal_for_a_shorter_one(rule: Rule) -> None:
     ):
         session = engine.connect()
         session.open(OpenSequence(1, 1, 40, decoding))
-        (verdict,) = session.round([VerifyItem(1, 1, 0, (1, 2, 3), proposal, said)]).answers
-        verdicts.append(verdict)
+        result = session.round([VerifyItem(1, 1, 0, (1, 2, 3), proposal, said)])
+        verdicts += result.answers
+        assert result.cut == len(proposal) - 1
         session.release()
     assert verdicts[1:] == verdicts[:1] * 2
 

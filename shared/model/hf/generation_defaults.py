@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from outrider.shared.core.tokenizer_files import read_json
+
+log = logging.getLogger(__name__)
 
 # Fields that change which tokens come, with the value that changes nothing.
 _NEUTRAL: dict[str, object] = {
@@ -30,6 +33,7 @@ _NEUTRAL: dict[str, object] = {
     "min_length": 0,
     "min_new_tokens": None,
     "max_new_tokens": None,
+    "max_length": 20,  # transformers' own
     "num_beams": 1,
     "guidance_scale": None,
     "stop_strings": None,
@@ -48,3 +52,18 @@ def left_to_requests(folder: Path) -> list[str]:
         for name, neutral in _NEUTRAL.items()
         if read.get(name) is not None and read[name] != neutral
     ]
+
+
+def warn_of_what_is_left(name: str, path: str) -> None:
+    """Logs what of the base's generation_config.json is not applied; ``path``: its folder.
+
+    A draft's concerns nobody: how its tokens are chosen is up to the request, too.
+    """
+    left = left_to_requests(Path(path)) if Path(path).is_dir() else []
+    if left:
+        log.warning(
+            "%s: generation_config.json is not applied but for its end-of-sequence ids; "
+            "a request asks for what it wants: %s",
+            name,
+            ", ".join(left),
+        )

@@ -28,9 +28,13 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     transformers_logging.disable_progress_bar()  # what loads is reported by the service
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"path: {path} can't be loaded: {first_line(error)}") from error
-    reason = refusal(config)
+        reason = refusal(config)
+    except Exception as error:  # transformers computes with fields of any type
+        said = first_line(error)
+        if not isinstance(error, (OSError, ValueError)):
+            said = f"{type(error).__name__}: {said}"  # says little by itself
+        file = f"{path}/config.json"
+        raise ConfigError(f"path: {file} can't be loaded: {said}") from error
     if reason is not None:
         raise ConfigError(f"path: {path}: {reason}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,35 @@ def test_up_ends_after_some_starts_of_what_is_never_ready(
     assert "No module named no_such_module" in told
 
 
-def test_up_starts_again_for_ever_what_was_ready_once(
-    tiny_base: Path, short_folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("failure", ["", "the device has no memory left for the arena"])
+def test_up_starts_again_with_growing_pauses_what_was_ready_once(
+    tiny_base: Path, short_folder: Path, capsys: pytest.CaptureFixture[str], failure: str
 ) -> None:
+    """However its starts fail, and however long each of them takes to fail."""
     one = Supervisor(config_of(short_folder, tiny_base))
     child: Any = children.start("base", one._config, one._events)
     child.process.kill()
     child.process.wait()
-    part = SupervisedPart("base", child, 0.0)
+    long_ago = time.monotonic() - 10 * supervisor.YOUNG
+    part = SupervisedPart("base", child, long_ago)
     child.ready = True
+    assert one._ended(part) is None
+    assert part.backoff == supervisor.FIRST_BACKOFF
+    child.ready, child.failure = False, failure
+    capsys.readouterr()
+    pauses = []
     for _ in range(3 * MOST_STARTS):
+        part.started = long_ago
         assert one._ended(part) is None
-        child.ready = False  # the later ones die young
+        pauses.append(part.backoff)
+        told = capsys.readouterr().err
+        assert told.count(failure or "was killed by SIGKILL") == 1
+        assert told.count("base is started again in") == 1
+    assert pauses == sorted(pauses)
+    assert pauses[0] > supervisor.FIRST_BACKOFF
+    assert pauses[-1] == supervisor.LAST_BACKOFF
+    child.ready, child.failure = True, ""
+    part.started = long_ago
+    assert one._ended(part) is None
+    assert part.backoff == supervisor.FIRST_BACKOFF
     child.process.stdin.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc.aio._call import StreamStreamCall
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from outrider.coordinator.requests.validation import derived_seed
@@ -488,6 +489,35 @@ async def test_service_drains_on_stop_and_says_goodbye(
         result = await call
     assert result.only.ids == fakes.plain(PROMPT, 100)
     assert not [record for record in caplog.records if "goodbye" in record.message]
+
+
+async def test_service_says_goodbye_though_a_message_is_on_its_way_out(
+    services: Make, client_of: Make, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """The last message frees what the request held; gRPC cancels a call with a write of it."""
+    original = StreamStreamCall.write
+    slow = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def write(call: Any, request: Any) -> None:
+        await original(call, request)
+        if slow.is_set() and request.close:
+            begun.set()
+            try:
+                await asyncio.sleep(0.2)
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+
+    monkeypatch.setattr(StreamStreamCall, "write", write)
+    base, draft = services("verify"), services("draft")
+    async with client_of(base, draft, drain_seconds=10.0) as client:
+        slow.set()
+        call = asyncio.create_task(client.generate(ask(PROMPT, 30)))
+        await asyncio.wait_for(begun.wait(), 60)
+        client.stop.set()
+        assert (await call).error is None
+    assert not [record for record in caplog.records if "without goodbye" in record.message]
 
 
 async def test_service_many_short_requests_leave_nothing_behind(

@@ -155,8 +155,10 @@ class Slowly:
 async def test_rejection_with_k_and_seed_is_replayed_however_long_the_draft_takes(
     tiny_base: Path, near_base: Path, client_of: Make, tmp_path: Path
 ) -> None:
-    """A prompt of many chunks: the draft is done with it before the base, or long after."""
+    """Prompts of many chunks and samples that share one: the draft is done with them before the
+    base, or long after."""
     options = {"device": "cpu", "dtype": "float32", "arena_bytes": 16 << 20, "threads": 1}
+    settings = {"tokenizer": str(tiny_base), "prefill_chunk": 32, "draft_patience_seconds": 30.0}
     verify = start_model(
         "verify", VerifyConfig(path=str(tiny_base), **options), f"unix:{tmp_path}/verify"
     )
@@ -170,26 +172,35 @@ async def test_rejection_with_k_and_seed_is_replayed_however_long_the_draft_take
                 runner=lambda plain: Slowly(plain, seconds),  # noqa: B023
             )
             try:
-                settings = {"tokenizer": str(tiny_base), "prefill_chunk": 32}
-                settings |= {"draft_patience_seconds": 30.0}
                 async with client_of(verify, draft, **settings) as client:
-                    asked = ask(
-                        [(7 * i) % 300 for i in range(400)],
-                        24,
-                        k=3,
-                        rule=pb.ACCEPTANCE_RULE_REJECTION,
-                        temperature=1.2,
-                        seed=9,
-                        stopping={"ignore_eos": True},
-                    )
-                    one = (await client.generate(asked)).only
-                    told.append((one.ids, one.finished.speculation.rounds))
-                    assert one.finished.speculation.accepted
+                    told.append([await _rejected(client, *one) for one in ((300, 1), (80, 3))])
+                    told[-1].append(await _rejected(client, 12, 3))
+                # Nor does it stand still over more rows than it takes in at a time.
+                assert max(draft.rows) <= 32
             finally:
                 draft.server.drain(grace=0)
     finally:
         verify.server.drain(grace=0)
     assert told[0] == told[1]
+
+
+async def _rejected(client: Any, length: int, samples: int) -> list[tuple[list[int], int]]:
+    """The tokens and the rounds of each sample, after a prompt of that length."""
+    asked = ask(
+        [(7 * i) % 300 for i in range(length)],
+        12,
+        k=3,
+        rule=pb.ACCEPTANCE_RULE_REJECTION,
+        temperature=1.2,
+        seed=9,
+        stopping={"ignore_eos": True},
+        output={"num_samples": samples},
+    )
+    result = await client.generate(asked)
+    assert result.error is None
+    made = [result.samples[index] for index in range(samples)]
+    assert all(one.finished.speculation.accepted for one in made)
+    return [(one.ids, one.finished.speculation.rounds) for one in made]
 
 
 async def test_a_base_of_windows_alone_serves_more_than_its_rings_hold(

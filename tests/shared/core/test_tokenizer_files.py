@@ -132,6 +132,7 @@ def test_fingerprint_leaves_out_ids_that_the_model_has_not(tmp_path: Path) -> No
 def test_generation_defaults_that_are_not_applied_are_named(tmp_path: Path) -> None:
     assert left_to_requests(tmp_path) == []
     written = {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "do_sample": True}
+    written |= {"max_length": 4096}
     written |= {"no_repeat_ngram_size": 3, "repetition_penalty": 1.0, "suppress_tokens": [4]}
     (tmp_path / "generation_config.json").write_text(json.dumps(written))
     assert left_to_requests(tmp_path) == [
@@ -140,4 +141,7 @@ def test_generation_defaults_that_are_not_applied_are_named(tmp_path: Path) -> N
         "top_k = 20",
         "no_repeat_ngram_size = 3",
         "suppress_tokens = [4]",
+        "max_length = 4096",
     ]
+    (tmp_path / "generation_config.json").write_text('{"max_length": 20}')
+    assert left_to_requests(tmp_path) == []

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.draft_service import __main__ as draft_program
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.model.hf.loading import choose_dtype
 from outrider.shared.model.loading import choose_device, load_runner
 from outrider.shared.model.runner import Span
 from outrider.shared.model.vocabulary import fingerprint
+from outrider.verify_service import __main__ as verify_program
 
 
 def config(path: Path | str, **changes: Any) -> ModelConfig:
@@ -72,6 +74,41 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="can't be loaded"):
         load_runner(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{not json",
+        "[1, 2]",
+        '"llama"',
+        '{"model_type": ["llama"]}',
+        '{"model_type": "nobody"}',
+        '{"model_type": "llama", "vocab_size": "many"}',
+        '{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 0}',
+        '{"model_type": "llama", "rope_scaling": 7}',
+        '{"model_type": "llama", "layer_types": 3}',
+    ],
+)
+def test_a_configuration_that_can_not_be_read_is_named(tmp_path: Path, written: str) -> None:
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(ConfigError) as raised:
+        load_runner(config(tmp_path))
+    told = str(raised.value)
+    assert str(tmp_path / "config.json") in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("role", ["base", "draft"])
+def test_what_is_not_applied_is_told_of_the_base_alone(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, role: str
+) -> None:
+    for file in tiny_base.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.5}')
+    build = verify_program.build if role == "base" else draft_program.build
+    build(config(tmp_path), lambda text: None)
+    assert caplog.text.count("top_p = 0.5") == (role == "base")
 
 
 def test_a_folder_without_weights_is_told(tiny_base: Path, tmp_path: Path) -> None:
