@@ -86,8 +86,8 @@ TAIL = """
 A rotary embedding that takes other factors for long sequences (`longrope`) gives each row those of
 its own sequence: Phi-3 and its kin take a sequence in anew where it becomes long, as their
 `generate` does, others keep what they cached. One whose frequencies change with every token
-(`dynamic`) is served up to the length that it was trained with. What the files of a checkpoint
-lack, have too much of, or have in another shape is refused at load by name.
+(`dynamic`) is served up to `max_position_embeddings`, where that begins. What the files of a
+checkpoint lack, have too much of, or have in another shape is refused at load by name.
 
 Refused at load, with the reason: encoder-decoders (T5, BART), encoders (BERT), state-space and
 linear attention and their hybrids (Mamba, Mamba 2, Jamba, Falcon-H1, LFM2, RWKV, RecurrentGemma,
