@@ -100,13 +100,12 @@ _seen: dict[str, str] = {}
 
 
 def rollback_everywhere(runner: Runner, full: torch.Tensor, tokens: list[int]) -> None:
-    """Token by token, with rejected rows of another text in between."""
+    """Token by token, each with rows of another text behind it, which are rejected."""
     extent = runner.arena.admit(len(tokens) + K + 1)
     for length, token in enumerate(tokens):
-        junk = [(token + 17 * i) % 97 for i in range(1, K + 2)]
-        runner.forward([Span(extent, length, junk, 1)])
         assert runner.arena.rollback(extent, length)
-        logits = runner.forward([Span(extent, length, [token], 1)])
+        junk = [(token + 17 * i) % 97 for i in range(1, K + 2)]
+        logits = runner.forward([Span(extent, length, [token, *junk], K + 2)])
         scale = max(1.0, full[length].abs().max().item())
         assert (logits[0] - full[length]).abs().max().item() < 2e-3 * scale, length
     runner.arena.free(extent)
