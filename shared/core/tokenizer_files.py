@@ -29,6 +29,19 @@ DEFAULTS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Special tokens that a tokenizer's class has where its files are silent; without "Fast"."""
+CLASSES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("codegen", "dbrx", "gpt2", "gpt_neo", "gptj", "jais2", "opt", "phi", "starcoder2"),
+        "GPT2Tokenizer",
+    ),
+    **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
+}
+"""Classes of ``DEFAULTS`` by the ``model_type`` of config.json, for files that name none."""
+
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,22 +59,36 @@ def special_tokens(folder: Path) -> dict[str, str]:
     The class's own, then those of tokenizer_config.json, then those of special_tokens_map.json:
     the latter count only where the former does not list its added tokens, as in transformers.
     """
+    return {name: _text(value) for name, value in _special_tokens(folder).items()}
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    """The same as they are written: texts, or objects with a text and how it is found."""
     config = read_json(folder / "tokenizer_config.json")
-    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    sources: list[Mapping[str, Any]] = [DEFAULTS.get(kind, {}), config]
+    sources: list[Mapping[str, Any]] = [DEFAULTS.get(_class(folder, config), {}), config]
     if "added_tokens_decoder" not in config:
         sources.append(read_json(folder / "special_tokens_map.json"))
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for source in sources:
         for name, value in source.items():
             if not name.endswith("_token"):
                 continue
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                found[name] = text
+            if isinstance(_text(value), str):
+                found[name] = value
             elif value is None:
                 found.pop(name, None)
     return found
+
+
+def _text(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _class(folder: Path, config: Mapping[str, Any]) -> str:
+    """The tokenizer's class without "Fast", as transformers chooses it."""
+    model = read_json(folder / "config.json")
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    return str(named or CLASSES.get(str(model.get("model_type")), "")).removesuffix("Fast")
 
 
 def listed_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
@@ -95,10 +122,25 @@ def complete(backend: Any, folder: Path) -> None:
     from tokenizers import AddedToken
 
     known = backend.get_vocab(with_added_tokens=True)
+    held = {one.content: one for one in backend.get_added_tokens_decoder().values()}
     added = added_tokens(folder, known)
-    for text, special in added.values():
-        token = AddedToken(text, special=special, normalized=False)
+    named = {_text(value): value for value in _special_tokens(folder).values()}
+    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = {one.get("content"): one for one in decoder.values() if isinstance(one, dict)}
+    for text in [text for text, _ in added.values()] + sorted(named.keys() & known):
+        # What tokenizer_config.json lists goes before what tokenizer.json has, and that before
+        # what stands with a name.
+        flags = _flags(listed.get(text, held.get(text, named.get(text, text))))
+        special = text in named or flags["special"]
+        token = AddedToken(text, **(flags | {"special": special}))
         (backend.add_special_tokens if special else backend.add_tokens)([token])
-    texts = known.keys() | {text for text, _ in added.values()}
-    named = [one for one in special_tokens(folder).values() if one in texts]
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in named])
+
+
+def _flags(token: Any) -> dict[str, bool]:
+    """How a token is found: of the library's object, or as files write it."""
+    if isinstance(token, str):
+        return dict.fromkeys(_FLAGS, False)
+    own = token if isinstance(token, dict) else {name: getattr(token, name) for name in _FLAGS}
+    found = {name: bool(own.get(name, False)) for name in _FLAGS}
+    # As the library has it where a file is silent.
+    return found | {"normalized": bool(own.get("normalized", not found["special"]))}

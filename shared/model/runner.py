@@ -37,6 +37,11 @@ class Span:
     wanted: int
     long_from: int = NEVER
 
+    def part(self, begin: int, end: int, wanted: int) -> Span:
+        """Its rows ``begin … end-1``, all else being as it is."""
+        tokens = self.tokens[begin:end]
+        return Span(self.extent, self.start + begin, tokens, wanted, self.long_from)
+
 
 @dataclass(frozen=True, slots=True)
 class RotarySwitch:
@@ -178,8 +183,8 @@ class Runner(ABC):
                 continue
             # The last pass stays as long as it may be, so that it holds all wanted rows.
             count = min(limit, excess)
-            heads.append(Span(span.extent, span.start, span.tokens[:count], 0))
-            left.append(Span(span.extent, span.start + count, span.tokens[count:], span.wanted))
+            heads.append(span.part(0, count, 0))
+            left.append(span.part(count, len(span.tokens), span.wanted))
         for head in heads:
             head.extent.begin(head.start + len(head.tokens))
         self._forward(heads)

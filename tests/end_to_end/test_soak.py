@@ -1,8 +1,12 @@
-"""Ten thousand short requests leave things where they were."""
+"""Thousands of short requests leave things where they were.
+
+``OUTRIDER_SOAK_REQUESTS`` sets how many.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,9 @@ from outrider.protos import speculation_pb2 as internal
 from outrider.protos import speculation_pb2_grpc as internal_rpc
 from outrider_testing.waiting import until
 
-REQUESTS = 10_000
+REQUESTS = int(os.environ.get("OUTRIDER_SOAK_REQUESTS", "4000"))
+MOST_DRIFT = REQUESTS * (8 << 20) // 10_000
+"""Bytes: what a leak of some 800 in each request would come to."""
 AT_ONCE = 32
 
 
@@ -65,14 +71,15 @@ async def state(target: str) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_services_are_as_before_after_ten_thousand_requests(tiny_target: str) -> None:
+async def test_services_are_as_before_after_thousands_of_requests(tiny_target: str) -> None:
     await run_requests(tiny_target, 1_000)  # caches and pools grow to their size
     before = await state(tiny_target)
     await run_requests(tiny_target, REQUESTS)
     after = await state(tiny_target)
+    print({key: after[key] - before[key] for key in before})
     memory = [key for key in before if key.endswith("memory")]
     assert {k: v for k, v in after.items() if k not in memory} == {
         k: v for k, v in before.items() if k not in memory
     }
     for key in memory:
-        assert after[key] - before[key] < 8 << 20, key
+        assert after[key] - before[key] < MOST_DRIFT, key

@@ -25,15 +25,16 @@ def check(name: str, dtype: torch.dtype) -> None:
         for output in operation.outputs:
             want, have = expected[output], got[output]
             if not want.is_floating_point():
-                assert torch.equal(want, have), (name, number, want, have)
+                assert torch.equal(want, have), (name, dtype, number, want, have)
                 continue
             # Rows that are not asked for hold whatever was there.
             if "rows" in case and output == "out" and name != "attention":
                 want, have = want[: case["rows"]], have[: case["rows"]]
             error = float((have.double() - want.double()).norm() / want.double().norm())
-            assert error <= operation.tolerance[dtype], (name, number, output, error)
+            assert error <= operation.tolerance[dtype], (name, dtype, number, output, error)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        check(name, getattr(torch, sys.argv[1]))
+    for dtype in sys.argv[1].split(","):
+        for name in sys.argv[2:]:
+            check(name, getattr(torch, dtype))

@@ -64,13 +64,18 @@ class ChatTemplate:
 
     @cached_property
     def _source(self) -> str | None:
-        path = self._folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        more = self._folder / "additional_chat_templates"
+        files = [self._folder / "chat_template.jinja", *more.glob("*.jinja")]
+        if any(file.is_file() for file in files):  # then the configuration's do not count
+            for path in (more / "default.jinja", files[0]):
+                if path.is_file():
+                    return path.read_text(encoding="utf-8")
+            return None
         inline = self._configuration.get("chat_template")
         if isinstance(inline, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in inline}
-            inline = named.get("default")
+            inline = {entry["name"]: entry["template"] for entry in inline}
+        if isinstance(inline, dict):
+            inline = inline.get("default")
         return inline if isinstance(inline, str) else None
 
     @cached_property

@@ -117,6 +117,7 @@ def _from_hub(name: str) -> tuple[Path, Path]:
                     "vocab*",
                     "merges.txt",
                     "chat_template*",
+                    "additional_chat_templates/*",
                     "config.json",
                 ],
             )

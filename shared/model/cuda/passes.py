@@ -44,8 +44,7 @@ def cut_spans(
             after = len(span.tokens) - done - count
             # The wanted rows are the span's last.
             wanted = max(0, min(count, span.wanted - after))
-            tokens = span.tokens[done : done + count]
-            taken.append((i, Span(span.extent, span.start + done, tokens, wanted)))
+            taken.append((i, span.part(done, done + count, wanted)))
             ends.append(end)
             longest, room = max(longest, count), room - count
             if after:

@@ -174,17 +174,15 @@ class CudaRunner(LlamaRunner):
             return None
         # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
         ahead = [
-            Span(span.extent, span.start, span.tokens, 0)
-            for span, k in zip(spans, ks, strict=True)
-            if k == 0
+            span.part(0, len(span.tokens), 0) for span, k in zip(spans, ks, strict=True) if k == 0
         ]
         room = max(1, MAX_ROWS // len(asked))
         last: list[Span] = []
         for span in drawn:
             extra = max(0, len(span.tokens) - room)
             if extra:
-                ahead.append(Span(span.extent, span.start, span.tokens[:extra], 0))
-            last.append(Span(span.extent, span.start + extra, span.tokens[extra:], 1))
+                ahead.append(span.part(0, extra, 0))
+            last.append(span.part(extra, len(span.tokens), 1))
         if ahead:
             self.forward(ahead)
         self.check(last)

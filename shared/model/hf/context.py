@@ -19,7 +19,9 @@ def context_of(config: Any, wanted: int | None = None) -> int:
     ``config``: transformers' text configuration. A rotary embedding that is scaled by a factor
     has that many times the context that it was trained with
     (``original_max_position_embeddings``, or else ``max_position_embeddings``); one whose
-    frequencies change with every further token (``dynamic``) is served as far as they do not.
+    frequencies change with every further token (``dynamic``) is served as far as they do not,
+    which is ``max_position_embeddings``. Where layers of several types have embeddings of their
+    own, ``max_position_embeddings`` is what the model as a whole is for.
     Raises ``ConfigError`` where the model has no positions for ``wanted``.
     """
     own: int | None = getattr(config, "max_position_embeddings", None)
@@ -30,12 +32,11 @@ def context_of(config: Any, wanted: int | None = None) -> int:
     context = own or UNLIMITED
     if own and kind in _MULTIPLIED:
         context = max(own, int(original * float(rope.get("factor") or 1.0)))
-    elif own and kind == "dynamic":
-        context = original
     if wanted is None:
         return context
     learned = own is not None and not rope
-    if wanted > context and (learned or kind == "dynamic"):
+    by_layers = [one.get("rope_type") for one in rope.values() if isinstance(one, dict)]
+    if wanted > context and (learned or "dynamic" in (kind, *by_layers)):
         why = "has embeddings for" if learned else "has fixed frequencies for"
         raise ConfigError(
             f"max_positions: got {wanted}; must be at most {context}, the positions that the model "

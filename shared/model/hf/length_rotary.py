@@ -1,13 +1,12 @@
-"""Rotary embeddings with two sets of factors, for short and for long sequences (``longrope``).
+"""Rotary embeddings of two kinds, for short and for long sequences (``longrope``).
 
-transformers takes one set for all rows of a forward, by its largest position. Here each row has
-the set that it would have if its sequence were decoded alone, a token at a time.
+transformers takes one kind for all rows of a forward, by its largest position. Here each row has
+the one that it would have if its sequence were decoded alone, a token at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,9 @@ class LengthRotary:
         for module in model.modules():
             kind = getattr(module, "rope_type", None)
             if isinstance(kind, dict) and "longrope" in kind.values():
-                raise ConfigError("its layers have rotary embeddings of several lengths (longrope)")
+                raise ConfigError(
+                    f"rope_parameters: got {kind}; longrope must be that of all layers or of none"
+                )
             if kind == "longrope":
                 border = int(module.config.rope_parameters["original_max_position_embeddings"])
                 anew = getattr(model.config, "model_type", "") in _TAKE_IN_ANEW
@@ -43,8 +44,9 @@ class LengthRotary:
     def turning(self, spans: Sequence[Span], device: torch.device) -> Iterator[None]:
         """Within, the rows of a forward are those of ``spans``; else its module is left alone."""
         if self.switch is not None:
+            # Whatever is said of its sequence, no row beyond the border is short.
             flags = [
-                position >= span.long_from
+                position >= min(span.long_from, self.switch.border)
                 for span in spans
                 for position in range(span.start, span.start + len(span.tokens))
             ]
@@ -55,24 +57,17 @@ class LengthRotary:
             self._long = None
 
     def _take_over(self, module: Any, border: int) -> None:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
         theirs = module.forward
-        plain = inspect.unwrap(type(module).forward)  # without the choice of factors
-        short = module.original_inv_freq.clone()
-        long, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, short.device, seq_len=border + 1)
 
-        def turned(factors: Tensor, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-            module.inv_freq.copy_(factors)
-            found: tuple[Tensor, Tensor] = plain(module, x, position_ids)
-            return found
-
-        @torch.no_grad()
+        # The module itself is asked for both, with positions that make it choose: besides its
+        # factors, some (Phi-3.5-MoE) scale what they give by the largest position.
         def forward(x: Tensor, position_ids: Tensor, **options: Any) -> Any:
             flags = self._long
             if flags is None:
                 return theirs(x, position_ids, **options)
-            near, far = turned(short, x, position_ids), turned(long, x, position_ids)
-            return tuple(torch.where(flags, b, a) for a, b in zip(near, far, strict=True))
+            near = theirs(x, position_ids.clamp(max=border - 1), **options)
+            beyond = torch.full_like(position_ids[..., :1], border)
+            far = theirs(x, torch.cat((position_ids, beyond), -1), **options)
+            return tuple(torch.where(flags, b[:, :-1], a) for a, b in zip(near, far, strict=True))
 
         module.forward = forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,15 @@ from outrider.shared.core.errors import ConfigError, first_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
-             ".attention.masked_bias")  # fmt: skip
-"""Ends of names of buffers that files of older releases have, and the model computes."""
+_COMPUTED = re.compile(
+    r"(^|\.)((attn|attention|crossattention)\.bias|masked_bias|causal_mask"
+    r"|(original_)?inv_freq|cos_cached|sin_cached|position_ids)$|\.decoder\.version$"
+)
+"""Buffers that files of older releases and other trainers hold, and the model computes.
+
+transformers leaves out of its report only those that the model's class names
+(``_keys_to_ignore_on_load_unexpected``): few do, and it only warns of the others.
+"""
 
 
 def load_model(path: str, dtype: str, device: torch.device) -> Any:
@@ -98,7 +105,7 @@ def mismatch(model: Any, info: Mapping[str, Any]) -> str | None:
     strange = [
         name
         for name in sorted(info.get("unexpected_keys", ()))
-        if name not in known and not name.endswith(_COMPUTED)
+        if name not in known and not _COMPUTED.search(name)
     ]
     if strange:
         return f"the files have {_named(strange)}, for which the model has no place"

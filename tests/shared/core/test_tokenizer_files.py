@@ -10,9 +10,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
 from outrider.coordinator.requests.text.tokenizer import load_tokenizer
-from outrider.shared.core.tokenizer_files import DEFAULTS, special_tokens
+from outrider.shared.core.tokenizer_files import CLASSES, DEFAULTS, special_tokens
 from outrider.shared.model.hf.generation_defaults import left_to_requests
 from outrider.shared.model.vocabulary import fingerprint
+from outrider_testing.architectures import ARCHITECTURES
+from outrider_testing.tokenizer_families import FAMILIES
 
 TEMPLATE = (
     "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ messages[0].content }}"
@@ -69,6 +71,70 @@ def test_special_tokens_of_a_class_are_those_of_transformers(kind: str, tmp_path
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     own = {name: getattr(theirs, name) for name in names}
     assert special_tokens(tmp_path) == {name: text for name, text in own.items() if text}
+
+
+def test_class_of_files_that_name_none_is_that_of_the_model_type(tmp_path: Path) -> None:
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    named = {kind: name for kind, name in TOKENIZER_MAPPING_NAMES.items() if name in DEFAULTS}
+    served = {kind for kind, _ in ARCHITECTURES.values()}
+    assert {k: v for k, v in named.items() if k in served | CLASSES.keys()} == CLASSES
+
+
+@pytest.mark.parametrize("model", [{"model_type": "gpt_neox"}, {"model_type": "bloom"}, {}])
+@pytest.mark.parametrize("config", [{}, PLAIN, {"tokenizer_class": "GPT2Tokenizer"}])
+def test_special_tokens_are_those_of_the_class_that_transformers_chooses(
+    model: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    write(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    wanted = AutoTokenizer.from_pretrained(tmp_path).special_tokens_map if model or config else {}
+    assert special_tokens(tmp_path) == wanted
+
+
+FLAGS = [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+TEXTS = ["a <|tool|> b", "a<|tool|>b", "a  <|tool|>  b <s> c", "<NEW> d", "d <new> e", "d<new>e"]
+
+
+def with_flags(folder: Path, where: str, flags: dict[str, bool]) -> Path:
+    """A byte-level tokenizer whose tokens are found so; ``where`` says which file has it."""
+    made = FAMILIES["byte-level"]()
+    size = made.get_vocab_size()
+    tool: dict[str, Any] = {"content": "<|tool|>", "special": True} | flags
+    config: dict[str, Any] = dict(PLAIN)
+    if where == "decoder":
+        new = {"content": "<new>", "special": False} | flags
+        config["added_tokens_decoder"] = {str(made.token_to_id("<|tool|>")): tool, str(size): new}
+    if where == "name":
+        config["eos_token"] = {"__type": "AddedToken", **tool}
+    written = json.loads(made.to_str())
+    for one in written["added_tokens"]:
+        one.update(flags if where == "tokenizer.json" else {})
+    if where == "name":  # the token stands in the vocabulary alone
+        written["added_tokens"] = []
+    if where == "tokenizer.json":
+        config["eos_token"] = "<|tool|>"
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["decoder", "name", "tokenizer.json"])
+@pytest.mark.parametrize("flags", [*FLAGS, {"special": False}], ids=str)
+def test_added_tokens_are_found_as_their_flags_say(
+    where: str, flags: dict[str, bool], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = with_flags(tmp_path, where, flags)
+    theirs = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    ours = load_tokenizer(str(folder))._backend
+    for text in TEXTS:
+        wanted = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False).tokens == wanted.tokens
+        assert ours.decode(wanted.ids) == theirs.decode(wanted.ids)
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "added_tokens.json"])

@@ -175,6 +175,13 @@ LENGTHS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"original_max_position_embeddings": BORDER, "rope_parameters": _LONG},
     ),
+    "Phi-MoE (longrope)": (
+        "phimoe",
+        {
+            "original_max_position_embeddings": BORDER,
+            "rope_parameters": _LONG | {"short_mscale": 1.1, "long_mscale": 1.6},
+        },
+    ),
     "Llama (longrope)": ("llama", {"rope_parameters": _LONG}),
 }
 

@@ -6,17 +6,17 @@ import contextlib
 import gc
 import json
 import mmap
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from outrider.shared.link.mailbox import Mailbox, layout_of
 
-SUPPORT = Path(__file__).parents[1]
-"""What a process has to have on its path to find this package."""
 MEMORY = "memfd:outrider-mailbox"
 LISTENS = 0x10000
 """Flag of a listening socket in /proc/net/unix."""
@@ -129,40 +129,35 @@ class ToyProcess:
         self.log = folder / f"{role}.log"
         # The model's "folder" exists and holds no tokenizer: requests carry ids.
         self._toy = json.dumps({"model": str(folder)} | toy)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BaseProcess | None = None
+        self._lifeline: Connection | None = None
         self.start()
 
     @property
     def pid(self) -> int:
         """Of the process that runs, or ran last."""
-        assert self._process is not None
+        assert self._process is not None and self._process.pid is not None
         return self._process.pid
 
     def start(self) -> None:
         """Starts it and waits until it serves."""
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "outrider_testing.toy_service",
-                    self.role,
-                    self.listen,
-                    self._toy,
-                ],
-                stdin=subprocess.PIPE,  # closed when we are gone, however: it ends then
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(SUPPORT)},
-            )
-        assert self._process.stdout is not None
+        # Forked off a process that has imported torch, which is most of what a start takes.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+        word, self._lifeline = context.Pipe(duplex=False)  # closed when we are gone, however
+        heard, report = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_serve_toy, args=(word, report, self.log, self.role, self.listen, self._toy)
+        )
+        self._process.start()
+        word.close()
+        report.close()
         told = b""
-        for line in self._process.stdout:
-            told += line
-            if json.loads(line)["event"] == "ready":
-                return
+        with heard, open(heard.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                told += line
+                if json.loads(line)["event"] == "ready":
+                    return
         raise AssertionError(f"{self.role} did not start: {told!r}\n{self.log.read_text()}")
 
     def signal(self, number: int) -> None:
@@ -171,9 +166,23 @@ class ToyProcess:
 
     def kill(self) -> None:
         """Ends it at once, stopped or not."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        process.kill()
-        process.wait(10)
-        process.stdin.close()
-        process.stdout.close()
+        assert self._process is not None and self._lifeline is not None
+        self._process.kill()
+        self._process.join(10)
+        assert self._process.exitcode is not None
+        self._lifeline.close()
+
+
+def _serve_toy(
+    word: Connection, report: Connection, log: Path, role: str, listen: str, toy: str
+) -> None:
+    """In a new process: the toy service, its standard streams being what a supervisor gives."""
+    from outrider_testing import toy_service
+
+    os.setsid()
+    with log.open("ab") as errors:
+        for number, given in enumerate((word.fileno(), report.fileno(), errors.fileno())):
+            os.dup2(given, number)
+    word.close()
+    report.close()
+    sys.exit(toy_service.main(role, listen, json.loads(toy)))

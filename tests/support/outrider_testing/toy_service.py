@@ -1,15 +1,12 @@
 """One service over a toy model, as a process that can be killed.
 
-All of the product runs but the model: ``python -m outrider_testing.toy_service ROLE LISTEN TOY``,
-the last one being the fields of ``fakes.Toy`` as JSON. Reports go to standard output, as a
-supervisor would read them.
+All of the product runs but the model; see ``processes.ToyProcess``. Reports go to standard output,
+as a supervisor would read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from typing import Any
 
 from outrider.shared.config.schema import DraftConfig, VerifyConfig, load
@@ -40,7 +37,3 @@ def main(role: str, listen: str, toy: dict[str, Any]) -> int:
         reporter=lifecycle.Reporter(1),
         watch_stdin=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

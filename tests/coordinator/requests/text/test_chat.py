@@ -79,6 +79,44 @@ def test_chat_renders_as_transformers_does(tmp_path: Path, template: str, file: 
     assert ChatTemplate(folder).render(TALK) == wanted[0]
 
 
+@pytest.mark.parametrize(
+    ("inline", "files"),
+    [
+        ([{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}], {}),
+        ({"tool_use": "no", "default": "yes"}, {}),
+        ([{"name": "tool_use", "template": "no"}], {}),
+        ("no", {"chat_template.jinja": "yes", "additional_chat_templates/rag.jinja": "no"}),
+        (
+            "no",
+            {"chat_template.jinja": "no", "additional_chat_templates/default.jinja": "yes"},
+        ),
+        ("no", {"additional_chat_templates/default.jinja": "yes"}),
+        ("no", {"additional_chat_templates/rag.jinja": "no"}),
+        ("yes", {}),
+    ],
+)
+def test_chat_takes_the_default_of_several_templates_as_transformers_does(
+    inline: object, files: dict[str, str], tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": inline}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, template in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    try:
+        wanted = theirs.apply_chat_template(TALK, tokenize=False)
+    except ValueError:
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            ChatTemplate(tmp_path).render(TALK)
+    else:
+        assert ChatTemplate(tmp_path).render(TALK) == wanted == "yes"
+
+
 def test_chat_without_a_template_says_so(tmp_path: Path) -> None:
     for folder in (folder_with(tmp_path / "none", None), tmp_path / "missing"):
         with pytest.raises(InvalidRequest, match="no chat template"):

@@ -86,8 +86,8 @@ TAIL = """
 A rotary embedding that takes other factors for long sequences (`longrope`) gives each row those of
 its own sequence: Phi-3 and its kin take a sequence in anew where it becomes long, as their
 `generate` does, others keep what they cached. One whose frequencies change with every token
-(`dynamic`) is served up to the length that it was trained with. What the files of a checkpoint
-lack, have too much of, or have in another shape is refused at load by name.
+(`dynamic`) is served up to `max_position_embeddings`, where that begins. What the files of a
+checkpoint lack, have too much of, or have in another shape is refused at load by name.
 
 Refused at load, with the reason: encoder-decoders (T5, BART), encoders (BERT), state-space and
 linear attention and their hybrids (Mamba, Mamba 2, Jamba, Falcon-H1, LFM2, RWKV, RecurrentGemma,
@@ -100,13 +100,12 @@ _seen: dict[str, str] = {}
 
 
 def rollback_everywhere(runner: Runner, full: torch.Tensor, tokens: list[int]) -> None:
-    """Token by token, with rejected rows of another text in between."""
+    """Token by token, each with rows of another text behind it, which are rejected."""
     extent = runner.arena.admit(len(tokens) + K + 1)
     for length, token in enumerate(tokens):
-        junk = [(token + 17 * i) % 97 for i in range(1, K + 2)]
-        runner.forward([Span(extent, length, junk, 1)])
         assert runner.arena.rollback(extent, length)
-        logits = runner.forward([Span(extent, length, [token], 1)])
+        junk = [(token + 17 * i) % 97 for i in range(1, K + 2)]
+        logits = runner.forward([Span(extent, length, [token, *junk], K + 2)])
         scale = max(1.0, full[length].abs().max().item())
         assert (logits[0] - full[length]).abs().max().item() < 2e-3 * scale, length
     runner.arena.free(extent)

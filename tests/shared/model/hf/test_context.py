@@ -18,6 +18,11 @@ from outrider_testing.architectures import tiny
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
+BY_LAYERS = {
+    "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 
 def load(model: Any, folder: Path, **settings: Any) -> Runner:
@@ -34,6 +39,7 @@ def load(model: Any, folder: Path, **settings: Any) -> Runner:
         (200, YARN, 200),
         (40, LINEAR, 100),
         (64, {"rope_type": "dynamic", "factor": 2.0}, 64),
+        (64, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
         (96, {"rope_type": "default"}, 96),
         (
             96,
@@ -57,13 +63,15 @@ def test_context_counts_the_scale_of_rotary_embeddings_once(
     assert context_of(model.config) == context
 
 
-@pytest.mark.parametrize("rope", [YARN, LINEAR])
+@pytest.mark.parametrize("rope", [YARN, LINEAR, DYNAMIC])
 @pytest.mark.parametrize("runner", ["auto", "generic"])
 def test_a_scaled_context_is_served_to_its_end(
     rope: dict[str, Any], runner: str, tmp_path: Path
 ) -> None:
     model = engines.tiny_llama(
-        3, max_position_embeddings=32, rope_parameters={"rope_theta": 1e4, **rope}
+        3,
+        max_position_embeddings=72 if rope is DYNAMIC else 32,
+        rope_parameters={"rope_theta": 1e4, **rope},
     )
     mine = load(model, tmp_path, runner=runner)
     length = mine.facts.max_positions
@@ -86,6 +94,7 @@ def test_max_positions_takes_the_place_of_the_context(tmp_path: Path) -> None:
     [
         ("gpt2", {}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+        ("gemma3_text", {"rope_parameters": BY_LAYERS}),
     ],
 )
 def test_max_positions_beyond_what_the_model_has_are_refused(
@@ -95,10 +104,11 @@ def test_max_positions_beyond_what_the_model_has_are_refused(
         load(tiny(kind, changes), tmp_path, max_positions=129)
 
 
-def test_windows_in_every_layer_hold_any_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["auto", "generic"])
+def test_windows_in_every_layer_hold_any_length(runner: str, tmp_path: Path) -> None:
     """One place of window and chunk, and a sequence of several times that."""
     model = tiny("mistral", {"sliding_window": 16})
-    mine = load(model, tmp_path, prefill_chunk=16, max_sequences=1, max_k=4)
+    mine = load(model, tmp_path, runner=runner, prefill_chunk=16, max_sequences=1, max_k=4)
     assert mine.arena.longest is None
     assert mine.arena.tokens == 32
     extent = mine.arena.admit(120)

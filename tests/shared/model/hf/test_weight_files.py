@@ -18,7 +18,7 @@ from outrider.shared.model.hf.loading import refusal
 from outrider.shared.model.loading import load_runner
 from outrider.shared.model.runner import Runner, Span
 from outrider_testing import engines
-from outrider_testing.architectures import tiny
+from outrider_testing.architectures import ARCHITECTURES, tiny
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -152,6 +152,46 @@ def test_buffers_that_are_computed_need_no_place(copy: Path, runner: str) -> Non
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     tensors(copy, lambda held: held.update({name: torch.ones(4)}))
     assert load(copy, runner).facts.parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("codegen", ["transformer.h.1.attn.causal_mask"]),
+        ("gptj", ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt2", ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt_neo", ["transformer.h.1.attn.attention.masked_bias"]),
+        (
+            "gpt_neox",
+            [
+                "gpt_neox.layers.1.attention.bias",
+                "gpt_neox.layers.1.attention.masked_bias",
+                "gpt_neox.layers.1.attention.rotary_emb.inv_freq",
+                "gpt_neox.layers.1.attention.rotary_emb.cos_cached",
+            ],
+        ),
+        ("llama", ["model.layers.1.self_attn.rotary_emb.sin_cached"]),
+        ("bloom", ["transformer.h.1.self_attention.scale_mask_softmax.causal_mask"]),
+        ("falcon", ["transformer.h.1.self_attention.maybe_rotary.inv_freq"]),
+        ("opt", ["model.decoder.version"]),
+    ],
+)
+def test_buffers_of_published_checkpoints_need_no_place(
+    kind: str, names: list[str], tmp_path: Path
+) -> None:
+    model = tiny(*ARCHITECTURES["GPT-Neo"]) if kind == "gpt_neo" else tiny(kind, {})
+    model.save_pretrained(tmp_path)
+    before = logits_of(load(tmp_path))
+    tensors(tmp_path, lambda held: held.update({name: torch.ones(1) for name in names}))
+    assert torch.equal(logits_of(load(tmp_path)), before)
+
+
+@pytest.mark.parametrize("name", ["attn.out_proj.bias", "mlp.bias", "attn.mask"])
+def test_weights_that_are_named_like_buffers_need_a_place(name: str, tmp_path: Path) -> None:
+    tiny("codegen", {}).save_pretrained(tmp_path)
+    tensors(tmp_path, lambda held: held.update({f"transformer.h.1.{name}": torch.zeros(3)}))
+    with pytest.raises(ConfigError, match=rf"the files have the tensor transformer\.h\.1\.{name}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("runner", ["auto", "generic"])
