@@ -217,6 +217,14 @@ class Code:
         function = known or ir.Function(self.module, ir.FunctionType(result, kinds), name)
         return Value(self, self.builder.call(function, [one.raw for one in arguments]))
 
+    def prefetch(self, pointer: Value) -> None:
+        """Asks for the cache line at an address, which need not be there; changes nothing."""
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(NOTHING, [POINTER, INT32, INT32, INT32])
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
+        reading, near, data = INT32(0), INT32(3), INT32(1)
+        self.builder.call(function, [pointer.raw, reading, near, data])
+
     def _suffix(self, kind: Any) -> str:
         return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
 

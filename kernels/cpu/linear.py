@@ -29,6 +29,11 @@ from outrider.kernels.cpu.numbers import load_floats
 from outrider.kernels.cpu.shape import KernelShape
 from outrider.kernels.linear_shapes import Epilogue
 
+AHEAD = 4096
+"""Bytes that a panel is asked for in advance: the sums of several rows would wait for it."""
+
+_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 BLOCK = 96
 """Rows that are taken together: normalised once, and multiplied with a panel while it is near."""
 
@@ -54,7 +59,10 @@ def _tile(module: ir.Module, shape: KernelShape, rows: int, kind: str) -> Any:
     x, stride, panel, depth, sums = code.arguments
     columns = shape.columns
     totals = [code.variable(code.zeros(columns)) for _ in range(rows)]
+    step = columns * _SIZE[kind]
     with code.range(0, depth) as k:
+        for line in range(0, step, 64):
+            code.prefetch(code.at(panel, k * step + (AHEAD + line), INT8))
         weights = _weights(code, panel, k, kind, columns)
         for row, total in enumerate(totals):
             value = code.load(x, stride * row + k, FLOAT)
@@ -133,7 +141,7 @@ def write_linear(module: ir.Module, shape: KernelShape) -> Any:
     x, stride, rows, w, depth, width, norm, eps, bias = code.arguments[:9]
     out, out_stride, epilogue, scratch, thread, threads = code.arguments[9:]
     columns = shape.columns
-    size = 4 if shape.weights == "float32" else 2
+    size = _SIZE[shape.weights]
     panels = width // columns
     first, last = panels * thread // threads, panels * (thread + 1) // threads
     floats = code.at(scratch, stride * BLOCK)

@@ -90,9 +90,10 @@ class CpuRunner(Runner):
         self._tables = array("q", [self._table.words.buffer_info()[0], 0])
         self.use(self.threads)
 
-    def use(self, team: int) -> None:
-        """At most ``team`` threads run a forward from now on; changes no result."""
-        self._team = Team(team)
+    def use(self, team: int, *, fixed: bool = False) -> None:
+        """``team`` threads run a forward from now on, and others when that becomes faster, but
+        where it is ``fixed``. Changes no result."""
+        self._team = Team(team) if fixed else Team(self.threads, team)
         self.facts = replace(
             self.facts,
             kernels=f"compiled for {kernels.processor_name()}, {self.shape.columns} columns, "
@@ -102,7 +103,7 @@ class CpuRunner(Runner):
     @property
     def cores(self) -> int:
         """Threads that run a forward when nobody else wants the cores."""
-        return self._team.largest
+        return self._team.usual
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         rows = sum(len(span.tokens) for span in spans)

@@ -24,15 +24,22 @@ _RECENT = 0.2
 _FADE = 1.0005
 
 
+def sizes_below(largest: int) -> list[int]:
+    """``largest``, half of it, and so on down to one."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
 class Team:
     """Chooses among ``largest`` threads, half as many, and so on down to one."""
 
-    def __init__(self, largest: int) -> None:
-        self.largest = largest
-        self._sizes = [largest]
-        while self._sizes[-1] > 1:
-            self._sizes.append(-(-self._sizes[-1] // 2))
-        self._place = 0
+    def __init__(self, largest: int, first: int | None = None) -> None:
+        """``first``: the size to begin with, one of ``sizes_below(largest)``; none: the largest."""
+        self._sizes = sizes_below(largest)
+        self._home = self._sizes.index(largest if first is None else first)
+        self._place = self._home
         # By number of rows the least that a forward took, by any size; it fades, since forwards
         # become longer with the context. By size the mean of times over that least.
         self._least: dict[int, float] = {}
@@ -41,6 +48,11 @@ class Team:
         self._left = OFTEN
         self._tried: int | None = None
         self._up = False
+
+    @property
+    def usual(self) -> int:
+        """The size that it began with."""
+        return self._sizes[self._home]
 
     @property
     def size(self) -> int:
@@ -79,7 +91,7 @@ class Team:
             self._place = self._tried
             self._pause = OFTEN
         else:
-            self._pause = min(2 * self._pause, SMALLER if self._place else SELDOM)
+            self._pause = min(2 * self._pause, SMALLER if self._place > self._home else SELDOM)
         self._tried = None
         self._left = self._pause
 

@@ -2,7 +2,7 @@
 
 More threads read memory faster, up to where it is shared out, and wait for each other at every
 step: a model of a few million parameters is slower on sixteen cores than on four. The number
-changes no result.
+changes no result. It is where a service begins; ``team`` follows what happens then.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from outrider.kernels.cpu.compile import processor
 from outrider.shared.model.cpu.kept import alone, found
 from outrider.shared.model.cpu.runner import CpuRunner
+from outrider.shared.model.cpu.team import sizes_below
 from outrider.shared.model.runner import Span
 
 ROWS = (1, 4)
@@ -28,13 +29,10 @@ GAIN = 0.95
 
 
 def choose_threads(runner: CpuRunner, kept: Path) -> None:
-    """Has ``runner`` use the best number of threads, at most its ``threads``."""
+    """Has ``runner`` begin with the best number of threads, at most its ``threads``."""
     if runner.threads == 1:
         return
-    sizes = [runner.threads]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    sizes.reverse()
+    sizes = sizes_below(runner.threads)[::-1]
     circumstances = {
         "processor": processor(),
         "torch": torch.__version__,
@@ -61,7 +59,7 @@ def smallest_of_the_best(seconds: Mapping[int, float]) -> int:
 
 def _time(runner: CpuRunner, team: int) -> float:
     """Seconds of a forward of each of ``ROWS``, the best of some: others may have been at work."""
-    runner.use(team)
+    runner.use(team, fixed=True)
     extent = runner.arena.admit(max(ROWS))
     other = torch.ones(FLUSH // 4)
     best = dict.fromkeys(ROWS, float("inf"))

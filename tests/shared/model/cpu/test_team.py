@@ -70,6 +70,13 @@ def test_team_gives_way_to_other_programs_and_comes_back(seed: int) -> None:
     assert team.size == 2
 
 
+def test_team_leaves_a_first_size_that_was_wrong() -> None:
+    team = Team(8, 1)
+    assert (team.usual, team.next(1)) == (1, 1)
+    spent(team, quiet, 20_000, lambda: 1)
+    assert team.size == 8
+
+
 def test_team_finds_the_size_among_several() -> None:
     team = Team(8)
     cost = {8: 4.0, 4: 2.0, 2: 1.0, 1: 1.6}
