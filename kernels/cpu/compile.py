@@ -90,7 +90,7 @@ class CompiledForward:
         )
 
     def __call__(self, tables: int, threads: int) -> None:
-        """Runs with the two tables whose addresses stand at ``tables``."""
+        """Runs with the three words at the address ``tables``; see ``write_forward``."""
         library = openmp() if threads > 1 else None
         if library is None:
             self._alone(tables)

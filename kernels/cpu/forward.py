@@ -10,6 +10,7 @@ from typing import Any
 
 from outrider.kernels.cpu.attention import write_attend, write_rotate, write_store
 from outrider.kernels.cpu.barrier import write_wait
+from outrider.kernels.cpu.choose import write_choose
 from outrider.kernels.cpu.language import FLOAT, INT, INT8, POINTER, Code, Value, ir
 from outrider.kernels.cpu.linear import write_linear
 from outrider.kernels.cpu.numbers import load_floats
@@ -21,19 +22,23 @@ from outrider.kernels.linear_shapes import Epilogue
 def write_forward(module: ir.Module, shape: KernelShape, pause: str) -> None:
     """The functions ``together``, which OpenMP calls on every thread, and ``alone``.
 
-    Their argument points at two words: the addresses of the model's table and the batch's.
+    Their argument points at three words: the address of the model's table, that of a list of
+    batches' addresses, and their number. They run one after the other; what one has chosen may be
+    the tokens of the next.
     """
     body = _write_body(module, shape, pause)
     for name in ("together", "alone"):
         code = Code(module, name, [POINTER], seen=True)
+        (call,) = code.arguments
+        model, batches = (code.pointer(call, place) for place in (0, 1))
         thread, threads = code.number(0), code.number(1)
         if name == "together":
-            model = code.pointer(code.arguments[0], 0)
             thread, threads = (
                 code.call_address(code.load(model, place, INT))
                 for place in (ModelWords.THREAD, ModelWords.THREADS)
             )
-        code.call(body, code.arguments[0], thread, threads)
+        with code.range(0, code.load(call, 2, INT)) as number:
+            code.call(body, model, code.pointer(batches, number), thread, threads)
         code.done()
 
 
@@ -41,11 +46,10 @@ def _write_body(module: ir.Module, shape: KernelShape, pause: str) -> Any:
     wait = write_wait(module, pause)
     linear = write_linear(module, shape)
     rotate, keep = write_rotate(module, shape), write_store(module, shape)
-    attend = write_attend(module, shape)
+    attend, choose = write_attend(module, shape), write_choose(module)
     dim = shape.head_dim
-    code = Code(module, "body", [POINTER, INT, INT])
-    tables, thread, threads = code.arguments
-    model, batch = (code.pointer(tables, place) for place in (0, 1))
+    code = Code(module, "body", [POINTER, POINTER, INT, INT])
+    model, batch, thread, threads = code.arguments
 
     def word(place: int) -> Value:
         return code.load(model, place, INT)
@@ -83,7 +87,8 @@ def _write_body(module: ir.Module, shape: KernelShape, pause: str) -> Any:
 
     positions = code.pointer(batch, BatchWords.POSITIONS)
     with code.range(*mine(rows)) as row:
-        token = code.load(code.pointer(batch, BatchWords.TOKENS), row, INT)
+        # What was chosen before may have been -1: then nobody looks at the rest.
+        token = code.later(code.load(code.pointer(batch, BatchWords.TOKENS), row, INT), 0)
         with code.range(0, size, 8) as k:
             value = load_floats(
                 code,
@@ -183,4 +188,10 @@ def _write_body(module: ir.Module, shape: KernelShape, pause: str) -> Any:
         array(ModelWords.NORM), null, code.pointer(batch, BatchWords.LOGITS), vocabulary,
         Epilogue.STORE,
     )  # fmt: skip
+    chosen = code.pointer(batch, BatchWords.CHOSEN)
+    with code.when(chosen.compare("!=", null)):
+        with code.range(*mine(wanted)) as row:
+            logits = code.at(code.pointer(batch, BatchWords.LOGITS), row * vocabulary)
+            code.call(choose, logits, word(ModelWords.VOCABULARY), code.at(chosen, row, INT))
+        meet()
     return code.done()

@@ -7,7 +7,7 @@ floating-point operations carry no fast-math flags, so the order written is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,6 +161,18 @@ class Code:
             return Value(self, ir.Constant(kind, [value] * kind.count))
         return Value(self, ir.Constant(kind, value))
 
+    def numbers(self, values: Iterable[int], kind: Any) -> Value:
+        """A vector of constants."""
+        return Value(self, ir.Constant(kind, list(values)))
+
+    def narrow(self, value: Value) -> Value:
+        """A 64-bit integer as one of 32 bits."""
+        return Value(self, self.builder.trunc(value.raw, INT32))
+
+    def widened(self, value: Value) -> Value:
+        """A 32-bit integer as one of 64 bits."""
+        return Value(self, self.builder.sext(value.raw, INT))
+
     def zeros(self, lanes: int) -> Value:
         """``lanes`` floats of 0."""
         return self.number(0.0, vector(FLOAT, lanes))
@@ -245,6 +257,10 @@ class Code:
     def highest_lane(self, value: Value) -> Value:
         """The largest lane."""
         return self.intrinsic(f"llvm.vector.reduce.fmax.{self._suffix(value.kind)}", FLOAT, value)
+
+    def lowest_lane(self, value: Value) -> Value:
+        """The smallest lane of a vector of 32-bit integers."""
+        return self.intrinsic(f"llvm.vector.reduce.smin.v{value.kind.count}i32", INT32, value)
 
     def total(self, value: Value) -> Value:
         """The sum of the lanes: the upper half onto the lower, until one is left."""

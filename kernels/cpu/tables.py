@@ -27,6 +27,7 @@ class ModelWords(_Places):
     MIXED_WIDTH = auto()
     GATED = auto()
     GATED_WIDTH = auto()
+    VOCABULARY = auto()
     VOCABULARY_WIDTH = auto()
     EPS = auto()
     SCALE = auto()
@@ -76,6 +77,8 @@ class BatchWords(_Places):
     WANTED = auto()
     WANTED_ROWS = auto()
     LOGITS = auto()
+    CHOSEN = auto()
+    """Where the likeliest token of each wanted row goes; 0: nowhere."""
 
 
 class PoolWords(_Places):

@@ -19,7 +19,7 @@ from outrider_testing.architectures import tiny
 
 PROMPT = (5, 6, 7)
 COUNT = 40
-KINDS = ["llama", "generic", "window", "cuda", "head"]
+KINDS = ["llama", "cpu", "generic", "window", "cuda", "head"]
 Proposer = Callable[[int, list[int]], tuple[int, ...]]
 
 
@@ -31,6 +31,9 @@ class Headless:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
+
+    def judge(self, *_: Any) -> None:
+        """Everything goes by its logits."""
 
     def forward(self, spans: Any) -> torch.Tensor:
         logits = self._runner.forward(spans).clone()
@@ -51,6 +54,7 @@ def base(kind: str, broken: int | None = None) -> VerifyEngine:
         model = engines.tiny_llama(1)
     options: dict[str, dict[str, Any]] = {
         "generic": {"runner": "generic"}, "window": {"prefill_chunk": 8},
+        "llama": {"runner": "llama"}, "cuda": {"runner": "llama"},
     }  # fmt: skip
     made: Any = engines.runner(model, **options.get(kind, {}))
     if kind == "head":

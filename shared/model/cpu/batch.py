@@ -63,6 +63,20 @@ class BatchTable:
     def _address(self, number: int) -> int:
         return self._held[number].buffer_info()[0]
 
+    def choose(self) -> array[int]:
+        """Has the likeliest token of each wanted row written to what is returned; -1 where the
+        row's largest logit is not a finite number."""
+        chosen = array("q", bytes(8 * self.wanted))
+        self._held.append(chosen)
+        self.words[BatchWords.CHOSEN] = self._address(-1)
+        return chosen
+
+    def follow(self, chosen: array[int]) -> None:
+        """Its rows' tokens are the first of what another batch has ``chosen`` by then."""
+        self._held.append(chosen)
+        self.words[BatchWords.TOKENS] = self._address(-1)
+
     def write_to(self, logits: Tensor) -> None:
         """``logits``: float32 ``[wanted, whole panels of the vocabulary]``, contiguous."""
+        self._logits = logits
         self.words[BatchWords.LOGITS] = logits.data_ptr()

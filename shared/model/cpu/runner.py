@@ -21,12 +21,14 @@ from outrider.kernels.cpu import compile as kernels
 from outrider.kernels.cpu.shape import KernelShape, columns_for
 from outrider.kernels.cpu.team import openmp
 from outrider.shared.core.model_facts import ModelFacts
+from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cpu.batch import BatchTable
 from outrider.shared.model.cpu.tables import MAX_ROWS, WORD, ModelTable
 from outrider.shared.model.cpu.team import Team
 from outrider.shared.model.cpu.weights import narrowest
 from outrider.shared.model.runner import Runner, Span
+from outrider.shared.sampling.choose import reshapes
 
 
 def why_not(model: Any, storage: Storage) -> str | None:
@@ -80,14 +82,15 @@ class CpuRunner(Runner):
             threads=self.threads,
             release=release,
         )
-        self.facts = replace(facts, weight_bytes=self._table.weight_bytes)
+        size = facts.weight_bytes * kind.itemsize // storage.dtype.itemsize
+        self.facts = replace(facts, weight_bytes=size)
         config = model.config
         self.sizes = (
             f"{config.num_hidden_layers} layers of {config.hidden_size} and "
             f"{config.intermediate_size}, {facts.vocab_size} tokens"
         )
         """What the time of a forward depends on besides ``shape``."""
-        self._tables = array("q", [self._table.words.buffer_info()[0], 0])
+        self._words = array("q", [self._table.words.buffer_info()[0], 0, 0])
         self.use(self.threads)
 
     def use(self, team: int, *, fixed: bool = False) -> None:
@@ -113,16 +116,118 @@ class CpuRunner(Runner):
 
     def _pass(self, spans: Sequence[Span]) -> Tensor:
         batch = BatchTable(self.arena, spans)
-        logits = torch.empty(batch.wanted, self._table.vocabulary_width)
+        logits = self._logits(batch.wanted)
         batch.write_to(logits)
-        self._tables[1] = batch.words.buffer_info()[0]
-        size = self._team.next(batch.rows)
-        begin = time.perf_counter()
-        self._call(self._tables.buffer_info()[0], size)
-        self._team.took(batch.rows, size, time.perf_counter() - begin)
+        self._run([batch], batch.rows)
         if self._table.vocabulary_width == self.facts.vocab_size:
             return logits
         return logits[:, : self.facts.vocab_size].contiguous()
+
+    def judge(
+        self,
+        spans: Sequence[Span],
+        decodings: Sequence[Decoding],
+        proposals: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[SparseRow]] | None = None,
+    ) -> list[tuple[int, int]] | None:
+        """See ``Runner.judge``: where every sequence takes the likeliest token."""
+        if not all(map(_likeliest, decodings)) or not self._in_one_pass(spans):
+            return None
+        self.check(spans)
+        for span in spans:
+            span.extent.begin(span.start + len(span.tokens))
+        batch = BatchTable(self.arena, spans)
+        batch.write_to(self._logits(batch.wanted))
+        chosen = batch.choose()
+        self._run([batch], batch.rows)
+        for span in spans:
+            span.extent.advance(span.start + len(span.tokens))
+        verdicts, first = [], 0
+        for span, proposal in zip(spans, proposals, strict=True):
+            accepted = 0
+            while accepted < len(proposal) and chosen[first + accepted] == proposal[accepted]:
+                accepted += 1
+            verdicts.append((accepted, chosen[first + accepted]))
+            first += span.wanted
+        return verdicts
+
+    def propose(
+        self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
+    ) -> list[list[int]] | None:
+        """See ``Runner.propose``: where every sequence takes the likeliest token.
+
+        All steps are one call. Sequences with the larger K come first, so that those still at
+        work in a later step are the first of what the step before has chosen.
+        """
+        asked = [i for i, k in enumerate(ks) if k > 0]
+        if not asked or not self._in_one_pass(spans):
+            return None
+        if not all(_likeliest(decodings[i]) for i in asked):
+            return None
+        asked.sort(key=lambda i: -ks[i])
+        others = [span for span, k in zip(spans, ks, strict=True) if k == 0]
+        ends = [
+            span.start + len(span.tokens) + max(k - 1, 0) for span, k in zip(spans, ks, strict=True)
+        ]
+        self.check(spans)
+        if any(end > span.extent.capacity for span, end in zip(spans, ends, strict=True)):
+            return None
+        limit = self.arena.max_rows
+        if limit is not None and any(
+            end - span.start > limit for span, end in zip(spans, ends, strict=True)
+        ):
+            return None
+        for span, end in zip(spans, ends, strict=True):
+            span.extent.begin(end)
+        logits = self._logits(len(asked))
+        steps: list[BatchTable] = []
+        found: list[array[int]] = []
+        for step in range(ks[asked[0]]):
+            at_work = [spans[i] for i in asked if ks[i] > step]
+            if step:
+                # The token is not known yet.
+                at_work = [
+                    Span(span.extent, span.start + len(span.tokens) + step - 1, (0,), 1)
+                    for span in at_work
+                ]
+            batch = BatchTable(self.arena, at_work if step else [*at_work, *others])
+            batch.write_to(logits)
+            if step:
+                batch.follow(found[-1])
+            steps.append(batch)
+            found.append(batch.choose())
+        # A number of its own for the time of so many steps.
+        self._run(steps, -sum(batch.rows for batch in steps))
+        for span, end in zip(spans, ends, strict=True):
+            span.extent.advance(end)
+        answers: list[list[int]] = [[] for _ in spans]
+        for place, i in enumerate(asked):
+            tokens = [chosen[place] for chosen in found[: ks[i]]]
+            answers[i] = tokens[: tokens.index(-1) + 1] if -1 in tokens else tokens
+        return answers
+
+    def _in_one_pass(self, spans: Sequence[Span]) -> bool:
+        if sum(len(span.tokens) for span in spans) > MAX_ROWS:
+            return False
+        limit = self.arena.max_rows
+        return limit is None or all(len(span.tokens) <= limit for span in spans)
+
+    def _logits(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._table.vocabulary_width)
+
+    def _run(self, batches: Sequence[BatchTable], kind: int) -> None:
+        """``kind``: calls of one kind take about the same time; see ``Team``."""
+        places = array("q", [batch.words.buffer_info()[0] for batch in batches])
+        self._words[1], self._words[2] = places.buffer_info()
+        size = self._team.next(kind)
+        begin = time.perf_counter()
+        self._call(self._words.buffer_info()[0], size)
+        self._team.took(kind, size, time.perf_counter() - begin)
+
+
+def _likeliest(decoding: Decoding) -> bool:
+    """Whether the token of a row is the largest of its logits as they are."""
+    return decoding.temperature == 0 and decoding.logprobs is None and not reshapes(decoding)
 
 
 def _parts(spans: Sequence[Span]) -> list[list[Span]]:

@@ -41,8 +41,6 @@ class ModelTable:
         that will run. ``release``: the module's weights are let go of one after the other, so
         that no second copy of all of them is ever held."""
         self._held: list[Tensor] = []
-        self.weight_bytes = 0
-        """Bytes of the matrices that a forward reads once; the embedding is not among them."""
         self._shape = shape
         self._kind = next(kind for kind, word in WORD.items() if word == shape.weights)
         config, columns, dim = model.config, shape.columns, shape.head_dim
@@ -69,6 +67,7 @@ class ModelTable:
             ModelWords.MIXED_WIDTH: mixed,
             ModelWords.GATED: inner,
             ModelWords.GATED_WIDTH: gated,
+            ModelWords.VOCABULARY: model.lm_head.weight.shape[0],
             ModelWords.VOCABULARY_WIDTH: self.vocabulary_width,
             ModelWords.EPS: _bits(config.rms_norm_eps),
             ModelWords.SCALE: _bits(dim**-0.5),
@@ -118,7 +117,7 @@ class ModelTable:
             LayerWords.OUT: self._panels(attention.o_proj.weight),
             LayerWords.OUT_BIAS: 0 if out_bias is None else self._vector(out_bias),
             LayerWords.MLP_NORM: self._vector(layer.post_attention_layernorm.weight),
-            LayerWords.GATE_UP: self._panel(gated_panels(gate, up, columns, self._kind)),
+            LayerWords.GATE_UP: self._hold(gated_panels(gate, up, columns, self._kind)),
             LayerWords.DOWN: self._panels(mlp.down_proj.weight),
             LayerWords.KEYS: keys.data_ptr(),
             LayerWords.VALUES: values.data_ptr(),
@@ -141,11 +140,7 @@ class ModelTable:
         return self._hold(filled(weight.data, self._hidden_width))
 
     def _panels(self, weight: Any) -> int:
-        return self._panel(panels(weight.data, self._shape.columns, self._kind))
-
-    def _panel(self, whole: Tensor) -> int:
-        self.weight_bytes += whole.nbytes
-        return self._hold(whole)
+        return self._hold(panels(weight.data, self._shape.columns, self._kind))
 
 
 def _bits(value: float) -> int:

@@ -40,7 +40,7 @@ class Team:
         self._sizes = sizes_below(largest)
         self._home = self._sizes.index(largest if first is None else first)
         self._place = self._home
-        # By number of rows the least that a forward took, by any size; it fades, since forwards
+        # By kind the least that a forward took, by any size; it fades, since forwards
         # become longer with the context. By size the mean of times over that least.
         self._least: dict[int, float] = {}
         self._slowdown: dict[int, float] = {}
@@ -60,7 +60,7 @@ class Team:
         return self._sizes[self._place]
 
     def next(self, rows: int) -> int:
-        """Threads for a forward of so many rows."""
+        """Threads for a forward of so many rows, or of another kind, by a negative number."""
         if len(self._sizes) == 1 or rows > MOST_ROWS:
             return self.size
         if self._left > 0:
