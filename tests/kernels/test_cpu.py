@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("llvmlite")
 
-from outrider.kernels.cpu import attention, compile, linear, numbers
+from outrider.kernels.cpu import attention, choose, compile, linear, numbers
 from outrider.kernels.cpu.language import FLOAT, INT, POINTER, Code, ir
 from outrider.kernels.cpu.shape import KernelShape, columns_for, padded
 from outrider.kernels.linear_shapes import Epilogue
@@ -251,3 +251,33 @@ def test_compiled_code_is_kept_and_never_run_when_broken(tmp_path: Path) -> None
         kept.write_bytes(broken)
         compile.CompiledForward(shape, tmp_path)
         assert kept.read_bytes() == whole
+
+
+def test_choose_takes_the_lowest_of_the_largest_and_tells_what_is_not_finite() -> None:
+    call = built(choose.write_choose, P, N, P)
+    nan, inf = float("nan"), float("inf")
+
+    def chosen(values: Tensor) -> int:
+        # What follows the row up to whole vectors must not be looked at.
+        row = torch.full((padded(len(values), 16),), inf)
+        row[: len(values)] = values
+        found = torch.empty(1, dtype=torch.int64)
+        call(row.data_ptr(), len(values), found.data_ptr())
+        return int(found)
+
+    torch.manual_seed(0)
+    for size in (1, 7, 16, 17, 97, 1000):
+        for _ in range(20):
+            values = torch.randn(size)
+            assert chosen(values) == values.argmax()
+            assert chosen(values.round()) == int(
+                (values.round() == values.round().max()).nonzero()[0]
+            )
+        masked = torch.full((size,), -inf)
+        assert chosen(masked) == -1
+        masked[size // 2] = -3.0
+        assert chosen(masked) == size // 2
+        for wrong in (nan, inf):
+            values[size - 1] = wrong
+            assert chosen(values) == -1
+    assert chosen(torch.zeros(40)) == 0

@@ -56,7 +56,12 @@ def model(seed: int, layers: int, vocabulary: int = VOCAB) -> Any:
 
 def runner(seed: int, vocabulary: int = VOCAB) -> Any:
     config = ModelConfig(
-        path="tiny", device="cpu", dtype="bfloat16", arena_bytes=1 << 18, max_sequences=4
+        path="tiny",
+        device="cpu",
+        dtype="bfloat16",
+        arena_bytes=1 << 18,
+        max_sequences=4,
+        runner="llama",
     )
     return host_device.hosted(make_runner(model(seed, 1, vocabulary), config), 4)
 

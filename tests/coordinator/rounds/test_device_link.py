@@ -52,6 +52,7 @@ def pair(
     folder = tmp_path_factory.mktemp("device")
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "arena_bytes": 32 << 20, "threads": 1,
+        "runner": "llama",
     }  # fmt: skip
     memory = host_device.HostMemory()
     with ExitStack() as stack:
