@@ -68,7 +68,8 @@ class Peers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ConfigError(f"transformers ended with status {self._process.wait()}")
+            self.close()
+            raise ConfigError(f"transformers ended with status {self._process.returncode}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             self.close()
@@ -77,8 +78,9 @@ class Peers:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
         self._process.wait(30)
 
 
