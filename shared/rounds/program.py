@@ -103,7 +103,7 @@ def serve(
 
         spin = part.link_spin_seconds
         if spin is None:
-            spin = spin_seconds(engine.runner.cores, cores())
+            spin = spin_seconds(engine.cores, cores())
         servicer.attach(engine, link_spin=spin, device=side_of(engine))
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()

@@ -83,6 +83,11 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         """A new stream's sequences."""
         return Session(self)
 
+    @property
+    def cores(self) -> int:
+        """Cores of the host that a round keeps busy."""
+        return self.runner.cores
+
     def info(self) -> EngineInfo:
         """The engine as it is now; takes no lock, so that it answers during a round."""
         arena = self.runner.arena

@@ -50,7 +50,12 @@ def runners(emulated):
         for name, operation in registry.operations().items()
     }
     config = ModelConfig(
-        path="tiny", device="cpu", dtype="bfloat16", arena_bytes=1 << 18, max_sequences=4
+        path="tiny",
+        runner="llama",
+        device="cpu",
+        dtype="bfloat16",
+        arena_bytes=1 << 18,
+        max_sequences=4,
     )
 
     def make(seed: int = 0, **changes):

@@ -250,6 +250,8 @@ def toy_logprobs(token: int, count: int) -> PositionLogprobs:
 
 
 class _Engine:
+    cores = 1
+
     def __init__(self, toy: Toy, session: Callable[[Toy], _Session]) -> None:
         self._toy = toy
         self._session = session
