@@ -2,34 +2,36 @@
 
 Threads of a team meet after every step. Where another program has one of their cores, all wait
 until the system gives it back, milliseconds for a step of microseconds: then a smaller team is
-faster by far. So the size is chosen by what forwards take: now and then one is run by half or
-twice as many, seldom where that lost, often where forwards have become slow. It changes no result.
+faster by far. So when forwards have become slow, a smaller team is tried for a few of them, and
+after a while the larger one again. Medians decide, and a change must be worth it: what draft, base
+and coordinator do to each other on few cores is noise that a team must not run after. The size
+changes no result.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+
+log = logging.getLogger(__name__)
+
 MOST_ROWS = 32
 """Forwards of more rows (prompts) say nothing about a step."""
-OFTEN, SELDOM = 16, 2048
-"""Forwards between two tries."""
-SMALLER = 256
-"""The most between two tries where a smaller team is in use: others may be gone again."""
-TRIES = 3
+RECENT = 16
+"""Forwards that tell how the team in use does."""
+TRIES = 8
 """Forwards of a try."""
-SLOW = 1.3
-"""A mean slowdown from which on it is tried often."""
-BETTER = 0.9
-"""Another size must take so much of the time."""
-_RECENT = 0.2
+SLOW = 2.0
+"""Times the least that was seen, from which on a smaller team is tried."""
+BACK, MOST_BACK = 64, 2048
+"""Forwards until the larger team is tried again; twice as many after each try that failed."""
+SELDOM = 4096
+"""Forwards until a larger one than at first is tried."""
+_DOWN, _HOME, _UP = 0.7, 0.9, 0.65
+"""What a try must take of the time: by a smaller team, on the way back, beyond the first size."""
 _FADE = 1.0005
-
-
-def sizes_below(largest: int) -> list[int]:
-    """``largest``, half of it, and so on down to one."""
-    sizes = [largest]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes
 
 
 class Team:
@@ -40,14 +42,14 @@ class Team:
         self._sizes = sizes_below(largest)
         self._home = self._sizes.index(largest if first is None else first)
         self._place = self._home
-        # By kind the least that a forward took, by any size; it fades, since forwards
-        # become longer with the context. By size the mean of times over that least.
+        # By kind the least that a forward took, by any size; it fades, since forwards become
+        # longer with the context. What is compared are times over it.
         self._least: dict[int, float] = {}
-        self._slowdown: dict[int, float] = {}
-        self._pause = OFTEN
-        self._left = OFTEN
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._tried: int | None = None
-        self._up = False
+        self._trial: list[tuple[int, float]] = []
+        self._pause = BACK
+        self._left = SELDOM
 
     @property
     def usual(self) -> int:
@@ -61,46 +63,53 @@ class Team:
 
     def next(self, rows: int) -> int:
         """Threads for a forward of so many rows, or of another kind, by a negative number."""
-        if len(self._sizes) == 1 or rows > MOST_ROWS:
+        if self._tried is None or rows > MOST_ROWS:
             return self.size
-        if self._left > 0:
-            return self.size
-        if self._tried is None:
-            self._tried = self._other()
         return self._sizes[self._tried]
 
     def took(self, rows: int, size: int, seconds: float) -> None:
         """Takes note of what a forward by ``size`` threads took."""
         if len(self._sizes) == 1 or rows > MOST_ROWS:
             return
-        least = min(seconds, self._least.get(rows, seconds) * _FADE)
-        self._least[rows] = least
-        slowdown = seconds / least
-        before = self._slowdown.get(size, slowdown)
-        self._slowdown[size] = before + _RECENT * (slowdown - before)
+        self._least[rows] = min(seconds, self._least.get(rows, seconds) * _FADE)
+        if self._tried is not None:
+            self._trial.append((rows, seconds))
+            if len(self._trial) == TRIES:
+                self._decide()
+            return
+        self._recent.append((rows, seconds))
         self._left -= 1
-        own = self._slowdown.get(self.size, 1.0)
-        if self._tried is None:
-            if own > SLOW:
-                self._pause = OFTEN
-                self._left = min(self._left, OFTEN)
-            return
-        if self._left > -TRIES:
-            return
-        if self._slowdown[self._sizes[self._tried]] < BETTER * own:
-            self._place = self._tried
-            self._pause = OFTEN
-        else:
-            self._pause = min(2 * self._pause, SMALLER if self._place > self._home else SELDOM)
-        self._tried = None
-        self._left = self._pause
+        if self._left <= 0 and self._place > 0:
+            self._try(self._place - 1)
+        elif self._left % RECENT == 0 and len(self._recent) == RECENT:
+            smaller = self._place + 1
+            if smaller < len(self._sizes) and self._slowdown(self._recent) > SLOW:
+                self._try(smaller)
 
-    def _other(self) -> int:
-        """The place of the neighbour to try: smaller and larger ones in turn."""
-        self._up = not self._up
-        down, up = self._place + 1, self._place - 1
-        wanted = up if self._up else down
-        place = wanted if 0 <= wanted < len(self._sizes) else self._place * 2 - wanted
-        # What is remembered of it is from another time.
-        self._slowdown.pop(self._sizes[place], None)
-        return place
+    def _slowdown(self, forwards: Iterable[tuple[int, float]]) -> float:
+        return median(seconds / self._least[kind] for kind, seconds in forwards)
+
+    def _try(self, place: int) -> None:
+        self._tried, self._trial = place, []
+
+    def _decide(self) -> None:
+        place, self._tried = self._tried, None
+        assert place is not None
+        share = _DOWN if place > self._place else _HOME if place >= self._home else _UP
+        changed = self._slowdown(self._trial) < share * self._slowdown(self._recent)
+        if changed:
+            log.debug("%d threads run forwards, in place of %d", self._sizes[place], self.size)
+            self._place = place
+            self._recent.clear()
+        # Each time that the larger team is left or fails, it is left alone for longer.
+        if changed == (place > self._home):
+            self._pause = min(2 * self._pause, MOST_BACK)
+        self._left = self._pause if self._place > self._home else SELDOM
+
+
+def sizes_below(largest: int) -> list[int]:
+    """``largest``, half of it, and so on down to one."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes

@@ -55,8 +55,9 @@ def test_cache_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_takes_more_threads_only_where_they_pay() -> None:
     best = threads.smallest_of_the_best
-    assert best({1: 4.0, 2: 2.1, 4: 1.4, 8: 1.38}) == 4
-    assert best({1: 4.0, 2: 3.9, 4: 3.0}) == 4
+    assert best({1: 4.0, 2: 2.1, 4: 1.2, 8: 1.0}) == 4
+    assert best({1: 4.0, 2: 3.0, 4: 2.4}) == 4
+    assert best({1: 4.0, 2: 2.8}) == 1
     assert best({1: 0.2, 2: 0.3, 4: 0.5}) == 1
 
 
