@@ -29,8 +29,11 @@ BACK, MOST_BACK = 64, 2048
 """Forwards until the larger team is tried again; twice as many after each try that failed."""
 SELDOM = 4096
 """Forwards until a larger one than at first is tried."""
-_DOWN, _HOME, _UP = 0.7, 0.9, 0.65
-"""What a try must take of the time: by a smaller team, on the way back, beyond the first size."""
+WORTH = 150e-6
+"""Seconds that a larger team must save: waking more threads, and holding their cores while draft,
+base and coordinator want them too, costs the others about as much."""
+_DOWN, _UP = 0.7, 0.9
+"""What a try must take of the time: by a smaller team, by a larger one."""
 _FADE = 1.0005
 
 
@@ -95,8 +98,12 @@ class Team:
     def _decide(self) -> None:
         place, self._tried = self._tried, None
         assert place is not None
-        share = _DOWN if place > self._place else _HOME if place >= self._home else _UP
-        changed = self._slowdown(self._trial) < share * self._slowdown(self._recent)
+        before, now = self._slowdown(self._recent), self._slowdown(self._trial)
+        if place > self._place:
+            changed = now < _DOWN * before
+        else:
+            unit = median(self._least[kind] for kind, _ in self._trial)
+            changed = now < _UP * before and (before - now) * unit > WORTH
         if changed:
             log.debug("%d threads run forwards, in place of %d", self._sizes[place], self.size)
             self._place = place

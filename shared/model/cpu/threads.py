@@ -16,7 +16,7 @@ import torch
 from outrider.kernels.cpu.compile import processor
 from outrider.shared.model.cpu.kept import alone, found
 from outrider.shared.model.cpu.runner import CpuRunner
-from outrider.shared.model.cpu.team import sizes_below
+from outrider.shared.model.cpu.team import WORTH, sizes_below
 from outrider.shared.model.runner import Span
 
 ROWS = (1, 4)
@@ -24,11 +24,8 @@ ROWS = (1, 4)
 FLUSH = 32 << 20
 """Bytes that are read before each trial: in a round the other model was here last."""
 REPEATS = 8
-GAIN = 0.65
-"""A larger team must take less than this much of a smaller one's time.
-
-Draft, base and coordinator share the cores: two threads that save a third cost the others more.
-"""
+GAIN = 0.8
+"""A larger team must take less than this much of a smaller one's time."""
 
 
 def choose_threads(runner: CpuRunner, kept: Path) -> None:
@@ -52,16 +49,16 @@ def choose_threads(runner: CpuRunner, kept: Path) -> None:
 
 
 def smallest_of_the_best(seconds: Mapping[int, float]) -> int:
-    """The number of threads that no larger one beats by much; sizes ascend."""
+    """The number of threads that no larger one beats by what it costs; sizes ascend."""
     best, *larger = seconds
     for size in larger:
-        if seconds[size] < GAIN * seconds[best]:
+        if seconds[size] < min(GAIN * seconds[best], seconds[best] - WORTH):
             best = size
     return best
 
 
 def _time(runner: CpuRunner, team: int) -> float:
-    """Seconds of a forward of each of ``ROWS``, the best of some: others may have been at work."""
+    """Seconds of a forward, the mean over ``ROWS`` of the best of some: others may be at work."""
     runner.use(team, fixed=True)
     extent = runner.arena.admit(max(ROWS))
     other = torch.ones(FLUSH // 4)
@@ -76,4 +73,4 @@ def _time(runner: CpuRunner, team: int) -> float:
                 best[rows] = min(best[rows], time.perf_counter() - begin)
     finally:
         runner.arena.free(extent)
-    return sum(best.values())
+    return sum(best.values()) / len(ROWS)

@@ -55,9 +55,10 @@ def test_cache_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_takes_more_threads_only_where_they_pay() -> None:
     best = threads.smallest_of_the_best
-    assert best({1: 4.0, 2: 2.1, 4: 1.2, 8: 1.0}) == 4
-    assert best({1: 4.0, 2: 3.0, 4: 2.4}) == 4
-    assert best({1: 4.0, 2: 2.8}) == 1
+    assert best({1: 4e-3, 2: 2.1e-3, 4: 1.2e-3, 8: 1.0e-3}) == 4
+    assert best({1: 4e-3, 2: 3.5e-3, 4: 2.4e-3}) == 4
+    # Saves a third, and that is too little to wake a thread for.
+    assert best({1: 2.1e-4, 2: 1.4e-4}) == 1
     assert best({1: 0.2, 2: 0.3, 4: 0.5}) == 1
 
 

@@ -28,12 +28,12 @@ def spent(team: Team, cost: Cost, forwards: int, rows: Callable[[], int]) -> tup
 
 
 def quiet(size: int, rows: int) -> float:
-    return (1 + 0.1 * rows) / size**0.7
+    return 1e-3 * (1 + 0.1 * rows) / size**0.6
 
 
 def busy(size: int, rows: int) -> float:
     """Another program has one core of two: the two wait for each other."""
-    return (1 + 0.1 * rows) * (6.0 if size > 1 else 1.0)
+    return 1e-3 * (1 + 0.1 * rows) * (6.0 if size > 1 else 1.0)
 
 
 @given(seed=st.integers(0, 1000), largest=st.sampled_from([2, 3, 4, 8]))
@@ -75,6 +75,12 @@ def test_team_leaves_a_first_size_that_was_wrong() -> None:
     assert (team.usual, team.next(1)) == (1, 1)
     spent(team, quiet, 20_000, lambda: 1)
     assert team.size == 8
+
+
+def test_team_wakes_no_thread_for_what_that_costs() -> None:
+    team = Team(2, 1)
+    spent(team, lambda size, rows: 2e-4 / size, 20_000, lambda: 1)
+    assert team.size == 1
 
 
 def test_team_is_not_moved_by_noise() -> None:
