@@ -41,8 +41,7 @@ def write_wait(module: ir.Module, pause: str) -> Any:
                 seen = Value(code, b.load_atomic(turn.raw, "acquire", 8, typ=INT))
                 b.cbranch(seen.compare("==", now).raw, again, through)
                 b.position_at_end(again)
-                if pause:
-                    b.asm(ir.FunctionType(ir.VoidType(), []), pause, "~{memory}", [], True)
+                b.asm(ir.FunctionType(ir.VoidType(), []), pause, "~{memory}", [], True)
                 spins.set(spins.get() + 1)
                 with code.when(spins.get().compare(">", SPINS)):
                     spins.set(code.number(SPINS))
