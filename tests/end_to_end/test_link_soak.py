@@ -266,7 +266,7 @@ async def test_soak_over_shared_memory_leaves_everything_as_it_was(
     for key, value in before.items():
         print(f"{key}: {value} -> {after[key]}")
     assert after["link"] == "shm"
-    assert rings > 5 * SECONDS and load.ends["accepted tokens"] > rings
+    assert rings > 5 * SECONDS and load.ends["accepted tokens"] > rings / 2
     for name in ("base", "draft"):
         assert after[f"{name} doorbells"] == before[f"{name} doorbells"]
     for name in pids:

@@ -73,11 +73,11 @@ the services do, and runs it:
   recompute;
 - **ragged**: sequences of different lengths in one batch give what each gives alone.
 
-Windows are 8 tokens in rings of 14, over 39 positions, so that every ring wraps. *llama* is the
-fast path for the Llama block family; *generic, packed* forwards the rows of all sequences at once
-through transformers' attention registry; *generic, one by one* is for models whose attention does
-not go through the registry. Which of the last two a model can do is found out when it is loaded,
-by comparing with its own plain forward.
+Windows are 8 tokens in rings of 14, over 39 positions, so that every ring wraps. *cpu* is the
+compiled forward for the Llama block family; *generic, packed* forwards the rows of all sequences
+at once through transformers' attention registry; *generic, one by one* is for models whose
+attention does not go through the registry. Which of the last two a model can do is found out when
+it is loaded, by comparing with its own plain forward.
 
 | model | class | layers | path | greedy | rollback | ragged |
 |---|---|---|---|---|---|---|
