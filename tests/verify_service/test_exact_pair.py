@@ -21,7 +21,7 @@ from outrider.shared.model.loading import load_runner
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing.engines import speculate
 
-PROMPTS = min(200, int(os.environ.get("OUTRIDER_PAIR_PROMPTS", "4")))
+PROMPTS = min(200, int(os.environ.get("OUTRIDER_PAIR_PROMPTS", "2")))
 TOKENS, HALF = 128, 64
 GREEDY = Decoding()
 SAMPLED = Decoding(temperature=0.8, rule=COUPLED)

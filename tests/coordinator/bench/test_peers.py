@@ -12,7 +12,6 @@ from outrider.coordinator.bench import command
 from outrider.coordinator.bench.studies import peers
 from outrider.coordinator.bench.workload import summary
 from outrider.coordinator.cli.main import main
-from outrider.shared.core.errors import ConfigError
 
 
 def test_bench_measures_transformers_beside_its_own(
@@ -32,11 +31,6 @@ def test_bench_measures_transformers_beside_its_own(
     # Greedy float32: the same text from every one of them.
     assert all(one["same_tokens_as_base"] for one in figures["variants"] + figures["peers"])
     assert all(one["tokens_per_second"] > 0 for one in figures["peers"])
-
-
-def test_peers_say_in_a_line_what_they_can_not_load(tmp_path: Path, tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^transformers: \w+: .*not_there"):
-        peers.Peers(str(tmp_path / "not_there"), str(tiny_base), "float32", [[1, 2]])
 
 
 def run(seconds: float, outputs: Any = ((1, 2),)) -> Any:
