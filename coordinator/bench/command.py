@@ -17,8 +17,8 @@ from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
-from outrider.shared.core.bandwidth import read_bandwidth
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.host import read_bandwidth
 
 if TYPE_CHECKING:
     from outrider.coordinator.bench.studies.peers import Peers
@@ -102,11 +102,9 @@ def _peers(
         return
     from outrider.coordinator.bench.studies.peers import Peers
     from outrider.coordinator.bench.workload import described
-    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
     from outrider.shared.model.locate import model_path
 
-    encode = load_tokenizer(config.coordinator.tokenizer).encode
-    ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
+    ids = _token_ids(workload, config)
     paths = [model_path(one.path) for one in (config.base, config.draft)]
     dtype = asyncio.run(described(target)).base.dtype
     peers = Peers(paths[0], paths[1], dtype, ids)
@@ -125,20 +123,16 @@ def measure_in_process(arguments: argparse.Namespace, config: Config) -> int:
             f"--concurrency: got {arguments.concurrency}; with --in-process it must be 1"
         )
     from outrider.coordinator.bench.studies.in_process import InProcess
-    from outrider.coordinator.bench.workload import summary
-    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
+    from outrider.coordinator.bench.workload import in_turns, summary
 
     workload = _workload(arguments)
-    encode = load_tokenizer(config.coordinator.tokenizer).encode
-    ids = [encode(one) if isinstance(one, str) else one for one in workload.prompts]
+    ids = _token_ids(workload, config)
     models = InProcess(config)
     runs: dict[int | None, list[Run]] = {k: [] for k in arguments.ks}
-    for repeat in range(-arguments.warmup, arguments.repeats):
-        turn = repeat % len(arguments.ks)
-        for k in arguments.ks[turn:] + arguments.ks[:turn]:
-            run = models.run(workload, ids, k)
-            if repeat >= 0:
-                runs[k].append(run)
+    for k, counts in in_turns(arguments.ks, arguments.warmup, arguments.repeats):
+        run = models.run(workload, ids, k)
+        if counts:
+            runs[k].append(run)
     base = runs.get(0)
     figures: dict[str, object] = {
         "variants": [summary(k, runs[k], base) for k in arguments.ks],
@@ -158,6 +152,14 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         rule=rules.number_of(arguments.rule),
         concurrency=arguments.concurrency,
     )
+
+
+def _token_ids(workload: Workload, config: Config) -> list[Sequence[int]]:
+    """The prompts as the coordinator's tokenizer reads them."""
+    from outrider.coordinator.requests.text.tokenizer import load_tokenizer
+
+    encode = load_tokenizer(config.coordinator.tokenizer).encode
+    return [encode(one) if isinstance(one, str) else one for one in workload.prompts]
 
 
 def _report(arguments: argparse.Namespace, workload: Workload, figures: dict[str, object]) -> int:
@@ -222,15 +224,9 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
                 {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
             ]
         )
-    header = [
-        "K",
-        "tokens/s",
-        "against alone" if peers else "against base",
-        "acceptance",
-        "tokens/round",
-        "draft ms",
-    ]
-    header += ["verify ms", "overhead ms", "of ceiling", "same tokens"]
+    header = ["K", "tokens/s", "against alone" if peers else "against base"]
+    header += ["acceptance", "tokens/round", "draft ms", "verify ms"]
+    header += ["overhead ms", "of ceiling", "same tokens"]
     lines = [tables.markdown(header, rows)]
     if peers:
         lines += ["", _verdict(figures)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+
+from outrider.shared.core.host import cores
 
 _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton", "numpy")
 
@@ -18,9 +19,7 @@ def describe() -> dict[str, object]:
         "machine": platform.machine(),
         "processor": _processor(),
         "accelerators": accelerators(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: v for name in _PACKAGES if (v := _version(name))},

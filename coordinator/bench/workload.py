@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.core.model_facts import read_description
+
+VariantT = TypeVar("VariantT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,16 @@ class Peer(Protocol):
         """All prompts of the workload, one after the other."""
 
 
+def in_turns(
+    variants: Sequence[VariantT], warmup: int, repeats: int
+) -> Iterator[tuple[VariantT, bool]]:
+    """All variants in each repeat, each time begun with another; and whether the run counts."""
+    for repeat in range(-warmup, repeats):
+        turn = repeat % len(variants)
+        for variant in (*variants[turn:], *variants[:turn]):
+            yield variant, repeat >= 0
+
+
 async def measure(
     target: str,
     workload: Workload,
@@ -85,16 +97,14 @@ async def measure(
     runs: dict[int | str | None, list[Run]] = {one: [] for one in variants}
     async with grpc.aio.insecure_channel(target) as channel:
         stub = rpc.GenerationStub(channel)
-        for repeat in range(-warmup, repeats):
-            turn = repeat % len(variants)
-            for one in variants[turn:] + variants[:turn]:
-                if isinstance(one, str):
-                    assert peers is not None
-                    run = await asyncio.to_thread(peers.run, one, workload)
-                else:
-                    run = await run_once(stub, workload, one)
-                if repeat >= 0:
-                    runs[one].append(run)
+        for one, counts in in_turns(variants, warmup, repeats):
+            if isinstance(one, str):
+                assert peers is not None
+                run = await asyncio.to_thread(peers.run, one, workload)
+            else:
+                run = await run_once(stub, workload, one)
+            if counts:
+                runs[one].append(run)
         info = await stub.Info(pb.InfoRequest())
     alone = [
         runs[one] for one in (0, *(peers.names[:1] if peers is not None else ())) if one in runs

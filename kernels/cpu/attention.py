@@ -60,22 +60,15 @@ def write_attend(module: ir.Module, shape: KernelShape) -> Any:
         """Calls ``body(position, slot)`` in a loop over positions, piece by piece."""
         position = code.variable(start)
         number = code.variable(code.number(0))
-        head, inside, after = (code.builder.append_basic_block() for _ in range(3))
-        code.builder.branch(head)
-        code.builder.position_at_end(head)
-        more = position.get().compare("<", high)
-        code.builder.cbranch(more.raw, inside, after)
-        code.builder.position_at_end(inside)
-        slot = code.load(segments, number.get() * 2, INT)
-        count = code.load(segments, number.get() * 2 + 1, INT)
-        first = position.get()
-        end = first + count
-        with code.range(code.later(low, first), code.smaller(high, end)) as place:
-            body(place, slot + place - first)
-        position.set(end)
-        number.set(number.get() + 1)
-        code.builder.branch(head)
-        code.builder.position_at_end(after)
+        with code.loop(lambda: position.get().compare("<", high)):
+            slot = code.load(segments, number.get() * 2, INT)
+            count = code.load(segments, number.get() * 2 + 1, INT)
+            first = position.get()
+            end = first + count
+            with code.range(code.later(low, first), code.smaller(high, end)) as place:
+                body(place, slot + place - first)
+            position.set(end)
+            number.set(number.get() + 1)
 
     wanted = code.load(query, 0, FLOAT, dim)
 

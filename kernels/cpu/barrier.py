@@ -27,7 +27,11 @@ def write_wait(module: ir.Module, pause: str) -> Any:
     b = code.builder
     with code.when(threads.compare(">", 1)):
         turn = code.at(state, 8, INT)
-        now = Value(code, b.load_atomic(turn.raw, "acquire", 8, typ=INT))
+
+        def seen() -> Value:
+            return Value(code, b.load_atomic(turn.raw, "acquire", 8, typ=INT))
+
+        now = seen()
         arrived = Value(code, b.atomic_rmw("add", state.raw, INT(1), "acq_rel"))
         with code.either(arrived.compare("==", threads - 1)) as (last, other):
             with last:
@@ -35,17 +39,10 @@ def write_wait(module: ir.Module, pause: str) -> Any:
                 b.atomic_rmw("add", turn.raw, INT(1), "release")
             with other:
                 spins = code.variable(code.number(0))
-                look, again, through = (b.append_basic_block() for _ in range(3))
-                b.branch(look)
-                b.position_at_end(look)
-                seen = Value(code, b.load_atomic(turn.raw, "acquire", 8, typ=INT))
-                b.cbranch(seen.compare("==", now).raw, again, through)
-                b.position_at_end(again)
-                b.asm(ir.FunctionType(ir.VoidType(), []), pause, "~{memory}", [], True)
-                spins.set(spins.get() + 1)
-                with code.when(spins.get().compare(">", SPINS)):
-                    spins.set(code.number(SPINS))
-                    code.call_address(give_way)
-                b.branch(look)
-                b.position_at_end(through)
+                with code.loop(lambda: seen().compare("==", now)):
+                    b.asm(ir.FunctionType(ir.VoidType(), []), pause, "~{memory}", [], True)
+                    spins.set(spins.get() + 1)
+                    with code.when(spins.get().compare(">", SPINS)):
+                        spins.set(code.number(SPINS))
+                        code.call_address(give_way)
     return code.done()

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
+from outrider.kernels.cpu.keeping import keep
 from outrider.kernels.cpu.shape import KernelShape
 from outrider.kernels.cpu.team import openmp
-
-log = logging.getLogger(__name__)
 
 _X86 = ("x86_64", "amd64")
 _ARM = ("aarch64", "arm64")
@@ -81,7 +79,8 @@ class CompiledForward:
         code = _read(place)
         if code is None:
             code = optimised(write(shape))
-            _write(place, code)
+            if place is not None:
+                keep(place, hashlib.sha256(code).digest() + code)
         # It owns the machine code, which must live as long as it may be called.
         self._engine = loaded(code)
         self._together = self._engine.get_function_address("together")
@@ -164,16 +163,3 @@ def _read(place: Path | None) -> bytes | None:
         return None
     digest, code = kept[:_DIGEST], kept[_DIGEST:]
     return code if code and hashlib.sha256(code).digest() == digest else None
-
-
-def _write(place: Path | None, code: bytes) -> None:
-    if place is None:
-        return
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Two services may start at once: each writes a file of its own, the last name stays.
-        own = place.with_suffix(f".{os.getpid()}")
-        own.write_bytes(hashlib.sha256(code).digest() + code)
-        own.replace(place)
-    except OSError as error:
-        log.info("compiled kernels can't be kept in %s: %s", place.parent, error)

@@ -7,7 +7,7 @@ floating-point operations carry no fast-math flags, so the order written is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,10 +52,8 @@ class Value:
         kind = self.kind.element if isinstance(self.kind, ir.VectorType) else self.kind
         return isinstance(kind, ir.FloatType | ir.HalfType)
 
-    def _with(self, other: Any, floats: str, integers: str, *, mirrored: bool = False) -> Value:
+    def _with(self, other: Any, floats: str, integers: str) -> Value:
         left, right = self.code.alike(self, other)
-        if mirrored:
-            left, right = right, left
         method = getattr(self.code.builder, floats if left._is_float() else integers)
         return Value(self.code, method(left.raw, right.raw))
 
@@ -66,9 +64,6 @@ class Value:
 
     def __sub__(self, other: Any) -> Value:
         return self._with(other, "fsub", "sub")
-
-    def __rsub__(self, other: Any) -> Value:
-        return self._with(other, "fsub", "sub", mirrored=True)
 
     def __mul__(self, other: Any) -> Value:
         return self._with(other, "fmul", "mul")
@@ -231,11 +226,8 @@ class Code:
 
     def prefetch(self, pointer: Value) -> None:
         """Asks for the cache line at an address, which need not be there; changes nothing."""
-        name = "llvm.prefetch.p0"
-        kind = ir.FunctionType(NOTHING, [POINTER, INT32, INT32, INT32])
-        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
-        reading, near, data = INT32(0), INT32(3), INT32(1)
-        self.builder.call(function, [pointer.raw, reading, near, data])
+        reading, near, data = (self.number(one, INT32) for one in (0, 3, 1))
+        self.intrinsic("llvm.prefetch.p0", NOTHING, pointer, reading, near, data)
 
     def _suffix(self, kind: Any) -> str:
         return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
@@ -310,22 +302,25 @@ class Code:
         return Value(self, self.builder.sext(self.builder.call(function, []), INT))
 
     @contextmanager
-    def range(self, begin: Any, end: Any, step: int = 1) -> Iterator[Value]:
-        """``for i in range(begin, end, step)``."""
-        begin = begin if isinstance(begin, Value) else self.number(begin)
-        end = end if isinstance(end, Value) else self.number(end)
-        place = self.variable(begin)
+    def loop(self, goes_on: Callable[[], Value]) -> Iterator[None]:
+        """``while goes_on()``: what it does is looked at anew before each turn."""
         head, body, after = (self.builder.append_basic_block() for _ in range(3))
         self.builder.branch(head)
         self.builder.position_at_end(head)
-        inside = place.get().compare("<", end)
-        self.builder.cbranch(inside.raw, body, after)
+        self.builder.cbranch(goes_on().raw, body, after)
         self.builder.position_at_end(body)
-        index = place.get()
-        yield index
-        place.set(index + step)
+        yield
         self.builder.branch(head)
         self.builder.position_at_end(after)
+
+    @contextmanager
+    def range(self, begin: Any, end: Any, step: int = 1) -> Iterator[Value]:
+        """``for i in range(begin, end, step)``."""
+        place = self.variable(begin if isinstance(begin, Value) else self.number(begin))
+        with self.loop(lambda: place.get().compare("<", end)):
+            index = place.get()
+            yield index
+            place.set(index + step)
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:

@@ -6,7 +6,6 @@ A second pool beside torch's would have its threads spin while torch's work, and
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,6 @@ def openmp() -> Any:
             ]
             return library
     return None
-
-
-def available() -> int:
-    """Threads that a program may use here: as many as OpenMP is told, else as there are cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    return cores()
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def address(function: Any) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.core.host import threads_allowed
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import LayerKind, Storage, shared_pools
 from outrider.shared.model.hf.context import context_of
@@ -155,7 +156,6 @@ def _cpu_runner(
     progress: Callable[[str], None],
     release: bool,
 ) -> Runner | None:
-    from outrider.kernels.cpu.team import available
     from outrider.shared.model.cpu.kept import cache_folder
     from outrider.shared.model.cpu.runner import CpuRunner
     from outrider.shared.model.cpu.runner import why_not as no_kernels
@@ -173,7 +173,7 @@ def _cpu_runner(
         model,
         replace(facts, runner="cpu"),
         storage,
-        threads=config.threads or available(),
+        threads=config.threads or threads_allowed(),
         kept=kept,
         release=release,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.shared.config import flags, telemetry_flags
 from outrider.shared.config.schema import Config, ModelConfig, ServeConfig, load
 from outrider.shared.core.errors import ConfigError, OutriderError, first_line
+from outrider.shared.core.host import cores
 from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def serve(
         engine = build(part, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
         # Imported late: torch comes with the model.
-        from outrider.kernels.cpu.team import cores
         from outrider.shared.link.device.handshake import side_of
 
         spin = part.link_spin_seconds
@@ -176,6 +176,6 @@ def _show(
 
         servicer.watch(ServiceTelemetry(telemetry, service.lower(), engine.info).round)
     if config.telemetry.profile or (telemetry is not None and telemetry.metering):
-        from outrider.shared.core.bandwidth import read_bandwidth
+        from outrider.shared.core.host import read_bandwidth
 
         servicer.memory_bandwidth = read_bandwidth(engine.info().facts.device)

@@ -21,7 +21,7 @@ import grpc
 from outrider.coordinator.bench import command, hardware, tables
 from outrider.coordinator.bench.studies import bare_links
 from outrider.coordinator.bench.studies.in_process import InProcess
-from outrider.coordinator.bench.workload import Run, Workload, run_once, summary
+from outrider.coordinator.bench.workload import Run, Workload, in_turns, run_once, summary
 from outrider.coordinator.local import cuda_mps
 from outrider.coordinator.local.private_stack import deployments
 from outrider.coordinator.requests.text.tokenizer import load_tokenizer
@@ -145,13 +145,10 @@ async def _measure(
         return await run_once(stubs[link], workload, k)
 
     try:
-        for _ in range(args.warmup):
-            for variant in variants:
-                await one(variant)
-        for repeat in range(args.repeats):
-            turn = repeat % len(variants)
-            for variant in variants[turn:] + variants[:turn]:
-                runs[variant].append(await one(variant))
+        for variant, counts in in_turns(variants, args.warmup, args.repeats):
+            run = await one(variant)
+            if counts:
+                runs[variant].append(run)
         link = next(iter(stubs))
         return runs, await stubs[link].Info(pb.InfoRequest())
     finally:
@@ -165,8 +162,7 @@ def _figures(variant: Variant, runs: Mapping[Variant, list[Run]]) -> dict[str, o
     yardstick = runs.get((IN_PROCESS, k))
     if yardstick is not None:
         made["against_in_process"] = statistics.median(
-            (a.tokens / a.seconds) / (b.tokens / b.seconds)
-            for a, b in zip(runs[variant], yardstick, strict=True)
+            a.speed() / b.speed() for a, b in zip(runs[variant], yardstick, strict=True)
         )
         made["same_tokens_as_in_process"] = all(
             a.outputs == b.outputs for a, b in zip(runs[variant], yardstick, strict=True)

@@ -41,9 +41,7 @@ class Peers:
             env=clean,
         )
         self._prompts = [list(one) for one in prompts]
-        ready = self._answer()
-        self.version: str = ready["version"]
-        self.threads: int = ready["threads"]
+        self._answer()  # that it is ready
 
     def run(self, name: str, workload: Workload) -> Run:
         """All prompts of the workload, one after the other."""
@@ -104,7 +102,7 @@ def _serve(base: str, draft: str, dtype: str) -> None:
     except Exception as error:  # the other side says it in one line
         answer({"error": f"{type(error).__name__}: {error}"})
         return
-    answer({"version": transformers.__version__, "threads": torch.get_num_threads()})
+    answer({})
     for line in sys.stdin:
         asked = json.loads(line)
         options: dict[str, Any] = {

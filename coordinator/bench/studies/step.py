@@ -256,7 +256,7 @@ def _bandwidth(device: Any) -> float:
         from outrider.coordinator.bench.studies.step_profile import copy_bandwidth
 
         return copy_bandwidth(device)
-    from outrider.shared.core.bandwidth import read_bandwidth
+    from outrider.shared.core.host import read_bandwidth
 
     return read_bandwidth(str(device))
 

@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from outrider.kernels.cpu.keeping import keep
+
 log = logging.getLogger(__name__)
 
 
@@ -49,13 +51,7 @@ def found(
     except (OSError, ValueError, KeyError, TypeError):
         pass
     result = find()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        own = place.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps({"circumstances": whole, "found": result}), "utf-8")
-        own.replace(place)
-    except OSError as error:
-        log.info("what was found can't be kept in %s: %s", folder, error)
+    keep(place, json.dumps({"circumstances": whole, "found": result}).encode())
     return result
 
 

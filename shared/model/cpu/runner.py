@@ -20,13 +20,15 @@ from torch import Tensor
 from outrider.kernels.cpu import compile as kernels
 from outrider.kernels.cpu.shape import KernelShape, columns_for
 from outrider.kernels.cpu.team import openmp
+from outrider.kernels.operation import word
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cpu.batch import BatchTable
-from outrider.shared.model.cpu.tables import MAX_ROWS, WORD, ModelTable
+from outrider.shared.model.cpu.tables import MAX_ROWS, ModelTable
 from outrider.shared.model.cpu.team import Team
 from outrider.shared.model.cpu.weights import narrowest
+from outrider.shared.model.llama.shapes import head_dim, positions_of
 from outrider.shared.model.runner import Runner, Span
 from outrider.shared.sampling.choose import reshapes
 
@@ -38,8 +40,8 @@ def why_not(model: Any, storage: Storage) -> str | None:
     config = model.config
     if config.hidden_size % 8:
         return f"its hidden size {config.hidden_size} is not a multiple of 8"
-    if _head_dim(config) % 2:
-        return f"its head size {_head_dim(config)} is odd"
+    if head_dim(config) % 2:
+        return f"its head size {head_dim(config)} is odd"
     return kernels.why_not()
 
 
@@ -64,21 +66,18 @@ class CpuRunner(Runner):
         super().__init__(facts, storage)
         kind = narrowest((p.data for p in model.parameters()), storage.dtype)
         self.shape = KernelShape(
-            WORD[kind],
-            WORD[storage.dtype],
-            _head_dim(model.config),
+            word(kind),
+            word(storage.dtype),
+            head_dim(model.config),
             columns_for(kernels.vector_lanes()),
         )
         self._call = kernels.CompiledForward(self.shape, kept)
         self.threads = threads if openmp() is not None else 1
-        positions = max(1, min(facts.max_positions, max(p.tokens for p in self.arena.pools)))
-        if all(one.window is not None for one in storage.kinds):
-            positions = facts.max_positions
         self._table = ModelTable(
             model,
             storage,
             self.shape,
-            positions=positions,
+            positions=positions_of(facts, storage),
             threads=self.threads,
             release=release,
         )
@@ -93,10 +92,10 @@ class CpuRunner(Runner):
         self._words = array("q", [self._table.words.buffer_info()[0], 0, 0])
         self.use(self.threads)
 
-    def use(self, team: int, *, fixed: bool = False) -> None:
-        """``team`` threads run a forward from now on, and others when that becomes faster, but
-        where it is ``fixed``. Changes no result."""
-        self._team = Team(team) if fixed else Team(self.threads, team)
+    def use(self, team: int) -> None:
+        """``team`` threads run a forward from now on, and others when that becomes faster; changes
+        no result."""
+        self._team = Team(self.threads, team)
         self.facts = replace(
             self.facts,
             kernels=f"compiled for {kernels.processor_name()}, {self.shape.columns} columns, "
@@ -242,12 +241,7 @@ def _parts(spans: Sequence[Span]) -> list[list[Span]]:
                 room = MAX_ROWS
             end = min(rows, begin + room)
             wanted = max(0, min(end - begin, end - (rows - span.wanted)))
-            passes[-1].append(Span(span.extent, span.start + begin, span.tokens[begin:end], wanted))
+            passes[-1].append(span.part(begin, end, wanted))
             room -= end - begin
             begin = end
     return passes
-
-
-def _head_dim(config: Any) -> int:
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)

@@ -17,11 +17,10 @@ from outrider.kernels.cpu.tables import LayerWords, ModelWords
 from outrider.kernels.cpu.team import address, openmp
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.cpu.weights import filled, gated_panels, panels
+from outrider.shared.model.llama.shapes import rotary_table
 
 MAX_ROWS = 512
 """Rows of one call."""
-
-WORD = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class ModelTable:
@@ -42,7 +41,7 @@ class ModelTable:
         that no second copy of all of them is ever held."""
         self._held: list[Tensor] = []
         self._shape = shape
-        self._kind = next(kind for kind, word in WORD.items() if word == shape.weights)
+        self._kind = getattr(torch, shape.weights)
         config, columns, dim = model.config, shape.columns, shape.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -53,7 +52,7 @@ class ModelTable:
         longest = max(self._hidden_width, mixed, gated)
         # Scores of attention are rounded up to whole vectors, with one more behind them.
         scratch = padded(max(scratch_floats(shape, longest), positions + 32), 64)
-        cos, sin = _rotary(model, positions)
+        cos, sin = rotary_table(model, positions, torch.zeros(1))
         library = openmp()
         own = ctypes.CDLL(None)
         head = {
@@ -147,16 +146,6 @@ def _bits(value: float) -> int:
     """A float32 as the integer with its bits."""
     whole: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return whole
-
-
-def _rotary(model: Any, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, float32 ``[positions, dim]`` each, from the model's own module."""
-    index = torch.arange(positions)[None]
-    with torch.inference_mode():
-        cos, sin = model.model.rotary_emb(torch.zeros(1), index)
-        signed = sin[0].clone()
-        signed[:, : signed.shape[1] // 2].neg_()
-        return cos[0].contiguous().clone(), signed
 
 
 def _let_go(module: Any) -> None:

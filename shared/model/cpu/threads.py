@@ -59,7 +59,7 @@ def smallest_of_the_best(seconds: Mapping[int, float]) -> int:
 
 def _time(runner: CpuRunner, team: int) -> float:
     """Seconds of a forward, the mean over ``ROWS`` of the best of some: others may be at work."""
-    runner.use(team, fixed=True)
+    runner.use(team)
     extent = runner.arena.admit(max(ROWS))
     other = torch.ones(FLUSH // 4)
     best = dict.fromkeys(ROWS, float("inf"))

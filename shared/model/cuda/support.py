@@ -13,6 +13,7 @@ from outrider.kernels.registry import NotAvailable
 from outrider.shared.core.rules import GREEDY, REJECTION
 from outrider.shared.core.types import Decoding
 from outrider.shared.model.cuda.forward import resolve_all
+from outrider.shared.model.llama.shapes import head_dim
 from outrider.shared.sampling.choose import reshapes
 
 # Operations whose fallback in PyTorch does: one launch a step, only for turns on the device, or
@@ -29,7 +30,7 @@ def why_not(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the device is {device.type}"
     config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = head_dim(config)
     if dim not in HEAD_DIMS:
         return f"heads of {dim} elements; the kernels know {', '.join(map(str, HEAD_DIMS))}"
     if config.intermediate_size % 64 or config.hidden_size % 64:

@@ -23,6 +23,7 @@ from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.kv.storage import Storage
 from outrider.shared.model.attention import attend, fold_mask
 from outrider.shared.model.llama.linear import RmsNorm, fuse
+from outrider.shared.model.llama.shapes import head_dim, positions_of, rotary_table
 from outrider.shared.model.packing import PackedSpan, pack
 from outrider.shared.model.runner import Runner, Span
 
@@ -93,7 +94,7 @@ class LlamaRunner(Runner):
         self._model = model
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._dim: int = head_dim(config)
         self._scale = self._dim**-0.5
         self._group = self._heads // self._kv_heads
         self._half: int = config.intermediate_size
@@ -104,10 +105,8 @@ class LlamaRunner(Runner):
             for layer, kind in zip(model.model.layers, storage.layers, strict=True)
         ]
         self._norm = RmsNorm(model.model.norm, config.rms_norm_eps)
-        positions = max(1, min(facts.max_positions, max(p.tokens for p in self.arena.pools)))
-        if all(kind.window is not None for kind in storage.kinds):
-            positions = facts.max_positions
-        self._cos, self._sin = _rotary_table(model, positions)
+        cos, sin = rotary_table(model, positions_of(facts, storage), self._embedding)
+        self._cos, self._sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         device = self.storage.device
@@ -219,14 +218,3 @@ def _block(layer: Any, config: Any, window: int | None) -> _Block:
         down=mlp.down_proj.weight,
         window=window,
     )
-
-
-def _rotary_table(model: Any, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, ``[positions, 1, dim]`` each, from the model's own rotary module."""
-    embedding: Tensor = model.model.embed_tokens.weight
-    index = torch.arange(positions, device=embedding.device)[None]
-    with torch.inference_mode():
-        cos, sin = model.model.rotary_emb(embedding, index)
-        signed = sin[0].clone()
-        signed[:, : signed.shape[1] // 2].neg_()
-        return cos[0].unsqueeze(1).contiguous(), signed.unsqueeze(1)

@@ -1,10 +1,23 @@
-"""How fast a device reads its own memory: what the ceilings are made of."""
+"""What this host has: cores, and how fast a device reads its memory (what ceilings are made of)."""
 
 from __future__ import annotations
 
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_allowed() -> int:
+    """Threads that a program may use: as many as OpenMP is told, else as there are cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(asked) if asked.isdigit() and int(asked) > 0 else cores()
 
 
 def read_bandwidth(device: str) -> float:
@@ -24,9 +37,8 @@ def read_bandwidth(device: str) -> float:
 def _cpu(size: int = 128 << 20, passes: int = 6) -> float:
     import numpy as np
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     data = np.ones(size // 8, dtype=np.float64)
-    parts = np.array_split(data, cores or 1)
+    parts = np.array_split(data, cores())
     best = float("inf")
     with ThreadPoolExecutor(len(parts)) as threads:
         for _ in range(passes):
