@@ -20,6 +20,9 @@ class ServiceState:
     """What one service holds of one sequence."""
 
     open: bool = False
+    reserved: bool = False
+    """It was opened on this stream and not closed: an extent may be held there for it, whatever
+    the service answered since."""
     epoch: int = 0
     length: int = 0
     """Tokens of the log whose KV is valid there."""
@@ -33,9 +36,15 @@ class ServiceState:
     """When room was first refused to a sequence that had it before; monotonic seconds."""
 
     def lose(self) -> None:
-        """The service no longer has the sequence, or is to begin anew."""
+        """The service does not know the sequence, or is to begin anew."""
         self.open = False
         self.length = 0
+
+    def release(self) -> bool:
+        """It is to be closed there, or the stream is gone; whether anything may be held."""
+        self.lose()
+        reserved, self.reserved = self.reserved, False
+        return reserved
 
 
 @dataclass(slots=True, eq=False)
@@ -142,7 +151,7 @@ class Sequence:
         With the prompt's KV of the sample that shares it, where that is there.
         """
         state.epoch += 1
-        state.open = True
+        state.open = state.reserved = True
         state.length = self._inherited(state)
         return OpenSequence(
             self.sequence_id,

@@ -215,12 +215,7 @@ class Drafting:
     def forget(self, sequence: Seq) -> None:
         """The sequence is over: its extent is freed with the next message."""
         self._blocked.discard(sequence)
-        if sequence.draft.open:
-            sequence.draft.lose()
-            self._close.append(sequence.sequence_id)
-            for other in self._blocked:
-                other.draft.blocked = False
-            self._blocked.clear()
+        self._release(sequence)
 
     def lost(self, sequences: Iterable[Seq]) -> None:
         """The stream is gone, and all that the draft held with it."""
@@ -232,7 +227,7 @@ class Drafting:
             self._behind = None
         for sequence in sequences:
             state = sequence.draft
-            state.lose()
+            state.release()
             state.blocked = state.given_up = False
             state.strikes = 0
 
@@ -259,6 +254,14 @@ class Drafting:
             response = await self._patiently(future)
             if response is not None:
                 self._absorb(response, asked)
+
+    def _release(self, sequence: Seq) -> None:
+        """What the draft may hold of it makes room for those that were refused it."""
+        if sequence.draft.release():
+            self._close.append(sequence.sequence_id)
+            for other in self._blocked:
+                other.draft.blocked = False
+            self._blocked.clear()
 
     def _fill_close(self, request: pb.DraftRequest) -> None:
         if self._close:
@@ -336,7 +339,7 @@ class Drafting:
         else:
             state.lose()
             if code in (RefusalCode.INVALID, RefusalCode.MODEL):
-                self._close.append(sequence.sequence_id)
+                self._release(sequence)
             state.given_up = code == RefusalCode.INVALID
         state.strikes += 1
         if state.strikes >= MOST_STRIKES:

@@ -183,15 +183,14 @@ class Verifying:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is over: its extent is freed with the next message."""
-        if sequence.verify.open:
-            sequence.verify.lose()
+        if sequence.verify.release():
             self._close.append(sequence.sequence_id)
 
     def lost(self, sequences: Iterable[Sequence]) -> None:
         """The stream is gone, and all that the verifier held with it."""
         self._close.clear()
         for sequence in sequences:
-            sequence.verify.lose()
+            sequence.verify.release()
             sequence.verify.strikes = 0
 
     # --- parts of a message ------------------------------------------------------------------

@@ -7,8 +7,8 @@ of ``shared.core.links``; what is particular to draft or verifier is its ``Grant
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -112,7 +112,7 @@ def run(
     steps, told = 0, False
     try:
         taker = _taker(side, session, message, doorbell, control)
-        with taker.taking():
+        with taker.taking(), _told(doorbell, lambda: end is not None):
             while end is None:
                 found = taker.next(steps)
                 if isinstance(found, End):
@@ -138,7 +138,6 @@ def run(
     except (PeerGone, ProtocolError, SequenceRefused) as error:
         end = End(EndReason.PEER, str(error))
     finally:
-        # Also where the coordinator is gone in mid-grant: the other side is not to wait for us.
         if doorbell is not None and (end is None or end.reason is EndReason.PEER):
             doorbell.close()
     if not told:
@@ -162,6 +161,23 @@ def _taker(
     if link.carrier and doorbell is None:
         raise PeerGone(f"mailbox {grant.mailbox} is not mapped here")
     return side.ways[link.way](session, message, doorbell, control)
+
+
+@contextmanager
+def _told(doorbell: Doorbell | None, over: Callable[[], bool]) -> Iterator[None]:
+    """Has the other side know when the turns broke off before their end: the coordinator is gone.
+
+    Before anything else is done about them: a device's turn that is let go of looks to the other
+    side like the last one.
+    """
+    try:
+        yield
+    except (NotOnDevice, PeerLate):
+        raise  # these end with a last word
+    except BaseException:
+        if doorbell is not None and not over():
+            doorbell.close()
+        raise
 
 
 def _left(

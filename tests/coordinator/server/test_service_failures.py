@@ -333,6 +333,27 @@ async def test_failures_room_that_others_hold_is_waited_for(
         assert (await call).only.ids == fakes.plain(PROMPT, 10)
 
 
+@pytest.mark.parametrize("role", ["verify", "draft"])
+async def test_failures_sequence_that_a_service_denies_is_closed_there(
+    services: Make, client_of: Make, role: str
+) -> None:
+    base, draft = services("verify"), services("draft")
+    # From here on it says that it does not know what it holds.
+    denying = {"verify": base, "draft": draft}[role].toy
+    denying.refuse = lambda item: Refusal(
+        item.sequence_id, item.epoch, RefusalCode.UNKNOWN, "made up", 0
+    )
+
+    async with client_of(base, draft) as client:
+        result = await client.generate(ask(PROMPT, 10, k=4))
+        if role == "draft":
+            assert result.only.ids == fakes.plain(PROMPT, 10)
+        else:
+            assert "made up" in result.error.details()
+        assert denying.opened
+        await until(lambda: base.toy.live == draft.toy.live == 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_failures_of_all_kinds_at_once_change_no_token(
     services: Make, client_of: Make, seed: int
