@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload
 
 
+_SAME = {True: "yes", False: "NO", None: "-"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of the plain ``outrider bench``."""
     parser.add_argument(
@@ -210,7 +213,7 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
                 tables.number(v["round_ms"]["verify"]),
                 tables.number(v["round_ms"]["overhead"]),
                 "-" if top is None else f"{v['tokens_per_second'] / top:.0%}",
-                {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
+                _SAME[v.get("same_tokens_as_base")],
             ]
         )
     peers = figures.get("peers") or []
@@ -221,7 +224,7 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
                 tables.number(v["tokens_per_second"], 1),
                 tables.number(v.get("speedup"), 2, "-"),
                 *("-" for _ in range(6)),
-                {True: "yes", False: "NO", None: "-"}[v.get("same_tokens_as_base")],
+                _SAME[v.get("same_tokens_as_base")],
             ]
         )
     header = ["K", "tokens/s", "against alone" if peers else "against base"]

@@ -93,7 +93,8 @@ async def measure(
     alone within the same repeat, and whether the tokens were those of K = 0. With ``peers`` the
     base alone is whichever was faster in that repeat, ours or theirs.
     """
-    variants = [*ks, *(peers.names if peers is not None else ())]
+    names = peers.names if peers is not None else ()
+    variants = [*ks, *names]
     runs: dict[int | str | None, list[Run]] = {one: [] for one in variants}
     async with grpc.aio.insecure_channel(target) as channel:
         stub = rpc.GenerationStub(channel)
@@ -106,20 +107,12 @@ async def measure(
             if counts:
                 runs[one].append(run)
         info = await stub.Info(pb.InfoRequest())
-    alone = [
-        runs[one] for one in (0, *(peers.names[:1] if peers is not None else ())) if one in runs
-    ]
-    fastest = [
-        max(some, key=lambda run: run.tokens / run.seconds) for some in zip(*alone, strict=True)
-    ]
+    alone = [runs[one] for one in (0, *names[:1]) if one in runs]
+    fastest = [max(some, key=Run.speed) for some in zip(*alone, strict=True)]
     base = runs.get(0)
     return {
         "variants": [summary(k, runs[k], base, fastest) for k in ks],
-        "peers": [
-            {"name": name, **summary(None, runs[name], base, fastest)}
-            for name in variants
-            if isinstance(name, str)
-        ],
+        "peers": [{"name": name, **summary(None, runs[name], base, fastest)} for name in names],
         "base": asdict(read_description(info.base)),
         "draft": asdict(read_description(info.draft)) if info.HasField("draft") else None,
         "link": info.link,

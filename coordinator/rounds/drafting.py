@@ -104,13 +104,12 @@ class Drafting:
         if not wanted or connection is None or not self.available:
             meanwhile()
             return made
-        request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
-        self._fill_close(request)
+        request = self._request(connection, traceparent)
         asked, most = append_wanted(request, wanted)
         made.clean = most <= LAG
         sent = self._clock()
         try:
-            future = await connection.send(request, lambda answer: self._came_late(answer, asked))
+            future = await self._send(connection, request, asked)
         except ServiceUnavailable:
             meanwhile()
             return made
@@ -139,14 +138,10 @@ class Drafting:
         """Has the draft run rounds by itself; raises ``ServiceUnavailable``."""
         connection = self._connection
         assert connection is not None
-        request = pb.DraftRequest(
-            round=connection.next_number(), traceparent=traceparent, grant=grant
-        )
-        self._fill_close(request)
+        request = self._request(connection, traceparent)
+        request.grant.CopyFrom(grant)
         asked, _ = append_wanted(request, wanted)
-        return DraftGrant(
-            await connection.send(request, lambda answer: self._came_late(answer, asked)), asked
-        )
+        return DraftGrant(await self._send(connection, request, asked), asked)
 
     async def granted(self, granted: DraftGrant, *, wait: bool = True) -> int:
         """The verifier ended the grant: the draft says so too, at once or late.
@@ -191,22 +186,19 @@ class Drafting:
             if state.open and n - state.length <= LAG:
                 continue
             if request is None:
-                request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
-                self._fill_close(request)
+                request = self._request(connection, traceparent)
             upto = min(n, sequence.base_len(state) + budget)
             budget -= append_item(request, sequence, upto, 0)
             asked[sequence.sequence_id] = DraftAsked(sequence, n, 0)
         if request is not None:
-            await self._send_and_absorb(request, asked)
+            await self._send_behind(connection, request, asked)
 
     async def flush(self) -> None:
         """Sends what is to be closed, when no other message will carry it."""
         connection = self._connection
         if connection is None or not connection.up or not self._close:
             return
-        request = pb.DraftRequest(round=connection.next_number())
-        self._fill_close(request)
-        await self._send_and_absorb(request, {})
+        await self._send_behind(connection, self._request(connection), {})
 
     def settle(self, sequence: Seq, n: int, proposed: int, accepted: int) -> None:
         """The verdict on a proposal: what of the draft's KV is of the log."""
@@ -236,19 +228,18 @@ class Drafting:
     async def _take_in(self, sequence: Seq, upto: int) -> None:
         """Brings the draft to ``log[:upto]``, a chunk a message, unless it is late or refuses."""
         while (
-            self.available
+            (connection := self._connection) is not None
+            and self.available
             and self.usable(sequence)
             and sequence.output.finish is None
             and sequence.base_len(sequence.draft) < upto
         ):
-            assert self._connection is not None
-            request = pb.DraftRequest(round=self._connection.next_number())
-            self._fill_close(request)
+            request = self._request(connection)
             end = min(upto, sequence.base_len(sequence.draft) + self._chunk)
             append_item(request, sequence, end, 0)
             asked = {sequence.sequence_id: DraftAsked(sequence, len(sequence.log), 0)}
             try:
-                future = await self._connection.send(request, partial(self._came_late, asked=asked))
+                future = await self._send(connection, request, asked)
             except ServiceUnavailable:
                 return
             response = await self._patiently(future)
@@ -263,16 +254,24 @@ class Drafting:
                 other.draft.blocked = False
             self._blocked.clear()
 
-    def _fill_close(self, request: pb.DraftRequest) -> None:
-        if self._close:
-            request.close.extend(self._close)
-            self._close.clear()
+    def _request(self, connection: DraftConnection, traceparent: str = "") -> pb.DraftRequest:
+        """The next message, with what is to be closed."""
+        request = pb.DraftRequest(
+            round=connection.next_number(), traceparent=traceparent, close=self._close
+        )
+        self._close.clear()
+        return request
 
-    async def _send_and_absorb(
-        self, request: pb.DraftRequest, asked: dict[int, DraftAsked]
+    async def _send(
+        self, connection: DraftConnection, request: pb.DraftRequest, asked: dict[int, DraftAsked]
+    ) -> asyncio.Future[pb.DraftResponse]:
+        """Sends a message; its answer is absorbed here only where it comes too late."""
+        return await connection.send(request, partial(self._came_late, asked=asked))
+
+    async def _send_behind(
+        self, connection: DraftConnection, request: pb.DraftRequest, asked: dict[int, DraftAsked]
     ) -> None:
         """Sends a message whose answer only ``bring_near`` waits for."""
-        assert self._connection is not None
         behind: asyncio.Future[pb.DraftResponse | None]
         behind = self._behind = asyncio.get_running_loop().create_future()
 
@@ -284,7 +283,7 @@ class Drafting:
                 self._absorb(answer, asked)
 
         try:
-            future = await self._connection.send(request, answered)
+            future = await connection.send(request, answered)
         except ServiceUnavailable:
             self._behind = None
             return

@@ -95,8 +95,7 @@ class RoundRunner:
 
     async def bring_near(self, plan: RoundPlan[Sequence]) -> None:
         """Waits for the draft where the tokens of ``plan`` would depend on how fast it is."""
-        if any(seq.replays_rounds for seq in plan.decode):
-            await self._drafting.bring_near(plan.decode)
+        await self._drafting.bring_near(plan.decode)
 
     def choose(self, plan: RoundPlan[Sequence]) -> list[int]:
         """K for each sequence of ``plan.decode``; to be asked once a round."""

@@ -112,7 +112,7 @@ def run(
     steps, told = 0, False
     try:
         taker = _taker(side, session, message, doorbell, control)
-        with taker.taking(), _told(doorbell, lambda: end is not None):
+        with taker.taking(), _letting_go(doorbell, lambda: end is not None):
             while end is None:
                 found = taker.next(steps)
                 if isinstance(found, End):
@@ -164,7 +164,7 @@ def _taker(
 
 
 @contextmanager
-def _told(doorbell: Doorbell | None, over: Callable[[], bool]) -> Iterator[None]:
+def _letting_go(doorbell: Doorbell | None, over: Callable[[], bool]) -> Iterator[None]:
     """Has the other side know when the turns broke off before their end: the coordinator is gone.
 
     Before anything else is done about them: a device's turn that is let go of looks to the other
