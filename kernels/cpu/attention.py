@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from outrider.kernels.cpu.language import FLOAT, INT, POINTER, Code, Value, ir, vector
-from outrider.kernels.cpu.numbers import load_floats, store_floats
+from outrider.kernels.cpu.numbers import exp, load_floats, store_floats
 from outrider.kernels.cpu.shape import KernelShape
 
 
@@ -91,7 +91,7 @@ def write_attend(module: ir.Module, shape: KernelShape) -> Any:
     sums = code.variable(code.zeros(lanes))
     with code.range(0, count, lanes) as place:
         one = code.load(scores, place, FLOAT, lanes)
-        weight = code.exp(one - peak)
+        weight = exp(code, one - peak)
         weight = code.choose(one.compare("==", lowest), 0.0, weight)
         sums.set(sums.get() + weight)
         code.store(weight, scores, place)

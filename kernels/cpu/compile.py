@@ -50,6 +50,11 @@ def processor() -> str:
     return f"{processor_name()} {_flags()}"
 
 
+def description(columns: int) -> str:
+    """What is compiled here, for people to read."""
+    return f"compiled for {processor_name()}, {columns} columns"
+
+
 def vector_lanes() -> int:
     """Floats in one register of this processor."""
     import llvmlite.binding as llvm

@@ -241,6 +241,16 @@ class Code:
         """The square root."""
         return self.intrinsic(f"llvm.sqrt.{self._suffix(value.kind)}", value.kind, value)
 
+    def nearest(self, value: Value) -> Value:
+        """The nearest whole number, ties to even, as a float."""
+        return self.intrinsic(f"llvm.rint.{self._suffix(value.kind)}", value.kind, value)
+
+    def whole(self, value: Value) -> Value:
+        """A vector of floats as integers of 32 bits, cut off; NaN becomes 0."""
+        lanes = value.kind.count
+        name = f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32"
+        return self.intrinsic(name, vector(INT32, lanes), value)
+
     def largest(self, a: Value, b: Value) -> Value:
         """The larger of two, for each lane."""
         a, b = self.alike(a, b)
@@ -345,29 +355,3 @@ class Code:
             self.call(function, *arguments)
             self.builder.branch(after)
         self.builder.position_at_end(after)
-
-    def exp(self, x: Value) -> Value:
-        """e^x of a vector of floats, within 2 units of the last place; Cephes' expf.
-
-        Below -87.3 it stays at e^-87.3, above 88.3 at e^88.3; NaN stays NaN.
-        """
-        kind = x.kind
-        whole = vector(INT32, kind.count)
-        x = self.choose(x.compare("<", -87.3), -87.3, x)
-        x = self.choose(x.compare(">", 88.3), 88.3, x)
-        steps = self.intrinsic(f"llvm.rint.{self._suffix(kind)}", kind, x * 1.4426950408889634)
-        rest = self.fma(steps, self.number(-0.693359375, kind), x)
-        rest = self.fma(steps, self.number(2.12194440e-4, kind), rest)
-        value = self.number(1.9875691500e-4, kind)
-        for factor in (
-            1.3981999507e-3,
-            8.3334519073e-3,
-            4.1665795894e-2,
-            1.6666665459e-1,
-            5.0000001201e-1,
-        ):
-            value = self.fma(value, rest, self.number(factor, kind))
-        value = self.fma(value, rest * rest, rest + 1.0)
-        power = self.intrinsic(f"llvm.fptosi.sat.v{kind.count}i32.v{kind.count}f32", whole, steps)
-        scale = ((power + 127) << 23).to(kind)
-        return value * scale

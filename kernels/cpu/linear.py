@@ -25,7 +25,7 @@ from outrider.kernels.cpu.language import (
     ir,
     vector,
 )
-from outrider.kernels.cpu.numbers import load_floats
+from outrider.kernels.cpu.numbers import exp, load_floats
 from outrider.kernels.cpu.shape import KernelShape
 from outrider.kernels.linear_shapes import Epilogue
 
@@ -112,7 +112,7 @@ def _finish(module: ir.Module, shape: KernelShape) -> Any:
     with code.either(epilogue.compare("==", int(Epilogue.GATED))) as (gated, plain):
         with gated:
             gate, up = (code.load(sums, begin, FLOAT, half) for begin in (0, half))
-            value = gate / (code.exp(gate * -1.0) + 1.0) * up
+            value = gate / (exp(code, gate * -1.0) + 1.0) * up
             code.store(value, out, column // 2)
         with plain:
             total = code.variable(code.load(sums, 0, FLOAT, columns))

@@ -1,4 +1,4 @@
-"""16-bit numbers to float32 and back."""
+"""16-bit numbers to float32 and back, and the exponential function."""
 
 from __future__ import annotations
 
@@ -36,3 +36,28 @@ def store_floats(code: Code, value: Value, pointer: Value, index: Any, kind: str
         rounded = code.choose(real, rounded, 0x7FC0)
         short = Value(code, code.builder.trunc(rounded.raw, vector(INT16, lanes)))
         code.store(short, pointer, index, INT16)
+
+
+def exp(code: Code, x: Value) -> Value:
+    """e^x of a vector of floats, within 2 units of the last place; Cephes' expf.
+
+    Below -87.3 it stays at e^-87.3, above 88.3 at e^88.3; NaN stays NaN.
+    """
+    kind = x.kind
+    x = code.choose(x.compare("<", -87.3), -87.3, x)
+    x = code.choose(x.compare(">", 88.3), 88.3, x)
+    steps = code.nearest(x * 1.4426950408889634)
+    rest = code.fma(steps, code.number(-0.693359375, kind), x)
+    rest = code.fma(steps, code.number(2.12194440e-4, kind), rest)
+    value = code.number(1.9875691500e-4, kind)
+    for factor in (
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    ):
+        value = code.fma(value, rest, code.number(factor, kind))
+    value = code.fma(value, rest * rest, rest + 1.0)
+    scale = ((code.whole(steps) + 127) << 23).to(kind)
+    return value * scale

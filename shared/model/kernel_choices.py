@@ -31,5 +31,5 @@ def _cpu() -> str:
     reason = kernels.why_not()
     if reason is not None:
         return f"PyTorch's own products, some times slower: {reason}"
-    text = f"compiled for {kernels.processor_name()}, {columns_for(kernels.vector_lanes())} columns"
+    text = kernels.description(columns_for(kernels.vector_lanes()))
     return text if openmp() is not None else f"{text}; one thread: torch brings no OpenMP"

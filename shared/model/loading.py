@@ -121,27 +121,43 @@ def _kernel_runner(
     release: bool,
 ) -> Runner | None:
     """The runner with this project's kernels; None where they can't be used: the log says why."""
-    if config.runner == "llama":
+    kind = "cpu" if config.runner == "cpu" else storage.device.type
+    if config.runner == "llama" or kind not in ("cpu", "cuda"):
         return None
-    if config.runner == "cpu" or storage.device.type == "cpu":
-        return _cpu_runner(model, facts, storage, config, progress, release)
-    if storage.device.type != "cuda":
-        return None
-    from outrider.shared.model.cuda.runner import CudaRunner
-    from outrider.shared.model.cuda.support import why_not as no_kernels
-
-    reason = no_kernels(model, storage.device, storage.dtype)
+    reason = _no_kernels(kind, model, storage)
+    if reason is not None and config.runner == kind:
+        raise ConfigError(f"runner: got {kind}; {reason}")
     if reason is not None:
         log.warning("%s runs without kernels: %s", config.path, reason)
         return None
     progress("compiling kernels")
-    runner = CudaRunner(
-        model,
-        replace(facts, runner="cuda"),
-        storage,
-        max_k=config.max_k,
-        exact=config.numerics != "fast",
-    )
+    facts = replace(facts, runner=kind)
+    if kind == "cuda":
+        return _cuda_runner(model, facts, storage, config, progress)
+    return _cpu_runner(model, facts, storage, config, progress, release)
+
+
+def _no_kernels(kind: str, model: Any, storage: Storage) -> str | None:
+    if kind == "cuda":
+        from outrider.shared.model.cuda import support
+
+        return support.why_not(model, storage.device, storage.dtype)
+    from outrider.shared.model.cpu import runner
+
+    return runner.why_not(model, storage)
+
+
+def _cuda_runner(
+    model: Any,
+    facts: ModelFacts,
+    storage: Storage,
+    config: ModelConfig,
+    progress: Callable[[str], None],
+) -> Runner:
+    from outrider.shared.model.cuda.runner import CudaRunner
+
+    exact = config.numerics != "fast"
+    runner = CudaRunner(model, facts, storage, max_k=config.max_k, exact=exact)
     for choice in runner.choices:
         log.info("operation %s", choice)
     runner.warm_up(progress)
@@ -155,28 +171,14 @@ def _cpu_runner(
     config: ModelConfig,
     progress: Callable[[str], None],
     release: bool,
-) -> Runner | None:
+) -> Runner:
     from outrider.shared.model.cpu.kept import cache_folder
     from outrider.shared.model.cpu.runner import CpuRunner
-    from outrider.shared.model.cpu.runner import why_not as no_kernels
     from outrider.shared.model.cpu.threads import choose_threads
 
-    reason = no_kernels(model, storage)
-    if reason is not None and config.runner == "cpu":
-        raise ConfigError(f"runner: got cpu; {reason}")
-    if reason is not None:
-        log.warning("%s runs without kernels: %s", config.path, reason)
-        return None
-    progress("compiling kernels")
     kept = cache_folder(config.cache_dir)
-    runner = CpuRunner(
-        model,
-        replace(facts, runner="cpu"),
-        storage,
-        threads=config.threads or threads_allowed(),
-        kept=kept,
-        release=release,
-    )
+    threads = config.threads or threads_allowed()
+    runner = CpuRunner(model, facts, storage, threads=threads, kept=kept, release=release)
     if config.threads is None:
         progress("trying numbers of threads")
         choose_threads(runner, kept)

@@ -8,7 +8,8 @@ the model is loaded (``loading``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,15 @@ class Span:
     wanted: int
     long_from: int = NEVER
 
-    def part(self, begin: int, end: int, wanted: int) -> Span:
-        """Its rows ``begin … end-1``, all else being as it is."""
+    @property
+    def end(self) -> int:
+        """The position behind its last row."""
+        return self.start + len(self.tokens)
+
+    def part(self, begin: int, end: int) -> Span:
+        """Its rows ``begin … end-1``; the wanted ones among them, which are the span's last."""
         tokens = self.tokens[begin:end]
+        wanted = max(0, min(len(tokens), self.wanted - (len(self.tokens) - end)))
         return Span(self.extent, self.start + begin, tokens, wanted, self.long_from)
 
 
@@ -96,18 +103,14 @@ class Runner(ABC):
         limit = self.arena.max_rows
         while limit is not None and any(len(span.tokens) > limit for span in spans):
             spans = self._take_in(spans, limit)
-        for span in spans:
-            span.extent.begin(span.start + len(span.tokens))
-        logits = self._forward(spans)
-        for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
-        return logits
+        with self._writing(spans):
+            return self._forward(spans)
 
     def written(self, spans: Sequence[Span]) -> None:
         """Takes note of rows that the device has written by itself; raises as ``forward``."""
         self.check(spans)
         for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
+            span.extent.advance(span.end)
 
     def check(self, spans: Sequence[Span]) -> None:
         """Raises ``ValueError`` where the rows of a span may not be written; see ``forward``."""
@@ -117,10 +120,8 @@ class Runner(ABC):
             self.arena.check_write(
                 span.extent, span.start, rows if limit is None else min(rows, limit)
             )
-            if span.start + rows > span.extent.capacity:
-                raise ValueError(
-                    f"rows end at {span.start + rows}; the capacity is {span.extent.capacity}"
-                )
+            if span.end > span.extent.capacity:
+                raise ValueError(f"rows end at {span.end}; the capacity is {span.extent.capacity}")
 
     @property
     def cores(self) -> int:
@@ -183,14 +184,24 @@ class Runner(ABC):
                 continue
             # The last pass stays as long as it may be, so that it holds all wanted rows.
             count = min(limit, excess)
-            heads.append(span.part(0, count, 0))
-            left.append(span.part(count, len(span.tokens), span.wanted))
-        for head in heads:
-            head.extent.begin(head.start + len(head.tokens))
-        self._forward(heads)
-        for head in heads:
-            head.extent.advance(head.start + len(head.tokens))
+            heads.append(span.part(0, count))
+            left.append(span.part(count, len(span.tokens)))
+        with self._writing(heads):
+            self._forward(heads)
         return left
+
+    @contextmanager
+    def _writing(self, spans: Sequence[Span], ends: Sequence[int] | None = None) -> Iterator[None]:
+        """Within, rows are written from each span's start up to ``ends``, else its own end.
+
+        Their extents are told before; what was written is valid when it is left without an error.
+        """
+        ends = ends if ends is not None else [span.end for span in spans]
+        for span, end in zip(spans, ends, strict=True):
+            span.extent.begin(end)
+        yield
+        for span, end in zip(spans, ends, strict=True):
+            span.extent.advance(end)
 
     @abstractmethod
     def _forward(self, spans: Sequence[Span]) -> Tensor:

@@ -42,13 +42,13 @@ class BatchTable:
                 else:
                     lows.extend([max(0, place - window + 1) for place in range(start, end)])
         self.rows, self.wanted = len(tokens), len(wanted)
-        self._held = [array("q", part) for part in (tokens, positions, wanted, segments)]
-        begin = self._held[3].buffer_info()[0]
+        self._held: list[array[int]] = []
         self.words = array("q", [0] * len(BatchWords))
         self.words[BatchWords.ROWS], self.words[BatchWords.WANTED] = self.rows, self.wanted
-        self.words[BatchWords.TOKENS] = self._address(0)
-        self.words[BatchWords.POSITIONS] = self._address(1)
-        self.words[BatchWords.WANTED_ROWS] = self._address(2)
+        self.words[BatchWords.TOKENS] = self._hold(array("q", tokens))
+        self.words[BatchWords.POSITIONS] = self._hold(array("q", positions))
+        self.words[BatchWords.WANTED_ROWS] = self._hold(array("q", wanted))
+        begin = self._hold(array("q", segments))
         for slots, lows, starts, places in pools:
             record = {
                 PoolWords.SLOTS: slots,
@@ -56,25 +56,22 @@ class BatchTable:
                 PoolWords.STARTS: starts,
                 PoolWords.SEGMENTS: [begin + 8 * place for place in places],
             }
-            for place in PoolWords:
-                self._held.append(array("q", record[place]))
-                self.words.append(self._address(-1))
+            self.words.extend(self._hold(array("q", record[place])) for place in PoolWords)
 
-    def _address(self, number: int) -> int:
-        return self._held[number].buffer_info()[0]
+    def _hold(self, numbers: array[int]) -> int:
+        self._held.append(numbers)
+        return numbers.buffer_info()[0]
 
     def choose(self) -> array[int]:
         """Has the likeliest token of each wanted row written to what is returned; -1 where the
         row's largest logit is not a finite number."""
         chosen = array("q", bytes(8 * self.wanted))
-        self._held.append(chosen)
-        self.words[BatchWords.CHOSEN] = self._address(-1)
+        self.words[BatchWords.CHOSEN] = self._hold(chosen)
         return chosen
 
     def follow(self, chosen: array[int]) -> None:
         """Its rows' tokens are the first of what another batch has ``chosen`` by then."""
-        self._held.append(chosen)
-        self.words[BatchWords.TOKENS] = self._address(-1)
+        self.words[BatchWords.TOKENS] = self._hold(chosen)
 
     def write_to(self, logits: Tensor) -> None:
         """``logits``: float32 ``[wanted, whole panels of the vocabulary]``, contiguous."""

@@ -98,7 +98,7 @@ class CpuRunner(Runner):
         self._team = Team(self.threads, team)
         self.facts = replace(
             self.facts,
-            kernels=f"compiled for {kernels.processor_name()}, {self.shape.columns} columns, "
+            kernels=f"{kernels.description(self.shape.columns)}, "
             f"weights kept as {self.shape.weights}, {team} of {self.threads} threads",
         )
 
@@ -133,14 +133,11 @@ class CpuRunner(Runner):
         if not all(map(_likeliest, decodings)) or not self._in_one_pass(spans):
             return None
         self.check(spans)
-        for span in spans:
-            span.extent.begin(span.start + len(span.tokens))
-        batch = BatchTable(self.arena, spans)
-        batch.write_to(self._logits(batch.wanted))
-        chosen = batch.choose()
-        self._run([batch], batch.rows)
-        for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
+        with self._writing(spans):
+            batch = BatchTable(self.arena, spans)
+            batch.write_to(self._logits(batch.wanted))
+            chosen = batch.choose()
+            self._run([batch], batch.rows)
         verdicts, first = [], 0
         for span, proposal in zip(spans, proposals, strict=True):
             accepted = 0
@@ -164,10 +161,7 @@ class CpuRunner(Runner):
         if not all(_likeliest(decodings[i]) for i in asked):
             return None
         asked.sort(key=lambda i: -ks[i])
-        others = [span for span, k in zip(spans, ks, strict=True) if k == 0]
-        ends = [
-            span.start + len(span.tokens) + max(k - 1, 0) for span, k in zip(spans, ks, strict=True)
-        ]
+        ends = [span.end + max(k - 1, 0) for span, k in zip(spans, ks, strict=True)]
         self.check(spans)
         if any(end > span.extent.capacity for span, end in zip(spans, ends, strict=True)):
             return None
@@ -176,8 +170,19 @@ class CpuRunner(Runner):
             end - span.start > limit for span, end in zip(spans, ends, strict=True)
         ):
             return None
-        for span, end in zip(spans, ends, strict=True):
-            span.extent.begin(end)
+        with self._writing(spans, ends):
+            found = self._chain(spans, asked, ks)
+        answers: list[list[int]] = [[] for _ in spans]
+        for place, i in enumerate(asked):
+            tokens = [chosen[place] for chosen in found[: ks[i]]]
+            answers[i] = tokens[: tokens.index(-1) + 1] if -1 in tokens else tokens
+        return answers
+
+    def _chain(
+        self, spans: Sequence[Span], asked: Sequence[int], ks: Sequence[int]
+    ) -> list[array[int]]:
+        """The choices of each step; ``asked``: places of those with a K, larger ones first."""
+        others = [span for span, k in zip(spans, ks, strict=True) if k == 0]
         logits = self._logits(len(asked))
         steps: list[BatchTable] = []
         found: list[array[int]] = []
@@ -185,10 +190,7 @@ class CpuRunner(Runner):
             at_work = [spans[i] for i in asked if ks[i] > step]
             if step:
                 # The token is not known yet.
-                at_work = [
-                    Span(span.extent, span.start + len(span.tokens) + step - 1, (0,), 1)
-                    for span in at_work
-                ]
+                at_work = [Span(span.extent, span.end + step - 1, (0,), 1) for span in at_work]
             batch = BatchTable(self.arena, at_work if step else [*at_work, *others])
             batch.write_to(logits)
             if step:
@@ -197,13 +199,7 @@ class CpuRunner(Runner):
             found.append(batch.choose())
         # A number of its own for the time of so many steps.
         self._run(steps, -sum(batch.rows for batch in steps))
-        for span, end in zip(spans, ends, strict=True):
-            span.extent.advance(end)
-        answers: list[list[int]] = [[] for _ in spans]
-        for place, i in enumerate(asked):
-            tokens = [chosen[place] for chosen in found[: ks[i]]]
-            answers[i] = tokens[: tokens.index(-1) + 1] if -1 in tokens else tokens
-        return answers
+        return found
 
     def _in_one_pass(self, spans: Sequence[Span]) -> bool:
         if sum(len(span.tokens) for span in spans) > MAX_ROWS:
@@ -240,8 +236,7 @@ def _parts(spans: Sequence[Span]) -> list[list[Span]]:
                 passes.append([])
                 room = MAX_ROWS
             end = min(rows, begin + room)
-            wanted = max(0, min(end - begin, end - (rows - span.wanted)))
-            passes[-1].append(span.part(begin, end, wanted))
+            passes[-1].append(span.part(begin, end))
             room -= end - begin
             begin = end
     return passes

@@ -130,7 +130,7 @@ class Launches:
             host["picks"][s] = begin - 1
             host["temperatures"][s] = d.temperature
             host["seeds"][s] = signed(d.seed)
-            host["noise_positions"][s] = span.start + len(span.tokens)
+            host["noise_positions"][s] = span.end
             host["active"][:k, s] = 1
         count = len(spans)
         sequences = bucket(count, POWERS)

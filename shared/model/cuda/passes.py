@@ -42,9 +42,7 @@ def cut_spans(
                 rest.append((i, span, done))
                 continue
             after = len(span.tokens) - done - count
-            # The wanted rows are the span's last.
-            wanted = max(0, min(count, span.wanted - after))
-            taken.append((i, span.part(done, done + count, wanted)))
+            taken.append((i, span.part(done, done + count)))
             ends.append(end)
             longest, room = max(longest, count), room - count
             if after:

@@ -151,13 +151,8 @@ class CudaRunner(LlamaRunner):
         if not fits(rows):
             return None
         self.check(spans)
-        for span in spans:
-            span.extent.begin(span.start + len(span.tokens))
-        with self._on_device():
-            verdicts = self._launches.judge(spans, decodings, proposals, rows)
-        for span in spans:
-            span.extent.advance(span.start + len(span.tokens))
-        return verdicts
+        with self._writing(spans), self._on_device():
+            return self._launches.judge(spans, decodings, proposals, rows)
 
     def propose(
         self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
@@ -173,33 +168,25 @@ class CudaRunner(LlamaRunner):
         if limit is not None and max(ks) + 1 > limit:
             return None
         # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
-        ahead = [
-            span.part(0, len(span.tokens), 0) for span, k in zip(spans, ks, strict=True) if k == 0
-        ]
+        ahead = [span for span, k in zip(spans, ks, strict=True) if k == 0]
         room = max(1, MAX_ROWS // len(asked))
         last: list[Span] = []
         for span in drawn:
             extra = max(0, len(span.tokens) - room)
             if extra:
-                ahead.append(span.part(0, extra, 0))
-            last.append(span.part(extra, len(span.tokens), 1))
+                ahead.append(span.part(0, extra))
+            last.append(span.part(extra, len(span.tokens)))
         if ahead:
             self.forward(ahead)
         self.check(last)
         rows = sum(len(span.tokens) for span in last)
         if not self._whole(last, rows):
             raise AssertionError("spans were cut to fit")
-        ends = [
-            span.start + len(span.tokens) + ks[i] - 1 for i, span in zip(asked, last, strict=True)
-        ]
-        for span, end in zip(last, ends, strict=True):
-            span.extent.begin(end)
-        with self._on_device():
+        ends = [span.end + ks[i] - 1 for i, span in zip(asked, last, strict=True)]
+        with self._writing(last, ends), self._on_device():
             found = self._launches.propose(
                 last, [decodings[i] for i in asked], [ks[i] for i in asked]
             )
-        for span, end in zip(last, ends, strict=True):
-            span.extent.advance(end)
         answers: list[list[int]] = [[] for _ in spans]
         for i, tokens in zip(asked, found, strict=True):
             answers[i] = tokens
@@ -221,7 +208,7 @@ class CudaRunner(LlamaRunner):
         longest = max(len(span.tokens) for span in spans)
         if limit is not None and longest > limit:
             return False
-        ends = [span.start + len(span.tokens) + self._max_k for span in spans]
+        ends = [span.end + self._max_k for span in spans]
         return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:

@@ -48,7 +48,7 @@ class LengthRotary:
             flags = [
                 position >= min(span.long_from, self.switch.border)
                 for span in spans
-                for position in range(span.start, span.start + len(span.tokens))
+                for position in range(span.start, span.end)
             ]
             self._long = torch.tensor(flags, device=device)[None, :, None]
         try:

@@ -126,7 +126,7 @@ class HfRunner(Runner):
         wanted: list[int] = []
         for span in spans:
             ids.extend(span.tokens)
-            positions.extend(range(span.start, span.start + len(span.tokens)))
+            positions.extend(range(span.start, span.end))
             wanted.extend(range(len(ids) - span.wanted, len(ids)))
         if "position_ids" not in self._takes:
             raise ConfigError("its forward takes no positions")
