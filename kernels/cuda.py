@@ -53,7 +53,9 @@ def compile_source(
     )
     _check("nvrtcCreateProgram", error)
     kind = "sm" if to == "cubin" else "compute"
-    options = [f"--gpu-architecture={kind}_{arch}", "--std=c++17", f"-DARCH={arch}"]
+    # What only this one line of chips has (wgmma) is in no PTX that others could take.
+    only = "a" if arch == 90 and to == "cubin" else ""
+    options = [f"--gpu-architecture={kind}_{arch}{only}", "--std=c++17", f"-DARCH={arch}"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
@@ -148,6 +150,43 @@ class Compiler:
         known = [a for a in (75, 80, 86, 87, 89, 90) if a <= self.chip]
         self.arch = arch if arch is not None else known[-1]
         self._kernels: dict[tuple[object, ...], Kernel] = {}
+        self._maps: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def tile_map(self, matrix: torch.Tensor, rows: int) -> torch.Tensor:
+        """What Hopper's copy engine must know to fetch tiles of ``rows`` rows by 64 columns.
+
+        ``matrix``: contiguous [any, a multiple of 8] of a 16-bit type. The result lies on the
+        device and stays there, since captured graphs go on using it.
+        """
+        key = (matrix.data_ptr(), tuple(matrix.shape), matrix.dtype, rows)
+        if key not in self._maps:
+            self._maps[key] = self._describe(matrix, rows)
+        return self._maps[key]
+
+    @staticmethod
+    def _describe(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+        from cuda.bindings import driver
+
+        kinds = driver.CUtensorMapDataType
+        half = matrix.dtype == torch.float16
+        error, made = driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+            if half
+            else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(matrix.shape[1]), driver.cuuint64_t(matrix.shape[0])],
+            [driver.cuuint64_t(matrix.shape[1] * 2)],
+            [driver.cuuint32_t(64), driver.cuuint32_t(rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        _check("cuTensorMapEncodeTiled", error)
+        words = [int(word) for word in made.opaque]
+        return torch.tensor(words, dtype=torch.uint64).to(matrix.device)
 
     def kernel(
         self, name: str, entry: str, defines: Mapping[str, int], *, threads: int, shared: int

@@ -6,9 +6,11 @@
 // the ring holds 64 k of UNITS units: 1 KiB each. w needs nothing that another kernel makes:
 // the ring is filled before `wait_for_previous`.
 //
-// Order of every sum: k ascending within a slice by tensor-core steps, then the slices s as
-// ((s0+s4)+(s1+s5))+((s2+s6)+(s3+s7)). Neither M nor the grid nor UNITS changes it, so a
-// row's bits do not depend on the rows beside it.
+// Order of every sum: k ascending within a slice by tensor-core steps of 16, then the slices one
+// after the other, ((0+s0)+s1)+ … +s7. Neither M nor the grid nor UNITS changes it, so a row's
+// bits do not depend on the rows beside it. Which 16 k go into a step matters, their order in it
+// does not: on Hopper (CONSECUTIVE) they are those that stand together, as in its kernel for many
+// rows; elsewhere those that 16-byte loads bring together, see `fragments`.
 //
 // N >= 8, and for GATED N a multiple of 16; K a multiple of 64.
 // -D: GROUPS (row groups of 8: 1, 2, 4, 6, 8), UNITS (summed at a time), STAGES (>= 2),
@@ -32,10 +34,43 @@
 #define REFILL_AT_ONCE (GROUPS >= 4)
 #define AHEAD (REFILL_AT_ONCE ? STAGES : STAGES - 1)
 #define PARTS (GROUPS >= 4 ? WARPS / 2 : WARPS)   // slices' sums held in shared memory at once
+#define TURNS ((ROWS * UNITS * 8 / PAIR + WARPS * 32 - 1) / (WARPS * 32))   // outputs of a thread
+#define CONSECUTIVE (ARCH >= 90)
 
 // Place of 16-byte piece `piece` of row `row` in an item of 8 rows x 128 bytes, scrambled so
-// that a quarter warp touches all banks.
-DEVICE int scrambled(int row, int piece) { return (row * 8 + (piece ^ ((row & 1) * 4))) * 16; }
+// that the lanes which are served together touch all banks.
+DEVICE int scrambled(int row, int piece) {
+#if CONSECUTIVE
+  return (row * 8 + (piece ^ ((row & 3) * 2))) * 16;
+#else
+  return (row * 8 + (piece ^ ((row & 1) * 4))) * 16;
+#endif
+}
+
+// Lane t's operand for 32 k of row g of an item: (x, y) for the first step, (z, w) for the second.
+// `half`: which 32 of the item's 64 k.
+DEVICE uint4 fragments(const unsigned char* item, int g, int t, int half) {
+#if CONSECUTIVE
+  // Of step s, half t / 2 of piece 2 s + t % 2.
+  const uint2 p = *(const uint2*)(item + scrambled(g, half * 4 + (t & 1)) + (t >> 1) * 8);
+  const uint2 q = *(const uint2*)(item + scrambled(g, half * 4 + 2 + (t & 1)) + (t >> 1) * 8);
+  return make_uint4(p.x, p.y, q.x, q.y);
+#else
+  return *(const uint4*)(item + scrambled(g, half * 4 + t));
+#endif
+}
+
+// The same from the piece t of 32 k that the lane has loaded. Lanes 0 and 1 have the first step's
+// k, lanes 2 and 3 the second's: each gives half of it to the lane across.
+DEVICE uint4 exchanged(uint4 p, int t) {
+#if CONSECUTIVE
+  const bool second = t & 2;
+  const u32 a = shuffle_xor(second ? p.x : p.z, 2), b = shuffle_xor(second ? p.y : p.w, 2);
+  return second ? make_uint4(a, b, p.z, p.w) : make_uint4(p.x, p.y, a, b);
+#else
+  return p;
+#endif
+}
 
 ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     linear(const elem* __restrict__ x, const elem* __restrict__ w, const elem* __restrict__ norm,
@@ -237,14 +272,32 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 #pragma unroll 1
     for (int c = chunk_begin; c < chunk_end; ++c) {
       uint4 a[GROUPS][2], b[UNITS][2];
+#if !X_IN_RING
+      // x is made ready while w is still on its way.
+#pragma unroll
+      for (int r = 0; r < GROUPS; ++r) {
+        a[r][0] = next[r][0];
+        a[r][1] = next[r][1];
+      }
+      load_x(next, c + 1 < chunk_end ? c + 1 : chunk_begin);
+#if NORM
+      normalise(a, next_norm);
+      load_norm(next_norm, c + 1 < chunk_end ? c + 1 : chunk_begin);
+#endif
+#pragma unroll
+      for (int r = 0; r < GROUPS; ++r) {
+        a[r][0] = exchanged(a[r][0], t);
+        a[r][1] = exchanged(a[r][1], t);
+      }
+#endif
 #if ARCH >= 80
       copy_wait<AHEAD - 1>();
       BARRIER_WARP();
       const unsigned char* stage = ring + slot * STAGE;
 #pragma unroll
       for (int u = 0; u < UNITS; ++u) {
-        b[u][0] = *(const uint4*)(stage + u * ITEM + scrambled(g, t));
-        b[u][1] = *(const uint4*)(stage + u * ITEM + scrambled(g, t + 4));
+        b[u][0] = fragments(stage + u * ITEM, g, t, 0);
+        b[u][1] = fragments(stage + u * ITEM, g, t, 1);
       }
 #else
 #pragma unroll
@@ -257,20 +310,9 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 #if X_IN_RING
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
-        a[r][0] = *(const uint4*)(stage + (UNITS + r) * ITEM + scrambled(g, t));
-        a[r][1] = *(const uint4*)(stage + (UNITS + r) * ITEM + scrambled(g, t + 4));
+        a[r][0] = fragments(stage + (UNITS + r) * ITEM, g, t, 0);
+        a[r][1] = fragments(stage + (UNITS + r) * ITEM, g, t, 1);
       }
-#else
-#pragma unroll
-      for (int r = 0; r < GROUPS; ++r) {
-        a[r][0] = next[r][0];
-        a[r][1] = next[r][1];
-      }
-      load_x(next, c + 1 < chunk_end ? c + 1 : chunk_begin);
-#endif
-#if NORM
-      const uint4 weight[2] = {next_norm[0], next_norm[1]};
-      load_norm(next_norm, c + 1 < chunk_end ? c + 1 : chunk_begin);
 #endif
 #if ARCH >= 80
 #if REFILL_AT_ONCE
@@ -283,9 +325,6 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
       copy_commit();
       slot = slot + 1 == STAGES ? 0 : slot + 1;
       refill = refill + 1 == STAGES ? 0 : refill + 1;
-#endif
-#if NORM
-      normalise(a, weight);
 #endif
       // Units that this pass does not have are summed from whatever lies there and dropped.
 #pragma unroll
@@ -309,48 +348,49 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
           }
     }
 
+    // The slices' sums pass through shared memory, PARTS of them at a time; a thread's outputs
+    // are e = tid, tid + 256, …
     auto part = [&](int slice, int u, int row) {
-      return sums + ((slice * UNITS + u) * ROWS + row) * 8;
+      return sums + ((slice % PARTS * UNITS + u) * ROWS + row) * 8;
     };
-    auto keep = [&](bool add) {
+    auto keep = [&] {
 #pragma unroll
       for (int u = 0; u < UNITS; ++u)
         if (u < units)
 #pragma unroll
-          for (int r = 0; r < GROUPS; ++r) {
-            float2* to = (float2*)(part(warp % PARTS, u, r * 8 + g) + t * 2);
-            float2 y = make_float2(acc[u][r / 2][(r & 1) * 2], acc[u][r / 2][(r & 1) * 2 + 1]);
-            if (add) y = make_float2(y.x + to->x, y.y + to->y);
-            *to = y;
-          }
-    };
-#if GROUPS >= 4
-    if (warp >= PARTS) keep(false);
-    BARRIER_BLOCK();
-    if (warp < PARTS) keep(true);
-    BARRIER_BLOCK();
-#else
-    keep(false);
-    BARRIER_BLOCK();
-#endif
-
-    auto total_of = [&](int u, int row, int f) {
-      float s[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[i] = part(i, u, row)[f];
-        if (PARTS == WARPS) s[i] += part((i + 4) % PARTS, u, row)[f];
-      }
-      return (s[0] + s[1]) + (s[2] + s[3]);
+          for (int r = 0; r < GROUPS; ++r)
+            *(float2*)(part(warp, u, r * 8 + g) + t * 2) =
+                make_float2(acc[u][r / 2][(r & 1) * 2], acc[u][r / 2][(r & 1) * 2 + 1]);
     };
     const int width = units / PAIR * 8;
-    for (int e = tid; e < M * width; e += WARPS * 32) {
-      const int row = e / width, f = e % width;
+    float sum[TURNS][PAIR];
+#pragma unroll
+    for (int from = 0; from < WARPS; from += PARTS) {
+      if (from > 0) BARRIER_BLOCK();   // those before have been read
+      if (warp / PARTS == from / PARTS) keep();
+      BARRIER_BLOCK();
+#pragma unroll
+      for (int n = 0; n < TURNS; ++n) {
+        const int e = tid + n * WARPS * 32, row = e / width, f = e % width;
+        if (e < M * width)
+#pragma unroll
+          for (int p = 0; p < PAIR; ++p) {
+            float s = from == 0 ? 0.f : sum[n][p];
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) s += part(i, (f >> 3) * PAIR + p, row)[f & 7];
+            sum[n][p] = s;
+          }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < TURNS; ++n) {
+      const int e = tid + n * WARPS * 32, row = e / width, f = e % width;
+      if (e >= M * width) break;
       const int column = PAIR == 2 ? first / 2 * 8 + f : unit_row(first + (f >> 3)) + (f & 7);
       if (PAIR == 1 && column < (first + (f >> 3)) * 8) continue;   // the unit before has it
       const size_t at = (size_t)row * half + column;
 #if EPILOGUE == GATED
-      float gate = total_of((f >> 3) * 2, row, f & 7), up = total_of((f >> 3) * 2 + 1, row, f & 7);
+      float gate = sum[n][0], up = sum[n][1];
       if (bias) {
         gate += to_float(bias[column]);
         up += to_float(bias[column + half]);
@@ -358,7 +398,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
       gate = round_elem(gate);
       ((elem*)out)[at] = from_float(round_elem(gate / (1.f + __expf(-gate))) * round_elem(up));
 #else
-      float y = total_of(f >> 3, row, f & 7);
+      float y = sum[n][0];
       if (bias) y += to_float(bias[column]);
 #if EPILOGUE == STORE_FLOAT
       ((float*)out)[at] = y;

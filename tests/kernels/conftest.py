@@ -77,6 +77,12 @@ class EmulatedCompiler:
         return kernel
 
     @staticmethod
+    def tile_map(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+        """Stands in for kernels.cuda.Compiler.tile_map: emulation.h's Tiles."""
+        own, columns = matrix.shape
+        return torch.tensor([matrix.data_ptr(), columns, own, rows])
+
+    @staticmethod
     def _compile(text: str, flags: Sequence[str], library: Path) -> None:
         unit, made = library.with_suffix(".cpp"), library.with_suffix(".part")
         unit.write_text(text)

@@ -104,7 +104,8 @@ template <typename F> static void run_grid(int gx, int gy, int threads, size_t s
   gridDim = {gx, gy, 1};
   blockDim = {threads, 1, 1};
   for (; started < threads; ++started) current = started, start_fiber();
-  shared_memory = (unsigned char*)realloc(shared_memory, shared + 1);
+  free(shared_memory);
+  shared_memory = (unsigned char*)aligned_alloc(1024, (shared / 1024 + 1) * 1024);
   for (int y = 0; y < gy; ++y)
     for (int x = 0; x < gx; ++x) {
       blockIdx = {x, y, 0};
@@ -261,3 +262,85 @@ static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
 static inline void __threadfence() {}
 static inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
+
+// Hopper's own (kernels/hopper.cuh). A barrier's phase, and what it waits for.
+typedef unsigned long long u64_;
+struct Phase { unsigned char arrivals, left, parity, unused; int bytes; };
+struct Tiles { const elem_* from; long long columns, rows, box_rows; };
+struct Flight { void* to; const Tiles* map; int column, row; u64_* barrier; };
+struct Multiplied { float* d; const unsigned char *a, *b; bool add; int group; };
+const int MOST_FLIGHTS = 64, MOST_PRODUCTS = 64;
+static Flight flights[MOST_FLIGHTS];
+static int flying;
+static Multiplied products[MOST_THREADS][MOST_PRODUCTS];
+static int unfinished[MOST_THREADS], begun[MOST_THREADS];
+
+static void barrier_turn(u64_* barrier) {
+  Phase& p = *(Phase*)barrier;
+  if (p.left == 0 && p.bytes == 0) p.left = p.arrivals, p.parity ^= 1;
+}
+static void barrier_init(u64_* barrier, int arrivals) {
+  *(Phase*)barrier = {(unsigned char)arrivals, (unsigned char)arrivals, 0, 0, 0};
+}
+static void barrier_init_done() {}
+static void barrier_arrive(u64_* barrier) {
+  --((Phase*)barrier)->left;
+  barrier_turn(barrier);
+}
+static void barrier_expect(u64_* barrier, int bytes) {
+  ((Phase*)barrier)->bytes += bytes;
+  barrier_arrive(barrier);
+}
+static void land(const Flight& f) {
+  for (int r = 0; r < f.map->box_rows; ++r)
+    for (int c = 0; c < 64; ++c) {
+      const long long row = f.row + r, column = f.column + c;
+      const bool there = row < f.map->rows && column < f.map->columns;
+      ((elem_*)f.to)[r * 64 + ((c / 8) ^ (r & 7)) * 8 + c % 8] = there ? f.map->from[row * f.map->columns + column] : 0;
+    }
+  ((Phase*)f.barrier)->bytes -= f.map->box_rows * 128;
+  barrier_turn(f.barrier);
+}
+static void barrier_wait(u64_* barrier, int parity) {
+  while (((Phase*)barrier)->parity == parity) {
+    // Copies land in an order of their own: the newest first, and only when somebody waits.
+    if (flying) land(flights[--flying]);
+    else yield();
+  }
+}
+static void copy_tile(void* to, const void* map, int column, int row, u64_* barrier) {
+  const Flight f = {to, (const Tiles*)map, column, row, barrier};
+  if (!late_copies) return land(f);
+  if (flying == MOST_FLIGHTS) abort();
+  flights[flying++] = f;
+}
+
+static void finish(const Multiplied& m) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto at = [](const unsigned char* tile, int row, int k) {
+    const uintptr_t place = (uintptr_t)tile + row * 128 + k * 2;
+    return to_float(*(const elem_*)(place ^ ((place >> 7 & 7) << 4)));
+  };
+  for (int i = 0; i < 64; ++i) {
+    const int row = threadIdx.x / 32 % 4 * 16 + (i / 2 % 2) * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
+    double s = m.add ? m.d[i] : 0;
+    for (int k = 0; k < 16; ++k) s += (double)at(m.a, row, k) * at(m.b, column, k);
+    m.d[i] = (float)s;
+  }
+}
+static void product_begin() {}
+static void product_commit() { ++begun[threadIdx.x]; }
+static void product(float (&d)[64], const void* a, const void* b, bool add) {
+  const int i = threadIdx.x;
+  const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
+  if (!late_copies) return finish(m);
+  if (unfinished[i] == MOST_PRODUCTS) abort();
+  products[i][unfinished[i]++] = m;
+}
+template <int PENDING> static void product_wait() {
+  const int i = threadIdx.x;
+  int done = 0;
+  while (done < unfinished[i] && products[i][done].group < begun[i] - PENDING) finish(products[i][done++]);
+  unfinished[i] -= done;
+  memmove(products[i], products[i] + done, unfinished[i] * sizeof(Multiplied));
+}

@@ -1,0 +1,80 @@
+// What Hopper has beside the chips before it: barriers that count bytes, copies of whole tiles that
+// one thread asks for, and products of a whole group of four warps that read shared memory.
+//
+// A tile here is rows of 64 elements, 128 bytes each, its base a multiple of 1024; the copy engine
+// places 16-byte piece p of row r at p ^ (r & 7), and the products read it so.
+#pragma once
+#include "prelude.cuh"
+
+#ifndef HOST_EMULATION
+
+DEVICE void barrier_init(u64* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+// Before any other thread, or the copy engine, may use barriers that this one has initialised.
+DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and has the phase wait for so many bytes of copies as well.
+DEVICE void barrier_expect(u64* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Waits until the phase of this parity is complete; of a new barrier phase 1 counts as complete.
+DEVICE void barrier_wait(u64* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Rows row … of a matrix, 64 columns from `column` on, as `map` describes them; what lies beyond
+// the matrix is zero. The barrier is told of every byte.
+DEVICE void copy_tile(void* to, const void* map, int column, int row, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> DEVICE void product_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+DEVICE u64 tile_descriptor(const void* tile) {
+  // Address, distance of eight rows, and the placement of pieces, each in its field.
+  return (u64)((shared_address(tile) >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+#if BF16
+#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+#else
+#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
+#endif
+#define EIGHT(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+
+// d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ, or = where `add` is not set. A thread's d[4 j + 2 h + i]
+// is row 16 w + 8 h + lane / 4, column 8 j + 2 (lane % 4) + i, in warp w of its four.
+DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT_NAME
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, add, 1, 1, 0, 0;\n}"
+      : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48),
+        EIGHT(d, 56)
+      : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+}
+
+#endif  // HOST_EMULATION

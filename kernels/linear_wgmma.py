@@ -1,0 +1,82 @@
+"""Linear layers of many rows on Hopper: ``linear_wgmma.cu``, with the bits of ``linear.cu``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.linear_shapes import Epilogue
+from outrider.kernels.operation import Tools
+
+FEATURES = 128
+"""Rows of w in a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the work is cut; it changes no bit. A tile has 64 ``consumers`` rows."""
+
+    consumers: int
+    stages: int
+
+
+def shared_bytes(cut: Cut) -> int:
+    """Shared memory of one block: the ring, its barriers, and what its alignment may take."""
+    return cut.stages * (64 * cut.consumers + FEATURES) * 128 + cut.stages * 16 + 1024
+
+
+def cut_for(rows: int, columns: int, processors: int) -> Cut:
+    """``columns``: rows of w. What measured best on an H100 (docs/results/many-rows.md)."""
+    if rows <= 64:
+        return Cut(1, 8)
+    large = -(-rows // 128) * -(-columns // FEATURES)
+    return Cut(2, 6) if large >= processors else Cut(1, 8)
+
+
+class WgmmaLinear:
+    """Linear layers of any number of rows, with the arguments of ``linear``."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def __call__(
+        self,
+        *,
+        x: Tensor,
+        w: Tensor,
+        out: Tensor,
+        rows: int,
+        epilogue: Epilogue = Epilogue.STORE,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        overlap: bool = False,
+        cut: Cut | None = None,
+    ) -> None:
+        """See ``linear.reference``; x is normalised already. ``cut``: instead of the best one."""
+        n, k = w.shape
+        compiler, processors = self._tools.compiler, self._tools.processors
+        cut = cut or cut_for(rows, n, processors)
+        gated = epilogue == Epilogue.GATED
+        defines = {
+            "BF16": int(w.dtype == torch.bfloat16),
+            "CONSUMERS": cut.consumers,
+            "STAGES": cut.stages,
+            "EPILOGUE": int(epilogue),
+        }
+        kernel = compiler.kernel(
+            "linear_wgmma", "linear_wgmma", defines, threads=cut.consumers * 128 + 32,
+            shared=shared_bytes(cut),
+        )  # fmt: skip
+        across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))
+        tiles = -(-rows // (64 * cut.consumers)) * across
+        kernel.launch(
+            (min(tiles, processors),),
+            (
+                compiler.tile_map(x, 64 * cut.consumers),
+                compiler.tile_map(w, FEATURES // 2 if gated else FEATURES),
+                bias, residual, out, rows, n, k,
+            ),
+            overlap=overlap,
+        )  # fmt: skip
