@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import draft, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
@@ -20,9 +19,9 @@ class DraftTurns(Turns):
         super().__init__(parts, mailbox, stream)
         device, steps = parts.device, max(parts.max_k, 1)
         self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
-        self._chosen = torch.zeros(steps, MAX_ROWS, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(steps, HEAD_ROWS, dtype=torch.int32, device=device)
         self._seen = torch.zeros_like(mailbox.verdicts)
-        self._chosen_host = self._pinned(steps, MAX_ROWS)
+        self._chosen_host = self._pinned(steps, HEAD_ROWS)
         self._seen_host = self._pinned(*mailbox.verdicts.shape)
 
     def result(self) -> list[list[int]]:

@@ -26,7 +26,7 @@ from outrider.kernels.operation import (
 
 MAX_BLOCKS = 64
 THREADS = 256
-MAX_COUNT = 128
+MAX_COUNT = 256
 
 
 def reference(

@@ -1,7 +1,8 @@
-"""Linear layers of at most 64 rows: ``out = epilogue(norm(x) wᵀ + bias)``.
+"""Linear layers: ``out = epilogue(norm(x) wᵀ + bias)``.
 
-Bound by reading ``w`` once. Whatever the number of rows, a row's result is the same bits: one
-tile shape and one order of summation for all (``linear.cu`` says which).
+Whatever the number of rows, a row's result is the same bits: one order of summation for all
+(``linear.cu`` says which). Few rows are bound by reading ``w`` once, many by arithmetic: each has
+its kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import norm as rms
-from outrider.kernels.linear_shapes import MAX_ROWS, PLAIN, Epilogue, Tile
+from outrider.kernels.linear_shapes import FEW_ROWS, PLAIN, Epilogue, Tile
+from outrider.kernels.linear_wgmma import WgmmaLinear
 from outrider.kernels.operation import (
     Arguments,
     Call,
@@ -68,8 +70,8 @@ def reference(
 
 def row_groups(rows: int) -> int:
     """Groups of eight rows that the kernel for ``rows`` is made for; raises above 64."""
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"rows: got {rows}; must be in 1..{MAX_ROWS}")
+    if not 1 <= rows <= FEW_ROWS:
+        raise ValueError(f"rows: got {rows}; must be in 1..{FEW_ROWS}")
     return next(g for g in (1, 2, 4, 6, 8) if rows <= 8 * g)
 
 
@@ -108,7 +110,8 @@ def why_not_shape(w: Tensor) -> str | None:
 
 def _cuda(tools: Tools) -> Call:
     normalise = rms.OPERATION.implementations[0].build(tools)
-    spare: dict[tuple[int, torch.dtype], Tensor] = {}
+    many_rows = WgmmaLinear(tools)
+    spare: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def run(
         *,
@@ -125,15 +128,21 @@ def _cuda(tools: Tools) -> Call:
         overlap: bool = False,
     ) -> None:
         n, k = w.shape
-        groups, arch = row_groups(rows), tools.compiler.arch
-        if norm is not None and groups > 2:
+        if norm is not None and rows > 16:
             # Too many rows to normalise in every block; the separate kernel sums in the same
             # order, so the bits are the same.
-            key = (k, x.dtype)
+            key = (x.shape[0], k, x.dtype)
             if key not in spare:
-                spare[key] = torch.empty(MAX_ROWS, k, dtype=x.dtype, device=x.device)
+                spare[key] = torch.empty_like(x)
             normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
             x, norm = spare[key], None
+        if rows > FEW_ROWS:
+            many_rows(
+                x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual,
+                overlap=overlap,
+            )  # fmt: skip
+            return
+        groups, arch = row_groups(rows), tools.compiler.arch
         units, stages = cut_for(tile, groups, arch)
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
@@ -159,6 +168,9 @@ def _triton(tools: Tools) -> Call:
     return launch_linear
 
 
+_ROOM = 136
+
+
 def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device).to(dtype)
@@ -169,24 +181,26 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
         (9, 96, 512, Epilogue.GATED, True, False),
         (33, 70, 256, Epilogue.STORE_FLOAT, True, False),
         (64, 48, 1024, Epilogue.RESIDUAL, False, True),
+        (70, 96, 576, Epilogue.GATED, True, True),
+        (130, 72, 256, Epilogue.STORE, False, False),
     ):
         columns = n // 2 if epilogue == Epilogue.GATED else n
         kind = torch.float32 if epilogue == Epilogue.STORE_FLOAT else dtype
         yield {
-            "x": random(MAX_ROWS, k),
+            "x": random(_ROOM, k),
             "w": (torch.randn(n, k, device=device) / k**0.5).to(dtype),
-            "out": torch.empty(MAX_ROWS, columns, device=device, dtype=kind),
+            "out": torch.empty(_ROOM, columns, device=device, dtype=kind),
             "rows": rows,
             "epilogue": epilogue,
             "norm": 1 + 0.1 * random(k) if norm else None,
             "bias": random(n) if bias else None,
-            "residual": random(MAX_ROWS, columns) if epilogue == Epilogue.RESIDUAL else None,
+            "residual": random(_ROOM, columns) if epilogue == Epilogue.RESIDUAL else None,
         }
 
 
 OPERATION = Operation(
     "linear",
-    "linear layer of at most 64 rows with norm and activation folded in",
+    "linear layer with norm and activation folded in",
     reference,
     ("out",),
     _cases,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-MAX_ROWS = 64
+FEW_ROWS = 64
+"""Rows up to which a linear layer is bound by reading its weights alone."""
 
 
 class Epilogue(IntEnum):

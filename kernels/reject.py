@@ -26,7 +26,7 @@ from outrider.kernels.operation import (
 
 ENTRIES = 64
 """Entries of the draft's distribution at one row, at most."""
-MAX_COUNT = 64
+MAX_COUNT = 256
 """Rows of a launch at most, hence one more than the tokens of a proposal at most."""
 THREADS = 256
 MAX_BLOCKS = 32

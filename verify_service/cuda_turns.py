@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
@@ -18,9 +17,9 @@ class VerifyTurns(Turns):
     def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
         super().__init__(parts, mailbox, stream)
         device = parts.device
-        self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(HEAD_ROWS, dtype=torch.int32, device=device)
         self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
-        self._tokens_host, self._verdicts_host = self._pinned(MAX_ROWS), self._pinned(64, 2)
+        self._tokens_host, self._verdicts_host = self._pinned(HEAD_ROWS), self._pinned(64, 2)
         self._proposed_host = self._pinned(MAX_SEQUENCES)
 
     def result(self) -> list[tuple[list[int], int, int]]:

@@ -138,7 +138,7 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         judged: Sequence[int],
     ) -> tuple[list[Verdict | Refusal], int] | None:
         """The whole round as one launch, where the runner can; see ``Runner.judge``."""
-        if len(judged) != len(work):
+        if not judged or len(spans) != len(work):
             return None
         found = self.runner.judge(
             spans,
@@ -148,11 +148,17 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         )
         if found is None:
             return None
+        pairs = dict(zip(judged, found, strict=True))
         # What is found at the pending row says nothing beside the rows of a proposal.
-        again = [i for i, one in enumerate(found) if one == (0, -1) and work[i][0].proposal]
+        again = [i for i, pair in pairs.items() if pair == (0, -1) and work[i][0].proposal]
         anew = dict(zip(again, self._unspoilt([work[i] for i in again]), strict=True))
         answers = [
-            anew[i] if i in anew else self._told(*one, *found[i]) for i, one in enumerate(work)
+            anew[i]
+            if i in anew
+            else self._told(*one, *pairs[i])
+            if i in pairs
+            else _extended(one[0])
+            for i, one in enumerate(work)
         ]
         return answers, sum(len(span.tokens) for span in spans)
 

@@ -154,12 +154,13 @@ class Runner(ABC):
         proposals: Sequence[Sequence[int]],
         rows: Sequence[Sequence[SparseRow]] | None = None,
     ) -> list[tuple[int, int]] | None:
-        """Forwards and judges in one go, where the device can: (accepted, next token) per span.
+        """Forwards and judges in one go, where the device can.
 
-        A span's rows end with its proposal. ``rows``: per span the distributions that its
-        proposal was drawn from, or none; None where no span has any. The next token is -1 where
-        the logits were not finite. None where this runner can't, or not with these decodings:
-        then nothing was done, and ``forward`` does it.
+        Returns (accepted, next token) of each span with wanted rows, which are those of its
+        pending token and of its proposal; the other spans are only taken in. ``rows``: per span
+        the distributions that its proposal was drawn from, or none; None where no span has any.
+        The next token is -1 where the logits were not finite. None where this runner can't, or
+        not with these decodings: then nothing was done, and ``forward`` does it.
         """
         return None
 

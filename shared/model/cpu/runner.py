@@ -130,7 +130,8 @@ class CpuRunner(Runner):
         rows: Sequence[Sequence[SparseRow]] | None = None,
     ) -> list[tuple[int, int]] | None:
         """See ``Runner.judge``: where every sequence takes the likeliest token."""
-        if not all(map(_likeliest, decodings)) or not self._in_one_pass(spans):
+        asked = [d for d, span in zip(decodings, spans, strict=True) if span.wanted]
+        if not all(map(_likeliest, asked)) or not self._in_one_pass(spans):
             return None
         self.check(spans)
         with self._writing(spans):
@@ -140,6 +141,8 @@ class CpuRunner(Runner):
             self._run([batch], batch.rows)
         verdicts, first = [], 0
         for span, proposal in zip(spans, proposals, strict=True):
+            if not span.wanted:
+                continue
             accepted = 0
             while accepted < len(proposal) and chosen[first + accepted] == proposal[accepted]:
                 accepted += 1

@@ -1,4 +1,4 @@
-"""One forward of up to 64 rows through a Llama-family model, as a chain of operations.
+"""One forward through a Llama-family model, as a chain of operations.
 
 Five launches a block: q/k/v with the norm folded in; attention with rotary embedding and
 KV append; output projection onto the residual; gate/up with the norm and the activation;
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from outrider.kernels import registry
 from outrider.kernels.attention_shapes import Work
-from outrider.kernels.linear_shapes import MAX_ROWS, Epilogue, Tile
+from outrider.kernels.linear_shapes import Epilogue, Tile
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
+from outrider.shared.model.cuda.passes import HEAD_ROWS, Limits
 from outrider.shared.model.cuda.tuning import Tuning
 from outrider.shared.model.cuda.weights import Weights
 
@@ -62,13 +63,13 @@ def resolve_all(
 class Forward:
     """The chain of operations of one model over one arena.
 
-    ``calls``: the operations by name, see ``resolve_all``. ``work_capacity``: scratch memory of
-    attention, see ``kernels.attention_shapes.need``.
+    ``calls``: the operations by name, see ``resolve_all``. ``limits``: the most rows of a forward
+    and its attention's scratch memory.
     """
 
     weights: Weights
     calls: Mapping[str, Call]
-    work_capacity: int
+    limits: Limits
     tuning: Tuning
     x: Tensor = field(init=False)
     logits: Tensor = field(init=False)
@@ -83,16 +84,16 @@ class Forward:
         w, device = self.weights, self.weights.embedding.device
         dtype, layer = w.embedding.dtype, w.layers[0]
 
-        def new(columns: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(MAX_ROWS, columns, dtype=dtype, device=device)
+        def new(columns: int) -> Tensor:
+            return torch.zeros(self.limits.rows, columns, dtype=dtype, device=device)
 
         self.x = new(w.embedding.shape[1])
-        self.logits = new(w.head.shape[0], torch.float32)
+        self.logits = torch.zeros(HEAD_ROWS, w.head.shape[0], device=device)
         self._qkv = new(layer.qkv.shape[0])
         self._attended = new(layer.heads.heads * layer.heads.head_dim)
         self._gated = new(layer.down.shape[1])
-        self._picked = torch.zeros_like(self.x)
-        self._work = Work.of(layer.heads, self.work_capacity, device)
+        self._picked = torch.zeros_like(self.x[:HEAD_ROWS])
+        self._work = Work.of(layer.heads, self.limits.work, device)
 
     @property
     def workspace_bytes(self) -> int:

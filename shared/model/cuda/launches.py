@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.graphs import Graphs
-from outrider.shared.model.cuda.inputs import Inputs
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
+from outrider.shared.model.cuda.inputs import Field, Inputs
+from outrider.shared.model.cuda.passes import (
+    GRAPH_ROWS,
+    HEAD_ROWS,
+    MAX_SEQUENCES,
+    POWERS,
+    ROW_SIZES,
+    bucket,
+    row_size,
+)
 from outrider.shared.model.cuda.rejection import Draws, draws
 from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
 from outrider.shared.model.runner import Span
@@ -30,9 +38,11 @@ class Launches:
         device, steps = step.logits.device, max(max_k, 1)
         pin = device.type == "cuda"
         self._step, self._graphs, self._device = step, graphs, device
-        self._inputs = Inputs(numbers(pools, steps), device)
+        self._inputs = Inputs(
+            [*numbers(pools, steps, step.limits.rows), Field("judged", (HEAD_ROWS,))], device
+        )
         self._iota = torch.arange(MAX_SEQUENCES, dtype=torch.int32, device=device)
-        self._chosen = torch.zeros(steps, MAX_ROWS, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(steps, HEAD_ROWS, dtype=torch.int32, device=device)
         self._verdicts = torch.zeros(MAX_SEQUENCES, 2, dtype=torch.int32, device=device)
         self._chosen_host = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=pin)
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
@@ -41,25 +51,18 @@ class Launches:
 
     def forward(self, spans: Sequence[Span], wanted: int) -> None:
         """Takes the rows in; the ``wanted`` ones among them leave their logits in the step."""
-        rows, queries = self._bring(spans)
-        picks: list[int] = []
-        begin = 0
-        for span in spans:
-            begin += len(span.tokens)
-            picks += range(begin - span.wanted, begin)
-        self._inputs.host["picks"][:wanted] = picks
-        size = (bucket(rows, ROW_SIZES), bucket(len(spans), POWERS), bucket(queries, POWERS))
-        heads = bucket(wanted, ROW_SIZES) if wanted else 0
-        all_rows = wanted == rows
+        size, rows = self._bring(spans)
+        picks = self._pick(spans, rows)
+        heads = size[0] if picks is None else bucket(wanted, ROW_SIZES) if wanted else 0
         step, batch = self._step, batch_of(self._inputs.device)
 
         def run() -> None:
             self._inputs.upload()
             step.run(batch, *size, head=False)
             if wanted:
-                step.head(heads, None if all_rows else self._inputs.device["picks"])
+                step.head(heads, picks)
 
-        self._execute(("forward", *size, heads, all_rows), run)
+        self._execute(("forward", *size, heads, picks is None), rows, run)
 
     def judge(
         self,
@@ -68,61 +71,68 @@ class Launches:
         proposals: Sequence[Sequence[int]],
         sparse: Sequence[Sequence[SparseRow]],
     ) -> list[tuple[int, int]]:
-        """Per sequence (accepted, next token); ``sparse``: rows of the rule ``rejection``."""
-        _, queries = self._bring(spans)
-        host, rows = self._inputs.host, 0
+        """(accepted, next token) of each sequence that has wanted rows, of which there are some.
+
+        ``sparse``: rows of the rule ``rejection``.
+        """
+        size, rows = self._bring(spans)
+        picks = self._pick(spans, rows)
+        host, head, judged, drawn = self._inputs.host, 0, 0, 0
         self._draws.begin()
-        drawn = 0
-        for s, (span, d, proposal) in enumerate(zip(spans, decodings, proposals, strict=True)):
-            begin, rows = rows, rows + len(span.tokens)
-            host["temperatures"][begin:rows] = d.temperature
-            host["seeds"][begin:rows] = signed(d.seed)
-            host["noise_positions"][begin:rows] = range(
-                span.start + 1, span.start + rows - begin + 1
-            )
-            host["pending"][s] = rows - len(proposal) - 1
-            host["proposed"][s] = len(proposal)
+        for span, d, proposal, offered in zip(spans, decodings, proposals, sparse, strict=True):
+            if not span.wanted:
+                continue
+            own = slice(head, head + span.wanted)
+            host["judged"][own] = span.tokens[-span.wanted :]
+            host["temperatures"][own] = d.temperature
+            host["seeds"][own] = signed(d.seed)
+            host["noise_positions"][own] = range(span.end - span.wanted + 1, span.end + 1)
+            host["pending"][judged] = own.stop - len(proposal) - 1
+            host["proposed"][judged] = len(proposal)
             if draws(d, proposal):
-                self._draws.place(s, rows - len(proposal) - 1, proposal, sparse[s])
+                self._draws.place(judged, own.stop - len(proposal) - 1, proposal, offered)
                 drawn += 1
-        count = bucket(rows, ROW_SIZES)
-        sequences = bucket(len(spans), POWERS)
-        host["temperatures"][rows:count] = 0
-        host["pending"][len(spans) : sequences] = 0
-        host["proposed"][len(spans) : sequences] = 0
-        step, own, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
+            head, judged = own.stop, judged + 1
+        count = size[0] if picks is None else bucket(head, ROW_SIZES)
+        sequences = bucket(judged, POWERS)
+        host["temperatures"][head:count] = 0
+        host["pending"][judged:sequences] = 0
+        host["proposed"][judged:sequences] = 0
+        step, own_side, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
         verdicts = self._verdicts[:sequences]
         # Each kernel judges the sequences of its rules; a round without any leaves it out.
-        compared = drawn < len(spans)
+        compared = drawn < judged
 
         def run() -> None:
             self._inputs.upload()
             if drawn:
                 self._draws.upload()
-            step.run(batch, count, sequences, bucket(queries, POWERS))
+            step.run(batch, *size, head=False)
+            step.head(count, picks)
             if compared:
                 step.choose(
-                    count, None, own["temperatures"], own["seeds"], own["noise_positions"],
-                    self._chosen[0],
+                    count, None, own_side["temperatures"], own_side["seeds"],
+                    own_side["noise_positions"], self._chosen[0],
                 )  # fmt: skip
                 step.accept(
-                    self._chosen[0], own["tokens"], own["pending"], own["proposed"], verdicts
-                )
+                    self._chosen[0], own_side["judged"], own_side["pending"], own_side["proposed"],
+                    verdicts,
+                )  # fmt: skip
             if drawn:
-                self._draws.run(step, count, own, verdicts)
+                self._draws.run(step, count, own_side, verdicts)
             self._verdicts_host.copy_(self._verdicts, non_blocking=True)
 
-        size = (count, sequences, bucket(queries, POWERS))
-        self._execute(("judge", *size, compared, drawn > 0), run)
+        key = ("judge", *size, count, sequences, picks is None, compared, drawn > 0)
+        self._execute(key, rows, run)
         self._wait()
-        found = self._verdicts_host[: len(spans)].tolist()
+        found = self._verdicts_host[:judged].tolist()
         return [(accepted, token) for accepted, token in found]
 
     def propose(
         self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
     ) -> list[list[int]]:
         """Per sequence its ``k`` next tokens; every k is 1 or more."""
-        rows, queries = self._bring(spans)
+        size, rows = self._bring(spans)
         host, begin, steps = self._inputs.host, 0, max(ks)
         host["active"][:] = 0
         for s, (span, d, k) in enumerate(zip(spans, decodings, ks, strict=True)):
@@ -132,12 +142,10 @@ class Launches:
             host["seeds"][s] = signed(d.seed)
             host["noise_positions"][s] = span.end
             host["active"][:k, s] = 1
-        count = len(spans)
-        sequences = bucket(count, POWERS)
+        count, sequences = len(spans), size[1]
         host["picks"][count:sequences] = 0
         host["temperatures"][count:sequences] = 0
         host["noise_positions"][count:sequences] = 0
-        size = (bucket(rows, ROW_SIZES), sequences, bucket(queries, POWERS))
         step, own = self._step, self._inputs.device
         picks = None if rows == count else own["picks"]
 
@@ -146,15 +154,16 @@ class Launches:
             draft(step, own, size, picks, self._iota, self._chosen, steps)
             self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
 
-        self._execute(("propose", *size, steps, picks is None), run)
+        self._execute(("propose", *size, steps, picks is None), rows, run)
         self._wait()
         found = self._chosen_host[:steps, :count].T.tolist()
         return [tokens[:k] for tokens, k in zip(found, ks, strict=True)]
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _bring(self, spans: Sequence[Span]) -> tuple[int, int]:
-        """Writes where the rows stand; returns (rows, most rows of one sequence)."""
+    def _bring(self, spans: Sequence[Span]) -> tuple[tuple[int, int, int], int]:
+        """Writes where the rows stand; returns what the pass is launched for (rows, sequences and
+        most rows of one sequence) and how many rows there are."""
         if self._pending:
             # The copy of the step before may still read the buffer.
             self._wait()
@@ -169,12 +178,30 @@ class Launches:
             host["row_counts"][s] = count
             host["positions"][s] = span.start
             row, longest = row + count, max(longest, count)
-        host["tokens"][row:] = 0
-        return row, longest
+        size = row_size(row)
+        host["tokens"][row:size] = 0
+        return (size, bucket(len(spans), POWERS), bucket(longest, POWERS)), row
 
-    def _execute(self, key: tuple[object, ...], run: Callable[[], None]) -> None:
+    def _pick(self, spans: Sequence[Span], rows: int) -> Tensor | None:
+        """Writes which rows are wanted; None where all are."""
+        picks: list[int] = []
+        begin = 0
+        for span in spans:
+            begin += len(span.tokens)
+            picks += range(begin - span.wanted, begin)
+        if len(picks) == rows:
+            return None
+        host = self._inputs.host["picks"]
+        host[: len(picks)] = picks
+        host[len(picks) :] = 0
+        return self._inputs.device["picks"]
+
+    def _execute(self, key: tuple[object, ...], rows: int, run: Callable[[], None]) -> None:
         self._pending = True
-        self._graphs.run(key, run)
+        if rows > GRAPH_ROWS:
+            run()
+        else:
+            self._graphs.run(key, run)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

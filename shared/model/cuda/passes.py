@@ -1,17 +1,34 @@
-"""Cuts a ragged batch into passes that the kernels take: at most 64 rows, a sequence once."""
+"""Cuts a ragged batch into passes: at most ``Limits.rows`` rows, a sequence once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from outrider.kernels import choose, reject
 from outrider.kernels.attention_shapes import Heads, need
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.model.runner import Span
 
 MAX_SEQUENCES = 64
+HEAD_ROWS = min(choose.MAX_COUNT, reject.MAX_COUNT)
+"""Rows of a pass whose logits are made, at most: each takes a vocabulary of float32."""
+GRAPH_ROWS = 512
+"""Rows up to which passes are captured. Beyond, the device is busy longer than launches take."""
 # Sizes for which there are graphs; a forward takes the next one that holds it.
-ROW_SIZES = (*range(1, 11), 12, 16, 17, 24, 32, 40, 48, 56, 64)
-POWERS = (1, 2, 4, 8, 16, 32, 64)
+ROW_SIZES = (
+    *range(1, 11), 12, 16, 17, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320,
+    384, 448, GRAPH_ROWS,
+)  # fmt: skip
+POWERS = tuple(1 << n for n in range(17))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a pass may hold: ``rows``, and scratch memory of attention, see
+    ``kernels.attention_shapes.need``."""
+
+    rows: int
+    work: int
 
 
 def bucket(value: int, sizes: Sequence[int]) -> int:
@@ -19,37 +36,55 @@ def bucket(value: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= value)
 
 
-def cut_spans(
-    spans: Sequence[Span], heads: Heads, work_capacity: int
-) -> list[list[tuple[int, Span]]]:
+def row_size(rows: int) -> int:
+    """Rows that a pass of ``rows`` rows is launched for."""
+    return bucket(rows, ROW_SIZES) if rows <= GRAPH_ROWS else rows
+
+
+def cut_spans(spans: Sequence[Span], heads: Heads, limits: Limits) -> list[list[tuple[int, Span]]]:
     """Passes of (index of the span, its piece). Pieces of a span come in order.
 
-    ``work_capacity``: attention's scratch memory, see ``kernels.attention_shapes.need``. A pass may
-    need more only where a single piece does.
+    The wanted rows of a span stay together where a pass can hold them. A pass may need more
+    scratch memory than there is only where a single piece does.
     """
     left = [(i, span, 0) for i, span in enumerate(spans)]
     passes: list[list[tuple[int, Span]]] = []
     while left:
-        room, longest = MAX_ROWS, 1
+        room, head = limits.rows, HEAD_ROWS
         taken: list[tuple[int, Span]] = []
         rest: list[tuple[int, Span, int]] = []
-        ends: list[int] = []
         for i, span, done in left:
-            count = min(room, len(span.tokens) - done)
-            end = span.start + done + count
-            needed = need(heads, [*ends, end], bucket(max(longest, count), POWERS))
-            if count == 0 or (taken and needed > work_capacity):
+            piece = _piece(span, done, room, head)
+            if (
+                piece is None
+                or len(taken) == MAX_SEQUENCES
+                or (taken and _need(heads, [*(p for _, p in taken), piece]) > limits.work)
+            ):
                 rest.append((i, span, done))
                 continue
-            after = len(span.tokens) - done - count
-            taken.append((i, span.part(done, done + count)))
-            ends.append(end)
-            longest, room = max(longest, count), room - count
-            if after:
-                rest.append((i, span, done + count))
+            taken.append((i, piece))
+            room, head = room - len(piece.tokens), head - piece.wanted
+            done += len(piece.tokens)
+            if done < len(span.tokens):
+                rest.append((i, span, done))
         passes.append(taken)
         left = rest
     return passes
+
+
+def _piece(span: Span, done: int, room: int, head: int) -> Span | None:
+    """The next rows of ``span`` that fit: rows, and wanted rows; None where none do."""
+    count = len(span.tokens)
+    first_wanted = count - span.wanted
+    end = min(count, done + room, max(first_wanted, done) + head)
+    if span.wanted <= HEAD_ROWS and first_wanted < end < count:
+        end = first_wanted
+    return span.part(done, end) if end > done else None
+
+
+def _need(heads: Heads, pieces: Sequence[Span]) -> int:
+    longest = max(len(piece.tokens) for piece in pieces)
+    return need(heads, [piece.end for piece in pieces], bucket(longest, POWERS))
 
 
 def rows_in_order(pieces: Sequence[tuple[int, int]]) -> list[int] | None:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.reject import ENTRIES
 from outrider.shared.core.rules import REJECTION
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES
 
 _NOBODY = -1
 
@@ -33,12 +32,12 @@ class Draws:
     """What the device needs to judge by rejection, besides what every round brings."""
 
     def __init__(self, device: torch.device) -> None:
-        """The buffer has room for ``ENTRIES`` entries at each of MAX_ROWS rows."""
+        """The buffer has room for ``ENTRIES`` entries at each of HEAD_ROWS rows."""
         self._inputs = Inputs(
             [
-                Field("ids", (MAX_ROWS, ENTRIES)),
-                Field("offered", (MAX_ROWS, ENTRIES), "f"),
-                Field("counts", (MAX_ROWS,)),
+                Field("ids", (HEAD_ROWS, ENTRIES)),
+                Field("offered", (HEAD_ROWS, ENTRIES), "f"),
+                Field("counts", (HEAD_ROWS,)),
                 Field("proposed", (MAX_SEQUENCES,)),
             ],
             device,
@@ -82,7 +81,7 @@ class Draws:
             temperatures=own["temperatures"],
             seeds=own["seeds"],
             positions=own["noise_positions"],
-            tokens=own["tokens"],
+            tokens=own["judged"],
             counts=held["counts"],
             ids=held["ids"],
             offered=held["offered"],

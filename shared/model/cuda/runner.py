@@ -1,6 +1,6 @@
 """The fast path for the Llama block family on a CUDA device: kernels, graphs, exact numerics.
 
-Every forward is a chain of kernels over at most 64 rows (``forward``), captured as a CUDA
+Every forward is a chain of kernels (``forward``); one of up to 512 rows is captured as a CUDA
 graph the second time its sizes are asked for. The graph begins with the one copy that brings
 the step's numbers and ends with the one that takes its tokens back, so a round is one launch
 and one wait. A row's logits are the same bits whatever else is in the batch: see
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_shapes import need
-from outrider.kernels.linear_shapes import MAX_ROWS
+from outrider.kernels.linear_shapes import FEW_ROWS
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
 from outrider.shared.core.model_facts import ModelFacts
@@ -29,8 +29,10 @@ from outrider.shared.model.cuda.forward import Forward, resolve_all
 from outrider.shared.model.cuda.graphs import Graphs
 from outrider.shared.model.cuda.launches import Launches
 from outrider.shared.model.cuda.passes import (
+    HEAD_ROWS,
     MAX_SEQUENCES,
     POWERS,
+    Limits,
     bucket,
     cut_spans,
     rows_in_order,
@@ -40,13 +42,17 @@ from outrider.shared.model.cuda.support import judged, simple
 from outrider.shared.model.cuda.tuning import Tuning, tuning_for
 from outrider.shared.model.cuda.turns.stream import CudaStream, DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns
-from outrider.shared.model.cuda.weights import weights_of
+from outrider.shared.model.cuda.weights import Weights, weights_of
 from outrider.shared.model.llama.runner import LlamaRunner
 from outrider.shared.model.runner import Span
 
 TurnsT = TypeVar("TurnsT", bound=Turns)
 # Scratch memory of attention at most; a batch that needs more is forwarded in several passes.
 _WORK_BYTES = 256 << 20
+# Rows of a pass at most, and the share of a device's memory that what they need may take: a base
+# and a draft each have their own beside weights and arena.
+_PASS_ROWS = 4096
+_PASS_SHARE = 1 / 64
 
 
 class CudaRunner(LlamaRunner):
@@ -82,9 +88,10 @@ class CudaRunner(LlamaRunner):
         heads = weights.layers[0].heads
         self._geometry = heads
         capacity = _WORK_BYTES // (4 * heads.head_dim)
-        longest = need(heads, [max(p.tokens for p in self.arena.pools)], MAX_ROWS)
+        longest = need(heads, [max(p.tokens for p in self.arena.pools)], FEW_ROWS)
+        work = min(capacity, max(longest, need(heads, [64] * 64, FEW_ROWS) // 8))
         self._step = Forward(
-            weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
+            weights, calls, Limits(_pass_rows(weights), work),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
         self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
@@ -112,13 +119,13 @@ class CudaRunner(LlamaRunner):
     # -- forwards ----------------------------------------------------------------------------
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
-        long = not self._exact and any(len(span.tokens) > MAX_ROWS for span in spans)
+        long = not self._exact and any(len(span.tokens) > FEW_ROWS for span in spans)
         if long or any(span.extent.parent is not None for span in spans):
             return super()._forward(spans)
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
         with self._on_device():
-            for taken in cut_spans(spans, self._geometry, self._step.work_capacity):
+            for taken in cut_spans(spans, self._geometry, self._step.limits):
                 wanted = sum(piece.wanted for _, piece in taken)
                 self._launches.forward([piece for _, piece in taken], wanted)
                 if wanted:
@@ -144,15 +151,33 @@ class CudaRunner(LlamaRunner):
         rows: Sequence[Sequence[SparseRow]] | None = None,
     ) -> list[tuple[int, int]] | None:
         """See ``Runner.judge``."""
-        count = sum(len(span.tokens) for span in spans)
         rows = rows if rows is not None else [()] * len(spans)
-        if not self._whole(spans, count) or not all(judged(d) for d in decodings):
+        asked = [i for i, span in enumerate(spans) if span.wanted]
+        if not all(judged(decodings[i]) for i in asked) or not fits(rows):
             return None
-        if not fits(rows):
+        limit = self.arena.max_rows
+        if any(
+            span.extent.parent is not None
+            or span.wanted > HEAD_ROWS
+            or (limit is not None and len(span.tokens) > limit)
+            for span in spans
+        ):
             return None
         self.check(spans)
+        found: dict[int, tuple[int, int]] = {}
         with self._writing(spans), self._on_device():
-            return self._launches.judge(spans, decodings, proposals, rows)
+            for taken in cut_spans(spans, self._geometry, self._step.limits):
+                pieces, own = [piece for _, piece in taken], [i for i, _ in taken]
+                wanted = [i for i, piece in taken if piece.wanted]
+                if not wanted:
+                    self._launches.forward(pieces, 0)
+                    continue
+                verdicts = self._launches.judge(
+                    pieces, [decodings[i] for i in own], [proposals[i] for i in own],
+                    [rows[i] for i in own],
+                )  # fmt: skip
+                found |= dict(zip(wanted, verdicts, strict=True))
+        return [found[i] for i in asked]
 
     def propose(
         self, spans: Sequence[Span], decodings: Sequence[Decoding], ks: Sequence[int]
@@ -169,7 +194,7 @@ class CudaRunner(LlamaRunner):
             return None
         # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
         ahead = [span for span, k in zip(spans, ks, strict=True) if k == 0]
-        room = max(1, MAX_ROWS // len(asked))
+        room = HEAD_ROWS // len(asked)
         last: list[Span] = []
         for span in drawn:
             extra = max(0, len(span.tokens) - room)
@@ -200,7 +225,7 @@ class CudaRunner(LlamaRunner):
 
     def _whole(self, spans: Sequence[Span], rows: int) -> bool:
         """Whether one pass takes all spans."""
-        if not 0 < rows <= MAX_ROWS or len(spans) > MAX_SEQUENCES:
+        if not 0 < rows <= HEAD_ROWS or len(spans) > MAX_SEQUENCES:
             return False
         if any(span.extent.parent is not None for span in spans):
             return False
@@ -209,7 +234,7 @@ class CudaRunner(LlamaRunner):
         if limit is not None and longest > limit:
             return False
         ends = [span.end + self._max_k for span in spans]
-        return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.work_capacity
+        return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.limits.work
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
         """Captures what a single sequence needs, before the first request.
@@ -242,3 +267,15 @@ class CudaRunner(LlamaRunner):
             arena.rollback(extent, 0)
         finally:
             arena.free(extent)
+
+
+def _pass_rows(weights: Weights) -> int:
+    """Rows of a pass, so that what it writes stays small beside the device's memory."""
+    device, layer = weights.embedding.device, weights.layers[0]
+    if device.type != "cuda":
+        return 2 * HEAD_ROWS
+    # x, x normalised, what is attended; q, k, v; the gated activation: 16 bits each.
+    hidden, gated = layer.down.shape
+    row = 2 * (2 * hidden + layer.output.shape[1] + layer.qkv.shape[0] + 2 * gated)
+    room = torch.cuda.get_device_properties(device).total_memory * _PASS_SHARE
+    return min(_PASS_ROWS, max(2 * HEAD_ROWS, 1 << int(room / row).bit_length() - 1))

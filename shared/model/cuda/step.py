@@ -5,24 +5,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.model.cuda.forward import Batch, Forward
 from outrider.shared.model.cuda.inputs import Field
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES
 
 
-def numbers(pools: int, steps: int) -> list[Field]:
-    """The numbers of a step, for at most ``steps`` proposed tokens over ``pools`` of the arena."""
+def numbers(pools: int, steps: int, rows: int = HEAD_ROWS) -> list[Field]:
+    """The numbers of a step of at most ``rows`` rows, for at most ``steps`` proposed tokens over
+    ``pools`` of the arena."""
     return [
-        Field("seeds", (MAX_ROWS,), "l"),
-        Field("tokens", (MAX_ROWS,)),
+        Field("seeds", (HEAD_ROWS,), "l"),
+        Field("tokens", (rows,)),
         Field("starts", (pools, MAX_SEQUENCES)),
         Field("first_rows", (MAX_SEQUENCES,)),
         Field("row_counts", (MAX_SEQUENCES,)),
         Field("positions", (MAX_SEQUENCES,)),
-        Field("picks", (MAX_ROWS,)),
-        Field("noise_positions", (MAX_ROWS,)),
-        Field("temperatures", (MAX_ROWS,), "f"),
+        Field("picks", (HEAD_ROWS,)),
+        Field("noise_positions", (HEAD_ROWS,)),
+        Field("temperatures", (HEAD_ROWS,), "f"),
         Field("pending", (MAX_SEQUENCES,)),
         Field("proposed", (MAX_SEQUENCES,)),
         Field("active", (max(steps, 1), MAX_SEQUENCES)),

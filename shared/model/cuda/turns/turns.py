@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_shapes import Heads, need
-from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.shared.core.types import Decoding
 from outrider.shared.kv.arena import Extent
 from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
-from outrider.shared.model.cuda.passes import MAX_SEQUENCES, POWERS, bucket
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, bucket
 from outrider.shared.model.cuda.step import numbers
 from outrider.shared.model.cuda.support import simple
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
@@ -91,8 +90,8 @@ class Turns(ABC):
         if not 0 < steps <= min(layout.max_k, self._parts.max_k):
             return f"K is {steps}; at most {min(layout.max_k, self._parts.max_k)}"
         width = self._width(steps)
-        if width * len(sequences) > MAX_ROWS:
-            return f"{width * len(sequences)} rows in a turn; at most {MAX_ROWS}"
+        if width * len(sequences) > HEAD_ROWS:
+            return f"{width * len(sequences)} rows in a turn; at most {HEAD_ROWS}"
         for one in sequences:
             if not simple(one.decoding):
                 return "a sequence's tokens are not chosen by temperature and noise alone"
@@ -103,7 +102,7 @@ class Turns(ABC):
             if one.limit + steps > one.extent.capacity:
                 return f"a sequence may reach {one.limit} of {one.extent.capacity} places"
         ends = [one.limit + steps for one in sequences]
-        if need(self._parts.heads, ends, bucket(width, POWERS)) > self._parts.step.work_capacity:
+        if need(self._parts.heads, ends, bucket(width, POWERS)) > self._parts.step.limits.work:
             return "attention's scratch memory is too small for these lengths"
         return None
 
