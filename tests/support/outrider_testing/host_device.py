@@ -79,7 +79,7 @@ class HostStream:
         self._work.put(None)
         self._thread.join(10)
         assert not self._thread.is_alive(), "something in the stream waits for ever"
-        assert not self.failed
+        assert not self.failed, self.failed
 
     def _run(self) -> None:
         with torch.inference_mode():
