@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import norm as rms
-from outrider.kernels.linear_shapes import MAX_ROWS, PLAIN, Epilogue, Tile
+from outrider.kernels.linear_shapes import MAX_ROWS, PLAIN, Epilogue, Tile, shared_limit
 from outrider.kernels.operation import (
     Arguments,
     Call,
@@ -86,10 +86,8 @@ def cut_for(tile: Tile, groups: int, arch: int) -> tuple[int, int]:
     if arch < 80:
         return min(tile.units, 4 if groups <= 2 else 2), 2
     units = tile.units if groups == 1 else min(tile.units, 8 if groups == 2 else 4)
-    # A block may have 99 KiB on the smaller chips of this line, 163 on A100, 227 on Hopper.
-    limit = {80: 163, 90: 227}.get(arch, 99) * 1024
     stages = tile.stages
-    while shared_bytes(groups, units, stages, arch) > limit:
+    while shared_bytes(groups, units, stages, arch) > shared_limit(arch):
         if stages > 2:
             stages -= 1
         else:

@@ -35,3 +35,8 @@ class Tile:
 
 
 PLAIN = Tile()
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that one block may have on this chip."""
+    return {75: 64, 80: 163, 90: 227}.get(arch, 99) * 1024
