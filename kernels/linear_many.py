@@ -1,6 +1,6 @@
 """Linear layers of many rows on any chip: ``linear_many.cu``, with the bits of ``linear.cu``.
 
-``linear.cuh`` has the order of the sums. How the work is cut into tiles changes no bit.
+``linear.cuh`` has the order of the sums; how the work is cut into tiles changes no bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from outrider.kernels.operation import Tools
 
 
 @dataclass(frozen=True, slots=True)
-class Square:
+class BlockTile:
     """What a thread block multiplies at a time: ``rows`` of x with ``columns`` rows of w."""
 
     rows: int
@@ -27,10 +27,10 @@ class Square:
         return (self.rows + self.columns) * 128
 
 
-SQUARES = (Square(128, 128), Square(64, 128), Square(64, 64))
+BLOCK_TILES = (BlockTile(128, 128), BlockTile(64, 128), BlockTile(64, 64))
 
 
-def depth_of(square: Square, arch: int) -> tuple[int, int]:
+def depth_of(tile: BlockTile, arch: int) -> tuple[int, int]:
     """(stages of the ring, thread blocks per multiprocessor) that fit this chip.
 
     Two blocks, of which one stores while the other multiplies, where each has room for three
@@ -41,24 +41,24 @@ def depth_of(square: Square, arch: int) -> tuple[int, int]:
     one = shared_limit(arch)
     # Each block takes one KiB more of the multiprocessor than it may use.
     two = (one - 1024) // 2
-    if square.rows * square.columns <= 64 * 128 and two >= 3 * square.stage:
-        return min(4, two // square.stage), 2
-    return min(4, one // square.stage), 1
+    if tile.rows * tile.columns <= 64 * 128 and two >= 3 * tile.stage:
+        return min(4, two // tile.stage), 2
+    return min(4, one // tile.stage), 1
 
 
-def pick(rows: int, columns: int, processors: int) -> Square:
+def best_tile(rows: int, columns: int, processors: int) -> BlockTile:
     """The tile with which the busiest multiprocessor is done first.
 
     A tile's time is estimated as that of its products plus that of bringing its rows in, which
     are alike at 32 + 32 rows. ``columns``: rows of w.
     """
 
-    def time(square: Square) -> int:
-        tiles = -(-rows // square.rows) * -(-columns // square.columns)
-        cost = square.rows * square.columns + 32 * (square.rows + square.columns)
+    def time(tile: BlockTile) -> int:
+        tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+        cost = tile.rows * tile.columns + 32 * (tile.rows + tile.columns)
         return -(-tiles // processors) * cost
 
-    return min(SQUARES, key=time)
+    return min(BLOCK_TILES, key=time)
 
 
 class ManyLinear:
@@ -78,25 +78,25 @@ class ManyLinear:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         overlap: bool = False,
-        square: Square | None = None,
+        tile: BlockTile | None = None,
     ) -> None:
-        """See ``linear.reference``; x is normalised already. ``square``: not the best, but this."""
+        """See ``linear.reference``; x is normalised already. ``tile``: not the best, but this."""
         n, k = w.shape
         compiler, processors = self._tools.compiler, self._tools.processors
-        square = square or pick(rows, n, processors)
-        stages, blocks = depth_of(square, compiler.arch)
+        tile = tile or best_tile(rows, n, processors)
+        stages, blocks = depth_of(tile, compiler.arch)
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
-            "BLOCK_M": square.rows,
-            "BLOCK_N": square.columns,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns,
             "STAGES": stages,
             "MIN_BLOCKS": blocks,
             "EPILOGUE": int(epilogue),
         }
         kernel = compiler.kernel(
-            "linear_many", "linear_many", defines, threads=256, shared=stages * square.stage
+            "linear_many", "linear_many", defines, threads=256, shared=stages * tile.stage
         )
         pair = 2 if epilogue == Epilogue.GATED else 1
-        tiles = -(-rows // square.rows) * -(-(n // pair) // (square.columns // pair))
+        tiles = -(-rows // tile.rows) * -(-(n // pair) // (tile.columns // pair))
         grid = min(tiles, processors * blocks)
         kernel.launch((grid,), (x, w, bias, residual, out, rows, n, k), overlap=overlap)

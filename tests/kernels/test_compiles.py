@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outrider.kernels import attention, linear, reject
-from outrider.kernels.linear_many import SQUARES, depth_of
+from outrider.kernels.linear_many import BLOCK_TILES, depth_of
 from outrider.kernels.linear_shapes import Epilogue, Tile
 
 SOURCES = Path(linear.__file__).parent
@@ -105,13 +105,13 @@ def test_linear_uses_the_tensor_cores(arch, tmp_path):
 def test_linear_of_many_rows_uses_the_tensor_cores_and_registers_alone(arch, epilogue, tmp_path):
     disassembler = _disassembler()
     most = {86: 99 << 10, 89: 99 << 10, **LIMITS}[arch]
-    for square in SQUARES:
-        stages, blocks = depth_of(square, arch)
-        assert stages * square.stage <= most
-        if square == SQUARES[1] and epilogue != Epilogue.RESIDUAL:
+    for tile in BLOCK_TILES:
+        stages, blocks = depth_of(tile, arch)
+        assert stages * tile.stage <= most
+        if tile == BLOCK_TILES[1] and epilogue != Epilogue.RESIDUAL:
             continue  # the largest and the smallest stand for it
         defines = {
-            "BLOCK_M": square.rows, "BLOCK_N": square.columns, "STAGES": stages,
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "STAGES": stages,
             "MIN_BLOCKS": blocks, "EPILOGUE": int(epilogue),
         }  # fmt: skip
         built = tmp_path / "linear_many.cubin"
@@ -119,7 +119,7 @@ def test_linear_of_many_rows_uses_the_tensor_cores_and_registers_alone(arch, epi
         text = subprocess.run(
             [disassembler, "-sass", str(built)], capture_output=True, text=True, check=True
         ).stdout
-        products = square.rows * square.columns // 8 // (16 * 8) * 4  # of a warp, for 64 k
+        products = tile.rows * tile.columns // 8 // (16 * 8) * 4  # of a warp, for 64 k
         found = len(re.findall("HMMA\\.16816" if arch >= 80 else "HMMA\\.1688", text))
         assert found >= products * (1 if arch >= 80 else 2)
         assert ("LDSM" in text) == (arch >= 90)

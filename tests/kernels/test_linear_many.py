@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from outrider.kernels import linear
-from outrider.kernels.linear_many import SQUARES, ManyLinear, Square, depth_of, pick
+from outrider.kernels.linear_many import BLOCK_TILES, BlockTile, ManyLinear, best_tile, depth_of
 from outrider.kernels.linear_shapes import Epilogue, shared_limit
 from outrider.kernels.linear_wgmma import WgmmaLinear
 from outrider.kernels.operation import Tools
 
 CPU = torch.device("cpu")
-SMALL = Square(64, 64)
+SMALL = BlockTile(64, 64)
 CHIPS = [
     (75, torch.float16),
     (80, torch.float16),
@@ -78,14 +78,14 @@ def finished(y: Tensor, dtype: torch.dtype, epilogue: Epilogue, bias, residual) 
     return rounded.to(dtype)
 
 
-def run(compiler, x: Tensor, w: Tensor, *, square: Square | None = SMALL, **more) -> Tensor:
+def run(compiler, x: Tensor, w: Tensor, *, tile: BlockTile | None = SMALL, **more) -> Tensor:
     """What the kernel writes; nothing behind its rows is touched."""
     epilogue = more.get("epilogue", Epilogue.STORE_FLOAT)
     columns = w.shape[0] // 2 if epilogue == Epilogue.GATED else w.shape[0]
     kind = torch.float32 if epilogue == Epilogue.STORE_FLOAT else x.dtype
     out = torch.full((x.shape[0] + 3, columns), float("nan"), dtype=kind)
     call = ManyLinear(Tools(CPU, compiler))
-    call(x=x, w=w, out=out, rows=x.shape[0], square=square, **{"epilogue": epilogue, **more})
+    call(x=x, w=w, out=out, rows=x.shape[0], tile=tile, **{"epilogue": epilogue, **more})
     assert out[x.shape[0] :].isnan().all()
     return out[: x.shape[0]]
 
@@ -138,7 +138,7 @@ def test_tile_changes_no_bit(emulated, arch):
     torch.manual_seed(4)
     dtype = torch.float16
     x, w = numbers(150, 192, dtype=dtype), numbers(288, 192, dtype=dtype) / 16
-    outs = [run(emulated(arch), x, w, square=s, epilogue=Epilogue.GATED) for s in SQUARES]
+    outs = [run(emulated(arch), x, w, tile=s, epilogue=Epilogue.GATED) for s in BLOCK_TILES]
     assert all(torch.equal(outs[0], out) for out in outs)
 
 
@@ -155,7 +155,7 @@ def test_residual_may_be_where_the_output_goes(emulated):
     out = numbers(20, 64, dtype=dtype)
     want = finished(sums(x, w, CONSECUTIVE), dtype, Epilogue.RESIDUAL, None, out)
     call = ManyLinear(Tools(CPU, emulated(90)))
-    call(x=x, w=w, out=out, rows=20, epilogue=Epilogue.RESIDUAL, residual=out, square=SMALL)
+    call(x=x, w=w, out=out, rows=20, epilogue=Epilogue.RESIDUAL, residual=out, tile=SMALL)
     assert torch.equal(out, want)
 
 
@@ -178,14 +178,14 @@ def test_a_row_has_the_same_bits_from_every_kernel(emulated, arch):
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
 def test_ring_and_blocks_fit_the_chip(arch):
-    for square in SQUARES:
-        stages, blocks = depth_of(square, arch)
+    for tile in BLOCK_TILES:
+        stages, blocks = depth_of(tile, arch)
         assert stages >= 2
         whole = shared_limit(arch) + (1024 if arch >= 80 else 0)
-        assert blocks * (stages * square.stage + (1024 if arch >= 80 else 0)) <= whole
+        assert blocks * (stages * tile.stage + (1024 if arch >= 80 else 0)) <= whole
 
 
 def test_small_tiles_are_picked_where_large_ones_leave_multiprocessors_idle():
-    assert pick(4096, 16384, 132) == Square(128, 128)
-    assert pick(65, 3072, 132) == Square(64, 64)
-    assert pick(64, 16384, 108).rows == 64
+    assert best_tile(4096, 16384, 132) == BlockTile(128, 128)
+    assert best_tile(65, 3072, 132) == BlockTile(64, 64)
+    assert best_tile(64, 16384, 108).rows == 64
