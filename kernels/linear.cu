@@ -6,26 +6,17 @@
 // the ring holds 64 k of UNITS units: 1 KiB each. w needs nothing that another kernel makes:
 // the ring is filled before `wait_for_previous`.
 //
-// Order of every sum: k ascending within a slice by tensor-core steps of 16, then the slices one
-// after the other, ((0+s0)+s1)+ … +s7. Neither M nor the grid nor UNITS changes it, so a row's
-// bits do not depend on the rows beside it. Which 16 k go into a step matters, their order in it
-// does not: on Hopper (CONSECUTIVE) they are those that stand together, as in its kernel for many
-// rows; elsewhere those that 16-byte loads bring together, see `fragments`.
+// The order of every sum is linear.cuh's, one slice a warp. Neither M nor the grid nor UNITS
+// changes it, so a row's bits do not depend on the rows beside it.
 //
 // N >= 8, and for GATED N a multiple of 16; K a multiple of 64.
 // -D: GROUPS (row groups of 8: 1, 2, 4, 6, 8), UNITS (summed at a time), STAGES (>= 2),
 //     NORM (1: RMS norm of x first; GROUPS <= 2), EPILOGUE, MIN_BLOCKS (a multiprocessor).
-#include "prelude.cuh"
+#include "linear.cuh"
 
-#define STORE 0       // out = elem(y)
-#define STORE_FLOAT 1 // out = float(y)
-#define RESIDUAL 2    // out = residual + elem(y)
-#define GATED 3       // w holds gate rows, then up rows: out = silu(gate) * up
-
-#define WARPS 8
+#define WARPS SLICES
 #define ROWS (GROUPS * 8)
 #define TILES ((GROUPS + 1) / 2)
-#define PAIR (EPILOGUE == GATED ? 2 : 1)
 #define ITEM 1024
 #define X_IN_RING (GROUPS >= 4 && ARCH >= 80)     // else x goes straight to registers
 #define STAGE ((UNITS + (X_IN_RING ? GROUPS : 0)) * ITEM)
@@ -35,7 +26,6 @@
 #define AHEAD (REFILL_AT_ONCE ? STAGES : STAGES - 1)
 #define PARTS (GROUPS >= 4 ? WARPS / 2 : WARPS)   // slices' sums held in shared memory at once
 #define TURNS ((ROWS * UNITS * 8 / PAIR + WARPS * 32 - 1) / (WARPS * 32))   // outputs of a thread
-#define CONSECUTIVE (ARCH >= 90)
 
 // Place of 16-byte piece `piece` of row `row` in an item of 8 rows x 128 bytes, scrambled so
 // that the lanes which are served together touch all banks.
@@ -88,7 +78,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const int begin = (int)((long long)total * blockIdx.x / gridDim.x) * PAIR;
   const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x) * PAIR;
   const int chunks = K / 64;
-  const int chunk_begin = warp * chunks / WARPS, chunk_end = (warp + 1) * chunks / WARPS;
+  const int chunk_begin = slice_begin(warp, chunks), chunk_end = slice_begin(warp + 1, chunks);
 
   // Row of w at which a unit's eight features begin; the last unit may overlap the one before.
   auto unit_row = [&](int unit) {
@@ -395,8 +385,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
         gate += to_float(bias[column]);
         up += to_float(bias[column + half]);
       }
-      gate = round_elem(gate);
-      ((elem*)out)[at] = from_float(round_elem(gate / (1.f + __expf(-gate))) * round_elem(up));
+      ((elem*)out)[at] = from_float(gated(gate, up));
 #else
       float y = sum[n][0];
       if (bias) y += to_float(bias[column]);
@@ -404,7 +393,7 @@ ENTRY void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
       ((float*)out)[at] = y;
 #elif EPILOGUE == RESIDUAL
       const elem r = first == begin && e == tid && begin * 8 + f == column ? early : load_fresh(residual + at);
-      ((elem*)out)[at] = from_float(to_float(r) + round_elem(y));
+      ((elem*)out)[at] = from_float(with_residual(r, y));
 #else
       ((elem*)out)[at] = from_float(y);
 #endif

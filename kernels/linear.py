@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import norm as rms
-from outrider.kernels.linear_shapes import FEW_ROWS, PLAIN, Epilogue, Tile
+from outrider.kernels.linear_many import ManyLinear
+from outrider.kernels.linear_shapes import FEW_ROWS, PLAIN, Epilogue, Tile, shared_limit
 from outrider.kernels.linear_wgmma import WgmmaLinear
 from outrider.kernels.operation import (
     Arguments,
@@ -83,13 +84,15 @@ def shared_bytes(groups: int, units: int, stages: int, arch: int) -> int:
     return parts * units * rows * 8 * 4 + 8 * rows * 4 + ring
 
 
-def cut_for(tile: Tile, groups: int, arch: int) -> tuple[int, int]:
-    """(units, stages) that fit registers and shared memory for so many rows on this chip."""
+def cut_for(tile: Tile, groups: int, arch: int, chip: int | None = None) -> tuple[int, int]:
+    """(units, stages) that fit registers and shared memory for so many rows on this chip.
+
+    ``arch``: what the code is compiled for; ``chip``: what it runs on, where that is another.
+    """
+    limit = shared_limit(arch, chip)
     if arch < 80:
         return min(tile.units, 4 if groups <= 2 else 2), 2
     units = tile.units if groups == 1 else min(tile.units, 8 if groups == 2 else 4)
-    # A block may have 99 KiB on the smaller chips of this line, 163 on A100, 227 on Hopper.
-    limit = {80: 163, 90: 227}.get(arch, 99) * 1024
     stages = tile.stages
     while shared_bytes(groups, units, stages, arch) > limit:
         if stages > 2:
@@ -110,7 +113,7 @@ def why_not_shape(w: Tensor) -> str | None:
 
 def _cuda(tools: Tools) -> Call:
     normalise = rms.OPERATION.implementations[0].build(tools)
-    many_rows = WgmmaLinear(tools)
+    many_rows: Call | None = None
     spare: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def run(
@@ -127,6 +130,7 @@ def _cuda(tools: Tools) -> Call:
         tile: Tile = PLAIN,
         overlap: bool = False,
     ) -> None:
+        nonlocal many_rows
         n, k = w.shape
         if norm is not None and rows > 16:
             # Too many rows to normalise in every block; the separate kernel sums in the same
@@ -137,13 +141,15 @@ def _cuda(tools: Tools) -> Call:
             normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
             x, norm = spare[key], None
         if rows > FEW_ROWS:
+            if many_rows is None:
+                many_rows = _many(tools)
             many_rows(
                 x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual,
                 overlap=overlap,
             )  # fmt: skip
             return
         groups, arch = row_groups(rows), tools.compiler.arch
-        units, stages = cut_for(tile, groups, arch)
+        units, stages = cut_for(tile, groups, arch, tools.compiler.chip)
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
             "GROUPS": groups,
@@ -160,6 +166,12 @@ def _cuda(tools: Tools) -> Call:
         kernel.launch((grid,), (x, w, norm, bias, residual, out, rows, n, k, eps), overlap=overlap)
 
     return run
+
+
+def _many(tools: Tools) -> Call:
+    # The instructions of Hopper's kernel are in no other chip, later ones included.
+    hopper = tools.compiler.arch == tools.compiler.chip == 90
+    return WgmmaLinear(tools) if hopper else ManyLinear(tools)
 
 
 def _triton(tools: Tools) -> Call:

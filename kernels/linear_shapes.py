@@ -36,3 +36,15 @@ class Tile:
 
 
 PLAIN = Tile()
+
+
+_LIMITS = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""KiB of shared memory that one block may have; of chips that are not named, 99."""
+
+
+def shared_limit(arch: int, chip: int | None = None) -> int:
+    """Bytes of shared memory that one block may have.
+
+    ``arch``: what the code is compiled for; ``chip``: what it runs on, where that is another.
+    """
+    return min(_LIMITS.get(one, 99) for one in (arch, chip or arch)) * 1024

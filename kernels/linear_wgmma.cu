@@ -4,38 +4,18 @@
 // warp fetches: the copy engine fills a ring of stages, each 64 k of both operands. Each group of
 // four warps multiplies 64 rows and keeps two sums, of the slice of k and of the slices before.
 //
-// The order of every sum is linear.cu's: k ascending within a slice by steps of 16 consecutive k,
-// the eight slices one after the other. So a row has the same bits here and there.
+// The order of every sum is linear.cuh's.
 //
 // N >= 16, K a multiple of 64. -D: CONSUMERS (1, 2), STAGES, EPILOGUE.
 #include "hopper.cuh"
-
-#define STORE 0       // out = elem(y)
-#define STORE_FLOAT 1 // out = float(y)
-#define RESIDUAL 2    // out = residual + elem(y)
-#define GATED 3       // w holds gate rows, then up rows: out = silu(gate) * up
+#include "linear.cuh"
 
 #define ROWS (CONSUMERS * 64)
 #define FEATURES 128
-#define COLUMNS (EPILOGUE == GATED ? FEATURES / 2 : FEATURES)
+#define COLUMNS (FEATURES / PAIR)
 #define ROW_BYTES 128
 #define STAGE ((ROWS + FEATURES) * ROW_BYTES)
 #define BAND 8
-
-// Word i of lane t becomes word t of lane i, among four lanes that stand together.
-[[maybe_unused]] DEVICE void transpose(u32 (&p)[4], int t) {
-#pragma unroll
-  for (int m = 1; m < 4; m *= 2) {
-    const bool high = t & m;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (!(i & m)) {
-        const u32 other = shuffle_xor(high ? p[i] : p[i + m], m);
-        if (high) p[i] = other;
-        else p[i + m] = other;
-      }
-  }
-}
 
 ENTRY void __launch_bounds__(CONSUMERS * 128 + 32, 1)
     linear_wgmma(const void* x_map, const void* w_map, const elem* __restrict__ bias,
@@ -47,7 +27,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 32, 1)
   u64* empty = full + STAGES;
 
   let_next_start();
-  const int half = EPILOGUE == GATED ? N / 2 : N;                 // output columns
+  const int half = N / PAIR;                 // output columns
   const int down = (M + ROWS - 1) / ROWS, across = (half + COLUMNS - 1) / COLUMNS;
   const int tiles = down * across, chunks = K / 64;
   // BAND tiles of columns go through all rows before the next ones: w is read once, x from L2.
@@ -112,8 +92,8 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 32, 1)
 #pragma unroll
     for (int i = 0; i < 64; ++i) total[i] = 0.f;
 #pragma unroll 1
-    for (int slice = 0; slice < 8; ++slice) {
-      const int begin = slice * chunks / 8, end = (slice + 1) * chunks / 8;
+    for (int slice = 0; slice < SLICES; ++slice) {
+      const int begin = slice_begin(slice, chunks), end = slice_begin(slice + 1, chunks);
       if (begin == end) continue;
       int before = slot;
 #pragma unroll 1
@@ -164,8 +144,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 32, 1)
 #if EPILOGUE == GATED
             float up = total[(j + 8) * 4 + h * 2 + i];
             if (bias) up += to_float(bias[half + known]);
-            const float gate = round_elem(y[i]);
-            y[i] = round_elem(gate / (1.f + __expf(-gate))) * round_elem(up);
+            y[i] = gated(y[i], up);
 #endif
           }
           p[n] = pack(y[0], y[1]);
@@ -174,29 +153,8 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 32, 1)
         transpose(p, t);
         const int at = column + (quad * 4 + t) * 8;
         if (row >= M || at >= half) continue;
-        elem* to = (elem*)out + (size_t)row * half + at;
-        [[maybe_unused]] const elem* from = residual + (size_t)row * half + at;
-        if (half % 8 == 0) {
-#if EPILOGUE == RESIDUAL
-          const uint4 r = load_fresh((const uint4*)from);
-          const u32 q[4] = {r.x, r.y, r.z, r.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            p[i] = pack(low_float(q[i]) + low_float(p[i]), high_float(q[i]) + high_float(p[i]));
-#endif
-          *(uint4*)to = make_uint4(p[0], p[1], p[2], p[3]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (at + i < half) {
-              const elem y = (elem)(p[i / 2] >> (i % 2 * 16));
-#if EPILOGUE == RESIDUAL
-              to[i] = from_float(to_float(load_fresh(from + i)) + to_float(y));
-#else
-              to[i] = y;
-#endif
-            }
-        }
+        const size_t place = (size_t)row * half + at;
+        store((elem*)out, place, p, at, half, residual, load_residual(residual, place, half));
       }
 #endif
     }

@@ -15,24 +15,24 @@ FEATURES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """How the work is cut; it changes no bit. A tile has 64 ``consumers`` rows."""
+class WgmmaTile:
+    """What a thread block multiplies at a time; it changes no bit. 64 ``consumers`` rows of x."""
 
     consumers: int
     stages: int
 
 
-def shared_bytes(cut: Cut) -> int:
+def shared_bytes(tile: WgmmaTile) -> int:
     """Shared memory of one block: the ring, its barriers, and what its alignment may take."""
-    return cut.stages * (64 * cut.consumers + FEATURES) * 128 + cut.stages * 16 + 1024
+    return tile.stages * (64 * tile.consumers + FEATURES) * 128 + tile.stages * 16 + 1024
 
 
-def cut_for(rows: int, columns: int, processors: int) -> Cut:
+def best_tile(rows: int, columns: int, processors: int) -> WgmmaTile:
     """``columns``: rows of w. What measured best on an H100 (docs/results/many-rows.md)."""
     if rows <= 64:
-        return Cut(1, 8)
+        return WgmmaTile(1, 8)
     large = -(-rows // 128) * -(-columns // FEATURES)
-    return Cut(2, 6) if large >= processors else Cut(1, 8)
+    return WgmmaTile(2, 6) if large >= processors else WgmmaTile(1, 8)
 
 
 class WgmmaLinear:
@@ -52,29 +52,29 @@ class WgmmaLinear:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         overlap: bool = False,
-        cut: Cut | None = None,
+        tile: WgmmaTile | None = None,
     ) -> None:
-        """See ``linear.reference``; x is normalised already. ``cut``: instead of the best one."""
+        """See ``linear.reference``; x is normalised already. ``tile``: not the best, but this."""
         n, k = w.shape
         compiler, processors = self._tools.compiler, self._tools.processors
-        cut = cut or cut_for(rows, n, processors)
+        tile = tile or best_tile(rows, n, processors)
         gated = epilogue == Epilogue.GATED
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
-            "CONSUMERS": cut.consumers,
-            "STAGES": cut.stages,
+            "CONSUMERS": tile.consumers,
+            "STAGES": tile.stages,
             "EPILOGUE": int(epilogue),
         }
         kernel = compiler.kernel(
-            "linear_wgmma", "linear_wgmma", defines, threads=cut.consumers * 128 + 32,
-            shared=shared_bytes(cut),
+            "linear_wgmma", "linear_wgmma", defines, threads=tile.consumers * 128 + 32,
+            shared=shared_bytes(tile),
         )  # fmt: skip
         across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))
-        tiles = -(-rows // (64 * cut.consumers)) * across
+        tiles = -(-rows // (64 * tile.consumers)) * across
         kernel.launch(
             (min(tiles, processors),),
             (
-                compiler.tile_map(x, 64 * cut.consumers),
+                compiler.tile_map(x, 64 * tile.consumers),
                 compiler.tile_map(w, FEATURES // 2 if gated else FEATURES),
                 bias, residual, out, rows, n, k,
             ),

@@ -44,7 +44,7 @@ class EmulatedCompiler:
     """Stands in for kernels.cuda.Compiler."""
 
     def __init__(self, folder: Path, arch: int = 90) -> None:
-        self.folder, self.arch, self.late = folder, arch, 1
+        self.folder, self.arch, self.chip, self.late = folder, arch, arch, 1
 
     def kernel(
         self, name: str, entry: str, defines: Mapping[str, int], *, threads: int, shared: int

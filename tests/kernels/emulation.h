@@ -177,14 +177,19 @@ static void mma(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigne
   float* d[4] = {&d0, &d1, &d2, &d3};
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + (i & 1), hi = i >> 1;
-    double s = *d[i];
-    for (int k = 0; k < 16; ++k) {
-      const int q = (k % 8) / 2, upper = k / 8;
-      const float x = warp[g * 4 + q].a[2 * (hi + 2 * upper) + (k & 1)];
-      const float y = warp[column * 4 + q].b[2 * upper + (k & 1)];
-      s += (double)x * y;
+    // Before sm_80 these are two steps of eight. Wide enough that the order within a step rounds
+    // nothing.
+    const int step = ARCH >= 80 ? 16 : 8;
+    for (int first = 0; first < 16; first += step) {
+      long double s = *d[i];
+      for (int k = first; k < first + step; ++k) {
+        const int q = (k % 8) / 2, upper = k / 8;
+        const float x = warp[g * 4 + q].a[2 * (hi + 2 * upper) + (k & 1)];
+        const float y = warp[column * 4 + q].b[2 * upper + (k & 1)];
+        s += (double)x * y;
+      }
+      *d[i] = (float)s;
     }
-    *d[i] = (float)s;
   }
 }
 
@@ -323,7 +328,7 @@ static void finish(const Multiplied& m) {
   };
   for (int i = 0; i < 64; ++i) {
     const int row = threadIdx.x / 32 % 4 * 16 + (i / 2 % 2) * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
-    double s = m.add ? m.d[i] : 0;
+    long double s = m.add ? m.d[i] : 0;
     for (int k = 0; k < 16; ++k) s += (double)at(m.a, row, k) * at(m.b, column, k);
     m.d[i] = (float)s;
   }

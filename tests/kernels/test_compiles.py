@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from outrider.kernels import attention, linear, reject
-from outrider.kernels.linear_shapes import Tile
+from outrider.kernels.linear_many import BLOCK_TILES, depth_of
+from outrider.kernels.linear_shapes import Epilogue, Tile
 
 SOURCES = Path(linear.__file__).parent
 # Shared memory that one block may have, in bytes.
@@ -97,6 +98,34 @@ def test_linear_uses_the_tensor_cores(arch, tmp_path):
     ).stdout  # fmt: skip
     assert len(re.findall(r"HMMA\.1688|HMMA\.16816", text)) >= 16
     assert re.search(r"LDG\.E\.128|LDGSTS\.E\.BYPASS(\.LTC\d+B)?\.128", text)
+
+
+@pytest.mark.parametrize("epilogue", Epilogue)
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
+def test_linear_of_many_rows_uses_the_tensor_cores_and_registers_alone(arch, epilogue, tmp_path):
+    disassembler = _disassembler()
+    most = {86: 99 << 10, 89: 99 << 10, **LIMITS}[arch]
+    for tile in BLOCK_TILES:
+        stages, blocks = depth_of(tile, arch)
+        assert stages * tile.stage <= most
+        if tile == BLOCK_TILES[1] and epilogue != Epilogue.RESIDUAL:
+            continue  # the largest and the smallest stand for it
+        defines = {
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "STAGES": stages,
+            "MIN_BLOCKS": blocks, "EPILOGUE": int(epilogue),
+        }  # fmt: skip
+        built = tmp_path / "linear_many.cubin"
+        built.write_bytes(compile_for("linear_many", defines, arch, tmp_path))
+        text = subprocess.run(
+            [disassembler, "-sass", str(built)], capture_output=True, text=True, check=True
+        ).stdout
+        products = tile.rows * tile.columns // 8 // (16 * 8) * 4  # of a warp, for 64 k
+        found = len(re.findall("HMMA\\.16816" if arch >= 80 else "HMMA\\.1688", text))
+        assert found >= products * (1 if arch >= 80 else 2)
+        assert ("LDSM" in text) == (arch >= 90)
+        # Between the first product and the last nothing goes to memory and comes back.
+        loop = text[text.index("HMMA") : text.rindex("HMMA")]
+        assert "LDL" not in loop and "STL" not in loop
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
