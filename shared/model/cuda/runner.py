@@ -29,6 +29,7 @@ from outrider.shared.model.cuda.forward import Forward, resolve_all
 from outrider.shared.model.cuda.graphs import Graphs
 from outrider.shared.model.cuda.launches import Launches
 from outrider.shared.model.cuda.passes import (
+    GRAPH_ROWS,
     HEAD_ROWS,
     MAX_SEQUENCES,
     POWERS,
@@ -237,12 +238,21 @@ class CudaRunner(LlamaRunner):
         return need(self._geometry, ends, bucket(longest, POWERS)) <= self._step.limits.work
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
-        """Captures what a single sequence needs, before the first request.
+        """Compiles what prompts need and captures what a single sequence needs, before the first
+        request.
 
         Uses a sequence of its own, which is freed again; where the arena has no room for it,
-        graphs are captured as they are needed.
+        kernels are compiled and graphs captured as they are needed.
         """
         arena = self.arena
+        progress("compiling kernels for prompts")
+        for count in (FEW_ROWS + 1, GRAPH_ROWS + 1):
+            if count <= min(arena.largest_free, arena.max_rows or count, self.places(count)):
+                extent = arena.admit(count)
+                try:
+                    self.forward([Span(extent, 0, [0] * count, 1)])
+                finally:
+                    arena.free(extent)
         rows = self._max_k + 1
         if arena.largest_free < 4 * rows or not self._graphs.enabled:
             return
