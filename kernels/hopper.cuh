@@ -43,6 +43,25 @@ DEVICE void copy_tile(void* to, const void* map, int column, int row, u64* barri
       : "memory");
 }
 
+// Blocks of a cluster see each other's shared memory. All threads that have not left meet here, and
+// what they wrote before can be seen after.
+DEVICE void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies at `own` in the shared memory of the cluster's block `rank`.
+DEVICE float4 load_remote(const float4* own, int rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .u32 place;\nmapa.shared::cluster.u32 place, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [place];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared_address(own)), "r"(rank)
+      : "memory");
+  return v;
+}
+// The first `threads` threads of the block meet.
+template <int THREADS> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
 DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> DEVICE void product_wait() {

@@ -16,15 +16,28 @@ FEATURES = 128
 
 @dataclass(frozen=True, slots=True)
 class WgmmaTile:
-    """What a thread block multiplies at a time; it changes no bit. 64 ``consumers`` rows of x."""
+    """What thread blocks multiply at a time; it changes no bit.
+
+    64 ``consumers`` rows of x with 128 rows of w. The eight slices of k of a tile are split over
+    a cluster of ``split`` blocks: 1, 4 or 8.
+    """
 
     consumers: int
     stages: int
+    split: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of x."""
+        return 64 * self.consumers
 
 
 def shared_bytes(tile: WgmmaTile) -> int:
-    """Shared memory of one block: the ring, its barriers, and what its alignment may take."""
-    return tile.stages * (64 * tile.consumers + FEATURES) * 128 + tile.stages * 16 + 1024
+    """Shared memory of one block: the ring or the sums in its place, its barriers, and what its
+    alignment may take."""
+    ring = tile.stages * (tile.rows + FEATURES) * 128
+    sums = 0 if tile.split == 1 else 8 // tile.split * tile.rows * (FEATURES + 8) * 4
+    return max(ring, sums) + tile.stages * 16 + 1024
 
 
 def best_tile(rows: int, columns: int, processors: int) -> WgmmaTile:
@@ -63,6 +76,7 @@ class WgmmaLinear:
             "BF16": int(w.dtype == torch.bfloat16),
             "CONSUMERS": tile.consumers,
             "STAGES": tile.stages,
+            "SPLIT": tile.split,
             "EPILOGUE": int(epilogue),
         }
         kernel = compiler.kernel(
@@ -70,11 +84,11 @@ class WgmmaLinear:
             shared=shared_bytes(tile),
         )  # fmt: skip
         across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))
-        tiles = -(-rows // (64 * tile.consumers)) * across
+        tiles = -(-rows // tile.rows) * across
         kernel.launch(
-            (min(tiles, processors),),
+            (min(tiles, processors) if tile.split == 1 else tiles * tile.split,),
             (
-                compiler.tile_map(x, 64 * tile.consumers),
+                compiler.tile_map(x, tile.rows),
                 compiler.tile_map(w, FEATURES // 2 if gated else FEATURES),
                 bias, residual, out, rows, n, k,
             ),

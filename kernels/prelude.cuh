@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 
 #define DEVICE static __device__ __forceinline__
 #define ENTRY extern "C" __global__
+#define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
 #define BARRIER_BLOCK() __syncthreads()
 #define BARRIER_WARP() __syncwarp()
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]

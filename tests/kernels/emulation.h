@@ -34,7 +34,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 template <typename V> static inline V max(V a, V b) { return a < b ? b : a; }
 template <typename V> static inline V min(V a, V b) { return b < a ? b : a; }
 
-const int MOST_THREADS = 2048, MOST_COPIES = 512;
+const int MOST_THREADS = 2560, MOST_COPIES = 512;
 struct Copy { void* to; const void* from; bool valid; int group; };
 struct Fiber {
   jmp_buf where;
@@ -51,9 +51,15 @@ static dim3_ threadIdx, blockIdx, blockDim, gridDim;
 static Fiber* fibers[MOST_THREADS];
 static jmp_buf scheduler;
 static int current, started;
-static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+// Blocks of a cluster run together; block b's threads are the fibers from b * blockDim.x on.
+#ifdef SPLIT
+const int BLOCKS = SPLIT;
+#else
+const int BLOCKS = 1;
+#endif
+static Barrier block_barriers[BLOCKS], some_barriers[BLOCKS], cluster_barrier, warp_barriers[MOST_THREADS / 32];
 static Lane lanes[2][MOST_THREADS];
-static unsigned char* shared_memory;
+static unsigned char* shared_memories[BLOCKS];
 static bool late_copies;
 static void (*body)(void*);
 static void* arguments;
@@ -73,10 +79,12 @@ static void arrive(Barrier& b, int count) {
   }
   while (b.generation == generation) yield();
 }
-#define BARRIER_BLOCK() arrive(block_barrier, blockDim.x)
-#define BARRIER_WARP() arrive(warp_barriers[threadIdx.x / 32], 32)
+static int own_block() { return current / blockDim.x; }
+#define CLUSTER(blocks)
+#define BARRIER_BLOCK() arrive(block_barriers[own_block()], blockDim.x)
+#define BARRIER_WARP() arrive(warp_barriers[current / 32], 32)
 #define __syncwarp() BARRIER_WARP()
-#define DYNAMIC_SHARED(name) unsigned char* name = shared_memory
+#define DYNAMIC_SHARED(name) unsigned char* name = shared_memories[own_block()]
 
 static void fiber_main() {
   for (;;) {
@@ -103,26 +111,31 @@ template <typename F> static void run_grid(int gx, int gy, int threads, size_t s
   arguments = &f;
   gridDim = {gx, gy, 1};
   blockDim = {threads, 1, 1};
-  for (; started < threads; ++started) current = started, start_fiber();
-  free(shared_memory);
-  shared_memory = (unsigned char*)aligned_alloc(1024, (shared / 1024 + 1) * 1024);
+  const int all = threads * BLOCKS;
+  for (; started < all; ++started) current = started, start_fiber();
+  for (auto& memory : shared_memories) {
+    free(memory);
+    memory = (unsigned char*)aligned_alloc(1024, (shared / 1024 + 1) * 1024);
+  }
   for (int y = 0; y < gy; ++y)
-    for (int x = 0; x < gx; ++x) {
-      blockIdx = {x, y, 0};
-      memset(shared_memory, 0xff, shared);
-      block_barrier = Barrier();
+    for (int x = 0; x < gx; x += BLOCKS) {
+      for (auto& memory : shared_memories) memset(memory, 0xff, shared);
+      for (auto& b : block_barriers) b = Barrier();
+      for (auto& b : some_barriers) b = Barrier();
+      cluster_barrier = Barrier();
       for (auto& b : warp_barriers) b = Barrier();
-      for (int i = 0; i < threads; ++i) {
+      for (int i = 0; i < all; ++i) {
         Fiber& fiber = *fibers[i];
         fiber.done = false;
         fiber.exchanges = fiber.waiting = fiber.committed = 0;
       }
       for (bool alive = true; alive;) {
         alive = false;
-        for (current = 0; current < threads; ++current)
+        for (current = 0; current < all; ++current)
           if (!fibers[current]->done) {
             alive = true;
-            threadIdx = {current, 0, 0};
+            threadIdx = {current % threads, 0, 0};
+            blockIdx = {x + current / threads, y, 0};
             resume();
           }
       }
@@ -164,7 +177,7 @@ static inline unsigned pack(float low, float high) {
 
 // What the lanes of a warp show each other. Nobody can come to write the next but one before all
 // have read this one, so two places are enough.
-static Lane* warp_lanes() { return lanes[fibers[threadIdx.x]->exchanges++ % 2] + threadIdx.x / 32 * 32; }
+static Lane* warp_lanes() { return lanes[fibers[current]->exchanges++ % 2] + current / 32 * 32; }
 
 static void mma(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2,
                 unsigned a3, unsigned b0, unsigned b1) {
@@ -222,7 +235,7 @@ static void land(const Copy& c) {
   else memset(c.to, 0, 16);
 }
 static void copy16(void* to, const void* from, bool valid) {
-  Fiber& f = *fibers[threadIdx.x];
+  Fiber& f = *fibers[current];
   const Copy c = {to, from, valid, f.committed};
 #if ARCH >= 80
   if (late_copies) {
@@ -233,9 +246,9 @@ static void copy16(void* to, const void* from, bool valid) {
 #endif
   land(c);
 }
-static void copy_commit() { ++fibers[threadIdx.x]->committed; }
+static void copy_commit() { ++fibers[current]->committed; }
 template <int PENDING> static void copy_wait() {
-  Fiber& f = *fibers[threadIdx.x];
+  Fiber& f = *fibers[current];
   int landed = 0;
   while (landed < f.waiting && f.copies[landed].group < f.committed - PENDING) land(f.copies[landed++]);
   f.waiting -= landed;
@@ -333,17 +346,36 @@ static void finish(const Multiplied& m) {
     m.d[i] = (float)s;
   }
 }
+// Those that have left the kernel are not waited for.
+static void cluster_meet() {
+  const int generation = cluster_barrier.generation;
+  ++cluster_barrier.arrived;
+  for (;;) {
+    if (cluster_barrier.generation != generation) return;
+    int present = 0;
+    for (int i = 0; i < (int)blockDim.x * BLOCKS; ++i) present += !fibers[i]->done;
+    if (cluster_barrier.arrived == present) break;
+    yield();
+  }
+  cluster_barrier.arrived = 0;
+  ++cluster_barrier.generation;
+}
+static float4 load_remote(const float4* own, int rank) {
+  const size_t offset = (const unsigned char*)own - shared_memories[own_block()];
+  return *(const float4*)(shared_memories[rank] + offset);
+}
+template <int THREADS> static void some_meet() { arrive(some_barriers[own_block()], THREADS); }
 static void product_begin() {}
-static void product_commit() { ++begun[threadIdx.x]; }
+static void product_commit() { ++begun[current]; }
 static void product(float (&d)[64], const void* a, const void* b, bool add) {
-  const int i = threadIdx.x;
+  const int i = current;
   const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
   if (!late_copies) return finish(m);
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
 template <int PENDING> static void product_wait() {
-  const int i = threadIdx.x;
+  const int i = current;
   int done = 0;
   while (done < unfinished[i] && products[i][done].group < begun[i] - PENDING) finish(products[i][done++]);
   unfinished[i] -= done;
