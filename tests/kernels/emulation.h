@@ -258,6 +258,7 @@ static inline float exp2_fast(float x) { return exp2f(x); }
 #define __expf expf
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
 static inline void __threadfence() {}
 static inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }

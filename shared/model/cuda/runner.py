@@ -4,7 +4,7 @@ Every forward is a chain of kernels over at most 64 rows (``forward``), captured
 graph the second time its sizes are asked for. The graph begins with the one copy that brings
 the step's numbers and ends with the one that takes its tokens back, so a round is one launch
 and one wait. A row's logits are the same bits whatever else is in the batch: see
-docs/numerics.md. What the chain can't do (branches of an extent) goes the way of LlamaRunner.
+docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention_shapes import need
+from outrider.kernels.attention_shapes import FEW_ROWS, need
 from outrider.kernels.linear_shapes import MAX_ROWS
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
@@ -52,8 +52,6 @@ _WORK_BYTES = 256 << 20
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
 
-    reads_branches = False  # the kernels read one extent a sequence
-
     def __init__(
         self,
         model: Any,
@@ -82,9 +80,9 @@ class CudaRunner(LlamaRunner):
         heads = weights.layers[0].heads
         self._geometry = heads
         capacity = _WORK_BYTES // (4 * heads.head_dim)
-        longest = need(heads, [max(p.tokens for p in self.arena.pools)], MAX_ROWS)
+        longest = need(heads, [max(p.tokens for p in self.arena.pools)], FEW_ROWS)
         self._step = Forward(
-            weights, calls, min(capacity, max(longest, need(heads, [64] * 64, MAX_ROWS) // 8)),
+            weights, calls, min(capacity, max(longest, need(heads, [64] * 64, FEW_ROWS) // 8)),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
         self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
@@ -113,7 +111,7 @@ class CudaRunner(LlamaRunner):
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         long = not self._exact and any(len(span.tokens) > MAX_ROWS for span in spans)
-        if long or any(span.extent.parent is not None for span in spans):
+        if long:
             return super()._forward(spans)
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
@@ -162,7 +160,7 @@ class CudaRunner(LlamaRunner):
         drawn = [span for span, k in zip(spans, ks, strict=True) if k > 0]
         if not asked or max(ks) > self._max_k or not all(simple(decodings[i]) for i in asked):
             return None
-        if any(span.extent.parent is not None for span in spans) or len(asked) > MAX_SEQUENCES:
+        if len(asked) > MAX_SEQUENCES:
             return None
         limit = self.arena.max_rows
         if limit is not None and max(ks) + 1 > limit:
@@ -201,8 +199,6 @@ class CudaRunner(LlamaRunner):
     def _whole(self, spans: Sequence[Span], rows: int) -> bool:
         """Whether one pass takes all spans."""
         if not 0 < rows <= MAX_ROWS or len(spans) > MAX_SEQUENCES:
-            return False
-        if any(span.extent.parent is not None for span in spans):
             return False
         limit = self.arena.max_rows
         longest = max(len(span.tokens) for span in spans)
