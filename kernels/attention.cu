@@ -21,63 +21,81 @@
 
 struct Cuts {   // where the partial results of one (sequence, KV head) lie and go
   const float* partial;
-  const float2* stats;
+  const float4* stats;
   elem* out;
   int first_item;
   size_t step;
   int row_capacity, cuts, queries, first_row, group, head, heads;
 };
 
-// Adds up the cuts in ascending order. A thread makes four columns of QUERIES rows at a time,
-// BATCH cuts on their way at once; neither number changes a bit.
-template <int QUERIES, int BATCH> DEVICE void combine(const Cuts& c, int tid) {
-  const int all = c.queries * (HEAD_DIM / 4);
-  for (int e0 = tid; e0 < all; e0 += QUERIES * THREADS) {
-    float top[QUERIES], total[QUERIES], y[QUERIES][4];
-    size_t at0[QUERIES];
-    int column[QUERIES];
+#define COLUMNS (HEAD_DIM / 4)          // threads that share a query, four columns each
+#define BATCH 4                         // cuts that are folded at a time
+#define BATCHES (TOKENS * HEAD_DIM * 4 / (THREADS * 16) / BATCH)   // that keys and values leave room for
+#define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
+
+// Adds up the cuts in ascending order. The results of BATCHES * BATCH cuts are on their way to
+// each thread's own part of `room` while it folds, also from one query to its next; what their
+// weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
+DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
+  const int all = c.queries * COLUMNS, lane = tid % 32, column = tid % COLUMNS * 4;
+  const bool leads = lane % COLUMNS == 0;
+  stat_room += tid / 32 * BATCHES * BATCH * QUERIES_A_WARP + lane / COLUMNS;
+  room += tid;
+  int asked = 0, asked_cut = 0, asked_slot = 0;     // asked, done: of `all`, by all threads
+  auto ask = [&] {
+    if (asked < all) {
+      const int q = min(asked + tid, all - 1) / COLUMNS;
+      const size_t at0 = (size_t)c.first_item * c.row_capacity + q;
 #pragma unroll
-    for (int n = 0; n < QUERIES; ++n) {
-      const int e = min(e0 + n * THREADS, all - 1);
-      column[n] = e % (HEAD_DIM / 4) * 4;
-      at0[n] = (size_t)c.first_item * c.row_capacity + e / (HEAD_DIM / 4);
-      top[n] = NEGATIVE_INFINITY;
-      total[n] = y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0.f;
+      for (int i = 0; i < BATCH; ++i) {
+        const size_t at = at0 + min(asked_cut + i, c.cuts - 1) * c.step;
+        copy16(room + (asked_slot + i) * THREADS, c.partial + at * HEAD_DIM + column, true);
+        if (leads) copy16(stat_room + (asked_slot + i) * QUERIES_A_WARP, c.stats + at, true);
+      }
+      asked_cut += BATCH;
+      if (asked_cut >= c.cuts) asked_cut = 0, asked += THREADS;
+      asked_slot = (asked_slot + BATCH) % (BATCHES * BATCH);
     }
-    for (int i0 = 0; i0 < c.cuts; i0 += BATCH) {
-      float peak[QUERIES][BATCH], sum[QUERIES][BATCH];
-      uint4 v[QUERIES][BATCH];
+    copy_commit();
+  };
+  for (int batch = 0; batch < BATCHES; ++batch) ask();
+
+  float top = NEGATIVE_INFINITY, total = 0.f, y[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int done = 0, cut = 0, slot = 0; done < all; slot = (slot + BATCH) % (BATCHES * BATCH)) {
+    float4 stats[BATCH];
+    uint4 v[BATCH];
+    copy_wait<BATCHES - 1>();
+    BARRIER_WARP();
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-#pragma unroll
-        for (int n = 0; n < QUERIES; ++n) {
-          const size_t at = at0[n] + min(i0 + i, c.cuts - 1) * c.step;
-          peak[n][i] = load_fresh((const float*)(c.stats + at));
-          sum[n][i] = load_fresh((const float*)(c.stats + at) + 1);
-          v[n][i] = load_fresh((const uint4*)(c.partial + at * HEAD_DIM + column[n]));
-        }
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-        if (i0 + i < c.cuts)
-#pragma unroll
-          for (int n = 0; n < QUERIES; ++n) {
-            const Fold f = fold(top[n], peak[n][i]);
-            total[n] = folded(total[n], sum[n][i], f);
-            y[n][0] = folded(y[n][0], __uint_as_float(v[n][i].x), f);
-            y[n][1] = folded(y[n][1], __uint_as_float(v[n][i].y), f);
-            y[n][2] = folded(y[n][2], __uint_as_float(v[n][i].z), f);
-            y[n][3] = folded(y[n][3], __uint_as_float(v[n][i].w), f);
-          }
+    for (int i = 0; i < BATCH; ++i) {
+      stats[i] = stat_room[(slot + i) * QUERIES_A_WARP];
+      v[i] = room[(slot + i) * THREADS];
     }
+    BARRIER_WARP();
+    ask();
 #pragma unroll
-    for (int n = 0; n < QUERIES; ++n) {
-      const int e = e0 + n * THREADS, q = e / (HEAD_DIM / 4);
-      if (e >= all) continue;
+    for (int i = 0; i < BATCH; ++i)
+      if (cut + i < c.cuts) {
+        const Fold f = fold(top, stats[i].x);
+        total = folded(total, stats[i].y, f);
+        y[0] = folded(y[0], __uint_as_float(v[i].x), f);
+        y[1] = folded(y[1], __uint_as_float(v[i].y), f);
+        y[2] = folded(y[2], __uint_as_float(v[i].z), f);
+        y[3] = folded(y[3], __uint_as_float(v[i].w), f);
+      }
+    cut += BATCH;
+    if (cut < c.cuts) continue;
+    const int q = (done + tid) / COLUMNS;
+    if (done + tid < all) {
       const size_t row = (size_t)(c.first_row + q / c.group) * c.heads + c.head * c.group + q % c.group;
-      const float share = 1.f / total[n];
-      *(uint2*)(c.out + row * HEAD_DIM + column[n]) =
-          make_uint2(pack(y[n][0] * share, y[n][1] * share), pack(y[n][2] * share, y[n][3] * share));
+      const float share = 1.f / total;
+      *(uint2*)(c.out + row * HEAD_DIM + column) =
+          make_uint2(pack(y[0] * share, y[1] * share), pack(y[2] * share, y[3] * share));
     }
+    done += THREADS;
+    cut = 0;
+    top = NEGATIVE_INFINITY;
+    total = y[0] = y[1] = y[2] = y[3] = 0.f;
   }
 }
 
@@ -87,7 +105,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
               const int* first_rows, const int* row_counts, const int* positions,
               int position_offset, const float2* __restrict__ rope,
               const elem* __restrict__ q_norm, const elem* __restrict__ k_norm, float eps,
-              float* partial, float2* partial_stats, int* counters, int batch, int heads,
+              float* partial, float4* partial_stats, int* counters, int batch, int heads,
               int kv_heads, int row_capacity, int window, int ring, float scale) {
   DYNAMIC_SHARED(memory);
   elem* k_tile = (elem*)memory;
@@ -290,7 +308,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
             *(u32*)(to + (warp * OUT_PIECES + n) * 8 + 2 * t) = pack(o[n][h * 2] * share, o[n][h * 2 + 1] * share);
         } else {
           const size_t at = (size_t)item * row_capacity + q;
-          if (warp == 0 && t == 0) partial_stats[at] = make_float2(peak[h], total);
+          if (warp == 0 && t == 0) partial_stats[at] = make_float4(peak[h], total, 0.f, 0.f);
 #pragma unroll
           for (int n = 0; n < OUT_PIECES; ++n)
             *(float2*)(partial + at * HEAD_DIM + (warp * OUT_PIECES + n) * 8 + 2 * t) =
@@ -312,8 +330,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         __threadfence();
         const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
                          row_capacity, cuts, queries, first, group, head, heads};
-        if (queries * (HEAD_DIM / 4) <= THREADS) combine<1, 8>(at, tid);
-        else combine<2, 4>(at, tid);
+        combine(at, (uint4*)k_tile, (float4*)q_tile, tid);
       }
     }
     BARRIER_BLOCK();

@@ -39,7 +39,7 @@ class Heads:
 class Work:
     """Scratch memory: partial results of the cuts, and how many of them are done.
 
-    ``partial`` [capacity, head_dim], ``stats`` [capacity, 2], float32; ``arrived`` int32, zero
+    ``partial`` [capacity, head_dim], ``stats`` [capacity, 4], float32; ``arrived`` int32, zero
     between calls. ``capacity`` counts query rows of cuts, see ``need``.
     """
 
@@ -53,7 +53,7 @@ class Work:
         """Room for ``capacity`` query rows of cuts."""
         return cls(
             torch.zeros(capacity * heads.head_dim, device=device),
-            torch.zeros(capacity * 2, device=device),
+            torch.zeros(capacity * 4, device=device),
             torch.zeros(MAX_BATCH * heads.kv_heads, device=device, dtype=torch.int32),
             capacity,
         )

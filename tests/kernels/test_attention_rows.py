@@ -48,7 +48,7 @@ class Layer:
         self.keys = torch.randn(tokens, heads.kv_heads, dim).to(dtype)
         self.values = torch.randn(tokens, heads.kv_heads, dim).to(dtype)
         self.norms = [(1 + 0.1 * torch.randn(dim)).to(dtype) if norms else None for _ in range(2)]
-        self.rope = rope_table(10000.0 ** -(torch.arange(0, dim, 2) / dim), 512)
+        self.rope = rope_table(10000.0 ** -(torch.arange(0, dim, 2) / dim), 2048)
 
     def take(self, counts: list[tuple[int, int]], keys: Tensor, values: Tensor) -> list[Tensor]:
         """Rows ``counts[s] = (first, end)`` of every prompt in one call: what comes out of them."""
@@ -123,8 +123,10 @@ def chip(request, emulated):
         (Heads(4, 1, 128), 130, 33, False),
         (Heads(2, 2, 128), 5, 90, True),
         (Heads(4, 2, 64, 70, 120), 100, 50, False),
+        (Heads(3, 1, 64), 1150, 33, False),
+        (Heads(1, 1, 128), 1500, 35, False),
     ],
-    ids=["alone", "groups of 3", "groups of 4", "normed", "ring"],
+    ids=["alone", "groups of 3", "groups of 4", "normed", "ring", "late", "late and large"],
 )
 def test_many_rows_have_the_bits_of_few(chip, heads, position, rows, norms):
     run, dtype = chip
