@@ -112,17 +112,26 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     const int first_cut = first_seen(at_of(q0), window) / TOKENS, last_cut = at_of(q0 + TILE - 1) / TOKENS;
 
     auto fill = [&](int cut) {
-      const int stage = (cut - first_cut) % STAGES * TOKENS * HEAD_DIM;
       const Sequence where = own;
+      const int stage = (cut - first_cut) % STAGES * TOKENS * HEAD_DIM, begin = cut * TOKENS;
+      const int left = where.position + where.rows - begin;    // tokens that are written
+      auto copy = [&](int token, size_t slot, bool written) {
+        const size_t at = (slot * kv_heads + head) * HEAD_DIM + tid % PIECES * 8;
+        copy16(place(k_tiles + stage, token, tid % PIECES, PIECES), keys + at, written);
+        copy16(place(v_tiles + stage, token, tid % PIECES, PIECES), values + at, written);
+      };
+      const int slot = slot_of(where, ring, begin);
+      const bool parted = begin < where.prefix_len && begin + TOKENS > where.prefix_len;
+      if (!parted && left >= TOKENS && slot_of(where, ring, begin + TOKENS - 1) == slot + TOKENS - 1) {
 #pragma unroll
-      for (int i = 0; i < TOKENS * PIECES / THREADS; ++i) {
-        const int token = (tid + i * THREADS) / PIECES, piece = (tid + i * THREADS) % PIECES;
-        const int p = cut * TOKENS + token;
-        const bool written = p < where.position + where.rows;
-        const size_t slot = written ? slot_of(where, ring, p) : 0;
-        const size_t at = (slot * kv_heads + head) * HEAD_DIM + piece * 8;
-        copy16(place(k_tiles + stage, token, piece, PIECES), keys + at, written);
-        copy16(place(v_tiles + stage, token, piece, PIECES), values + at, written);
+        for (int i = 0; i < TOKENS * PIECES / THREADS; ++i) {
+          const int token = tid / PIECES + i * (THREADS / PIECES);
+          copy(token, slot + token, true);
+        }
+      } else {
+#pragma unroll 1
+        for (int token = tid / PIECES; token < TOKENS; token += THREADS / PIECES)
+          copy(token, slot_of(where, ring, begin + min(token, left - 1)), token < left);
       }
       copy_commit();
     };
@@ -152,7 +161,8 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
       BARRIER_BLOCK();
       if (STAGES > 1 && cut < last_cut) fill(cut + 1);
       const int begin = cut * TOKENS;
-      if (begin > warp_last || first_seen(warp_first, window) >= begin + TOKENS) continue;
+      const bool idle = q0 + warp * ROWS >= queries;
+      if (idle || begin > warp_last || first_seen(warp_first, window) >= begin + TOKENS) continue;
       const int stage = (cut - first_cut) % STAGES * TOKENS * HEAD_DIM;
       const int key = stage + place_of((mi >> 1) * 8 + l8, mi & 1, PIECES);
       const int value = stage + place_of((mi & 1) * 8 + l8, mi >> 1, PIECES);
