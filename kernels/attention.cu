@@ -30,18 +30,19 @@ struct Cuts {   // where the partial results of one (sequence, KV head) lie and 
 
 #define COLUMNS (HEAD_DIM / 4)          // threads that share a query, four columns each
 #define BATCH 4                         // cuts that are folded at a time
-#define BATCHES (TOKENS * HEAD_DIM * 4 / (THREADS * 16) / BATCH)   // that keys and values leave room for
 #define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
 
-// Adds up the cuts in ascending order. The results of BATCHES * BATCH cuts are on their way to
-// each thread's own part of `room` while it folds, also from one query to its next; what their
-// weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
-DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
+// Adds up the cuts in ascending order. While WORKERS threads fold, as many cuts as the room of keys
+// and values holds are on their way to each one's own part of it, also from one query to its next;
+// what their weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
+template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
+  constexpr int BATCHES = TOKENS * HEAD_DIM * 4 / (WORKERS * 16) / BATCH;
+  if (tid >= WORKERS) return;
   const int all = c.queries * COLUMNS, lane = tid % 32, column = tid % COLUMNS * 4;
   const bool leads = lane % COLUMNS == 0;
   stat_room += tid / 32 * BATCHES * BATCH * QUERIES_A_WARP + lane / COLUMNS;
   room += tid;
-  int asked = 0, asked_cut = 0, asked_slot = 0;     // asked, done: of `all`, by all threads
+  int asked = 0, asked_cut = 0, asked_slot = 0;     // asked, done: of `all`, by all workers
   auto ask = [&] {
     if (asked < all) {
       const int q = min(asked + tid, all - 1) / COLUMNS;
@@ -49,11 +50,11 @@ DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         const size_t at = at0 + min(asked_cut + i, c.cuts - 1) * c.step;
-        copy16(room + (asked_slot + i) * THREADS, c.partial + at * HEAD_DIM + column, true);
+        copy16(room + (asked_slot + i) * WORKERS, c.partial + at * HEAD_DIM + column, true);
         if (leads) copy16(stat_room + (asked_slot + i) * QUERIES_A_WARP, c.stats + at, true);
       }
       asked_cut += BATCH;
-      if (asked_cut >= c.cuts) asked_cut = 0, asked += THREADS;
+      if (asked_cut >= c.cuts) asked_cut = 0, asked += WORKERS;
       asked_slot = (asked_slot + BATCH) % (BATCHES * BATCH);
     }
     copy_commit();
@@ -69,7 +70,7 @@ DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       stats[i] = stat_room[(slot + i) * QUERIES_A_WARP];
-      v[i] = room[(slot + i) * THREADS];
+      v[i] = room[(slot + i) * WORKERS];
     }
     BARRIER_WARP();
     ask();
@@ -92,7 +93,7 @@ DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
       *(uint2*)(c.out + row * HEAD_DIM + column) =
           make_uint2(pack(y[0] * share, y[1] * share), pack(y[2] * share, y[3] * share));
     }
-    done += THREADS;
+    done += WORKERS;
     cut = 0;
     top = NEGATIVE_INFINITY;
     total = y[0] = y[1] = y[2] = y[3] = 0.f;
@@ -330,7 +331,9 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         __threadfence();
         const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
                          row_capacity, cuts, queries, first, group, head, heads};
-        combine(at, (uint4*)k_tile, (float4*)q_tile, tid);
+        if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+        else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+        else combine<THREADS / 4>(at, (uint4*)k_tile, (float4*)q_tile, tid);
       }
     }
     BARRIER_BLOCK();
