@@ -45,7 +45,7 @@ def many_rows_tile(defines: dict[str, int]) -> int:
 def many_rows_shared(heads: Heads, defines: dict[str, int]) -> int:
     """Shared memory of one block of ``attend``, in bytes."""
     rows = many_rows_tile(defines) + 2 * defines["STAGES"] * heads.cut
-    return 2 * rows * heads.head_dim + _TABLE
+    return 2 * rows * heads.head_dim + _TABLE + 4 * MAX_BATCH
 
 
 def launcher(tools: Tools) -> Call:

@@ -86,15 +86,23 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
   let_next_start();
   wait_for_previous();
   const Sequences from = {starts, prefix_starts, prefix_lens, first_rows, row_counts, positions, position_offset};
-  for (int s = tid; s < batch; s += THREADS) {
-    Sequence a = load_sequence(from, s);
-    a.units = (a.rows * group + TILE - 1) / TILE;
-    about[s] = a;
+  // What takes longest comes first: the sequences that reach farthest, and of each its last rows.
+  // Every other round over the blocks goes backwards, so that who had most has least next.
+  int* ends = (int*)(about + MAX_BATCH);
+  Sequence mine;
+  if (tid < batch) {
+    mine = load_sequence(from, tid);
+    mine.units = (mine.rows * group + TILE - 1) / TILE;
+    ends[tid] = mine.position + mine.rows;
+  }
+  BARRIER_BLOCK();
+  if (tid < batch) {
+    int farther = 0;
+    for (int s = 0; s < batch; ++s) farther += ends[s] > ends[tid] || (ends[s] == ends[tid] && s < tid);
+    about[farther] = mine;
   }
   BARRIER_BLOCK();
 
-  // Of a sequence the last rows come first: they see most. Every other round over the blocks goes
-  // backwards, so that who had most has least next.
   int before = 0, s = 0;     // items of the sequences before s
   for (int round = 0;; ++round) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
