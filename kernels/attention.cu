@@ -10,153 +10,103 @@
 // neither on the rows beside it nor on the batch.
 // `position_offset` is added to every position: the steps of a draft loop share one buffer.
 //
-// -D: HEAD_DIM (64, 128, 256), TOKENS (64, 128).
-#include "prelude.cuh"
+// The order in which everything is summed up, and so the bits, is told in attention.cuh.
+// -D: see attention.cuh.
+#include "attention.cuh"
 
-#define WARPS 4
-#define THREADS (WARPS * 32)
-#define PIECES (HEAD_DIM / 8)           // 16-byte pieces of a row
-#define HALF_PER_LANE (HEAD_DIM / 64)   // elements of each half of a head that a lane embeds
-#define NTILES (TOKENS / WARPS / 8)     // 8-token score tiles of a warp
+#define NTILES (TOKENS / SLICES / 8)    // 8-token score tiles of a warp, whose tokens are a slice
 #define OUT_PIECES (PIECES / WARPS)     // output columns of a warp, in eights
-#define MAX_BATCH 64
-
-// Rows of 16-byte pieces, the piece's place scrambled by the row against bank conflicts.
-DEVICE elem* place(elem* base, int row, int piece, int pieces) {
-  return base + (row * pieces + (piece ^ (row & 7))) * 8;
-}
-
-// A lane's elements of one head row: l * HALF_PER_LANE + i of each half, as they were stored.
-struct Raw {
-  elem low[HALF_PER_LANE], high[HALF_PER_LANE];
-};
-DEVICE void load_raw(Raw& raw, const elem* from, int lane) {
-#pragma unroll
-  for (int i = 0; i < HALF_PER_LANE; ++i) {
-    raw.low[i] = load_fresh(from + lane * HALF_PER_LANE + i);
-    raw.high[i] = load_fresh(from + HEAD_DIM / 2 + lane * HALF_PER_LANE + i);
-  }
-}
-struct Turn {
-  float2 by[HALF_PER_LANE];
-};
-DEVICE void load_turn(Turn& turn, const float2* rope, int p, int lane) {
-#pragma unroll
-  for (int i = 0; i < HALF_PER_LANE; ++i)
-    turn.by[i] = rope[(size_t)p * (HEAD_DIM / 2) + lane * HALF_PER_LANE + i];
-}
-
-// One warp: a head row, normalised where `weight` is given and rotated, into row `to` of a tile
-// and, where `store` is given, to device memory.
-DEVICE void embed(const Raw& raw, const Turn& turn, const elem* weight, float eps, int lane,
-                  elem* tile, int row, elem* store) {
-  float low[HALF_PER_LANE], high[HALF_PER_LANE];
-  const int i0 = lane * HALF_PER_LANE;
-#pragma unroll
-  for (int i = 0; i < HALF_PER_LANE; ++i) {
-    low[i] = to_float(raw.low[i]);
-    high[i] = to_float(raw.high[i]);
-  }
-  if (weight) {
-    float s = 0.f;
-#pragma unroll
-    for (int i = 0; i < HALF_PER_LANE; ++i) s += low[i] * low[i] + high[i] * high[i];
-#pragma unroll
-    for (int m = 16; m > 0; m >>= 1) s += shuffle_xor(s, m);
-    const float scale = rsqrtf(s / (float)HEAD_DIM + eps);
-#pragma unroll
-    for (int i = 0; i < HALF_PER_LANE; ++i) {
-      low[i] = round_elem(to_float(weight[i0 + i]) * round_elem(low[i] * scale));
-      high[i] = round_elem(to_float(weight[HEAD_DIM / 2 + i0 + i]) * round_elem(high[i] * scale));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < HALF_PER_LANE; ++i) {
-    const float c = turn.by[i].x, s = turn.by[i].y;
-    const elem a = from_float(low[i] * c - high[i] * s), b = from_float(high[i] * c + low[i] * s);
-    const int x = i0 + i, y = x + HEAD_DIM / 2;
-    place(tile, row, x / 8, PIECES)[x % 8] = a;
-    place(tile, row, y / 8, PIECES)[y % 8] = b;
-    if (store) {
-      store[x] = a;
-      store[y] = b;
-    }
-  }
-}
-
 #define QUERIES_PER_WARP (16 / WARPS)
 #define NEW_AT_ONCE 2
 
 struct Cuts {   // where the partial results of one (sequence, KV head) lie and go
   const float* partial;
-  const float2* stats;
+  const float4* stats;
   elem* out;
   int first_item;
   size_t step;
   int row_capacity, cuts, queries, first_row, group, head, heads;
 };
 
-// Adds up the cuts in ascending order. A thread makes four columns of QUERIES rows at a time,
-// BATCH cuts on their way at once; neither number changes a bit.
-template <int QUERIES, int BATCH> DEVICE void combine(const Cuts& c, int tid) {
-  const int all = c.queries * (HEAD_DIM / 4);
-  for (int e0 = tid; e0 < all; e0 += QUERIES * THREADS) {
-    float top[QUERIES], total[QUERIES], y[QUERIES][4];
-    size_t at0[QUERIES];
-    int column[QUERIES];
+#define COLUMNS (HEAD_DIM / 4)          // threads that share a query, four columns each
+#define BATCH 4                         // cuts that are folded at a time
+#define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
+
+// Adds up the cuts in ascending order. While WORKERS threads fold, as many cuts as the room of keys
+// and values holds are on their way to each one's own part of it, also from one query to its next;
+// what their weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
+template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
+  constexpr int BATCHES = TOKENS * HEAD_DIM * 4 / (WORKERS * 16) / BATCH;
+  if (tid >= WORKERS) return;
+  const int all = c.queries * COLUMNS, lane = tid % 32, column = tid % COLUMNS * 4;
+  const bool leads = lane % COLUMNS == 0;
+  stat_room += tid / 32 * BATCHES * BATCH * QUERIES_A_WARP + lane / COLUMNS;
+  room += tid;
+  int asked = 0, asked_cut = 0, asked_slot = 0;     // asked, done: of `all`, by all workers
+  auto ask = [&] {
+    if (asked < all) {
+      const int q = min(asked + tid, all - 1) / COLUMNS;
+      const size_t at0 = (size_t)c.first_item * c.row_capacity + q;
 #pragma unroll
-    for (int n = 0; n < QUERIES; ++n) {
-      const int e = min(e0 + n * THREADS, all - 1);
-      column[n] = e % (HEAD_DIM / 4) * 4;
-      at0[n] = (size_t)c.first_item * c.row_capacity + e / (HEAD_DIM / 4);
-      top[n] = NEGATIVE_INFINITY;
-      total[n] = y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0.f;
+      for (int i = 0; i < BATCH; ++i) {
+        const size_t at = at0 + min(asked_cut + i, c.cuts - 1) * c.step;
+        copy16(room + (asked_slot + i) * WORKERS, c.partial + at * HEAD_DIM + column, true);
+        if (leads) copy16(stat_room + (asked_slot + i) * QUERIES_A_WARP, c.stats + at, true);
+      }
+      asked_cut += BATCH;
+      if (asked_cut >= c.cuts) asked_cut = 0, asked += WORKERS;
+      asked_slot = (asked_slot + BATCH) % (BATCHES * BATCH);
     }
-    for (int i0 = 0; i0 < c.cuts; i0 += BATCH) {
-      float peak[QUERIES][BATCH], sum[QUERIES][BATCH];
-      uint4 v[QUERIES][BATCH];
+    copy_commit();
+  };
+  for (int batch = 0; batch < BATCHES; ++batch) ask();
+
+  float top = NEGATIVE_INFINITY, total = 0.f, y[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int done = 0, cut = 0, slot = 0; done < all; slot = (slot + BATCH) % (BATCHES * BATCH)) {
+    float4 stats[BATCH];
+    uint4 v[BATCH];
+    copy_wait<BATCHES - 1>();
+    BARRIER_WARP();
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-#pragma unroll
-        for (int n = 0; n < QUERIES; ++n) {
-          const size_t at = at0[n] + min(i0 + i, c.cuts - 1) * c.step;
-          peak[n][i] = load_fresh((const float*)(c.stats + at));
-          sum[n][i] = load_fresh((const float*)(c.stats + at) + 1);
-          v[n][i] = load_fresh((const uint4*)(c.partial + at * HEAD_DIM + column[n]));
-        }
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-        if (i0 + i < c.cuts)
-#pragma unroll
-          for (int n = 0; n < QUERIES; ++n) {
-            const float higher = fmaxf(top[n], peak[n][i]);
-            const float base = higher == NEGATIVE_INFINITY ? 0.f : higher;
-            const float old = exp2_fast(top[n] - base), weight = exp2_fast(peak[n][i] - base);
-            top[n] = higher;
-            total[n] = fmaf(total[n], old, weight * sum[n][i]);
-            y[n][0] = fmaf(y[n][0], old, weight * __uint_as_float(v[n][i].x));
-            y[n][1] = fmaf(y[n][1], old, weight * __uint_as_float(v[n][i].y));
-            y[n][2] = fmaf(y[n][2], old, weight * __uint_as_float(v[n][i].z));
-            y[n][3] = fmaf(y[n][3], old, weight * __uint_as_float(v[n][i].w));
-          }
+    for (int i = 0; i < BATCH; ++i) {
+      stats[i] = stat_room[(slot + i) * QUERIES_A_WARP];
+      v[i] = room[(slot + i) * WORKERS];
     }
+    BARRIER_WARP();
+    ask();
 #pragma unroll
-    for (int n = 0; n < QUERIES; ++n) {
-      const int e = e0 + n * THREADS, q = e / (HEAD_DIM / 4);
-      if (e >= all) continue;
+    for (int i = 0; i < BATCH; ++i)
+      if (cut + i < c.cuts) {
+        const Fold f = fold(top, stats[i].x);
+        total = folded(total, stats[i].y, f);
+        y[0] = folded(y[0], __uint_as_float(v[i].x), f);
+        y[1] = folded(y[1], __uint_as_float(v[i].y), f);
+        y[2] = folded(y[2], __uint_as_float(v[i].z), f);
+        y[3] = folded(y[3], __uint_as_float(v[i].w), f);
+      }
+    cut += BATCH;
+    if (cut < c.cuts) continue;
+    const int q = (done + tid) / COLUMNS;
+    if (done + tid < all) {
       const size_t row = (size_t)(c.first_row + q / c.group) * c.heads + c.head * c.group + q % c.group;
-      *(uint2*)(c.out + row * HEAD_DIM + column[n]) =
-          make_uint2(pack(y[n][0] / total[n], y[n][1] / total[n]), pack(y[n][2] / total[n], y[n][3] / total[n]));
+      const float share = 1.f / total;
+      *(uint2*)(c.out + row * HEAD_DIM + column) =
+          make_uint2(pack(y[0] * share, y[1] * share), pack(y[2] * share, y[3] * share));
     }
+    done += WORKERS;
+    cut = 0;
+    top = NEGATIVE_INFINITY;
+    total = y[0] = y[1] = y[2] = y[3] = 0.f;
   }
 }
 
 ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     attention(const elem* __restrict__ qkv, elem* keys, elem* values, elem* __restrict__ out,
-              const int* starts, const int* first_rows, const int* row_counts,
-              const int* positions, int position_offset, const float2* __restrict__ rope,
+              const int* starts, const int* prefix_starts, const int* prefix_lens,
+              const int* first_rows, const int* row_counts, const int* positions,
+              int position_offset, const float2* __restrict__ rope,
               const elem* __restrict__ q_norm, const elem* __restrict__ k_norm, float eps,
-              float* partial, float2* partial_stats, int* counters, int batch, int heads,
+              float* partial, float4* partial_stats, int* counters, int batch, int heads,
               int kv_heads, int row_capacity, int window, int ring, float scale) {
   DYNAMIC_SHARED(memory);
   elem* k_tile = (elem*)memory;
@@ -164,39 +114,33 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
   elem* q_tile = v_tile + TOKENS * HEAD_DIM;
   elem* p_tile = q_tile + 16 * HEAD_DIM;
   float* tile_max = (float*)(p_tile + 16 * TOKENS);     // [WARPS][16]
-  float* tile_sum = tile_max + WARPS * 16;
-  int* about = (int*)(tile_sum + WARPS * 16);           // [MAX_BATCH][5]
-  int* flag = about + MAX_BATCH * 5;
+  float4* tile_sum = (float4*)(tile_max + WARPS * 16);  // [WARPS][16], a lane t each
+  Sequence* about = (Sequence*)(tile_sum + WARPS * 16); // [MAX_BATCH], units: cuts
+  int* flag = (int*)(about + MAX_BATCH);
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
   const int group = heads / kv_heads, stride = (heads + 2 * kv_heads) * HEAD_DIM;
 
   let_next_start();
+  const Sequences from = {starts, prefix_starts, prefix_lens, first_rows, row_counts, positions, position_offset};
   for (int s = tid; s < batch; s += THREADS) {
-    const int rows = load_fresh(row_counts + s), p = load_fresh(positions + s) + position_offset;
-    const int first = load_fresh(first_rows + s), start = load_fresh(starts + s);
-    const int low = window > 0 ? max(0, p - window + 1) : 0;
-    about[s * 5] = rows > 0 ? (p + rows - 1) / TOKENS - low / TOKENS + 1 : 0;
-    about[s * 5 + 1] = rows;
-    about[s * 5 + 2] = p;
-    about[s * 5 + 3] = first;
-    about[s * 5 + 4] = start;
+    Sequence a = load_sequence(from, s);
+    const int low = first_seen(a.position, window);
+    a.units = a.rows > 0 ? (a.position + a.rows - 1) / TOKENS - low / TOKENS + 1 : 0;
+    about[s] = a;
   }
   BARRIER_BLOCK();
 
   bool waited = false;
   int before = 0, s = 0;     // items of the sequences before s
   for (int item = blockIdx.x;; item += gridDim.x) {
-    while (s < batch && item >= before + about[s * 5] * kv_heads) before += about[s++ * 5] * kv_heads;
+    while (s < batch && item >= before + about[s].units * kv_heads) before += about[s++].units * kv_heads;
     if (s >= batch) break;
-    const int cuts = about[s * 5], head = (item - before) % kv_heads, cut = (item - before) / kv_heads;
-    const int rows = about[s * 5 + 1], position = about[s * 5 + 2];
-    const int first = about[s * 5 + 3], start = about[s * 5 + 4];
-    const int low = window > 0 ? max(0, position - window + 1) : 0;
-    const int begin = (low / TOKENS + cut) * TOKENS, end = position + rows;
+    const Sequence own = about[s];
+    const int cuts = own.units, head = (item - before) % kv_heads, cut = (item - before) / kv_heads;
+    const int rows = own.rows, position = own.position, first = own.first;
+    const int begin = (first_seen(position, window) / TOKENS + cut) * TOKENS, end = position + rows;
     const int queries = rows * group;
-    auto arena_at = [&](int p) {
-      return ((size_t)(start + (ring > 0 ? p % ring : p)) * kv_heads + head) * HEAD_DIM;
-    };
+    auto arena_at = [&](int p) { return ((size_t)slot_of(own, ring, p) * kv_heads + head) * HEAD_DIM; };
     auto query_at = [&](int q) {
       return qkv + (size_t)(first + q / group) * stride + (head * group + q % group) * HEAD_DIM;
     };
@@ -227,23 +171,23 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     waited = true;
 
     // All that the projection made is asked for before the first of it is used.
-    Raw q_raw[QUERIES_PER_WARP];
+    HeadRow q_raw[QUERIES_PER_WARP];
     auto load_queries = [&](int m0) {
 #pragma unroll
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
-        load_raw(q_raw[j], query_at(min(m0 + warp + j * WARPS, queries - 1)), lane);
+        load_row(q_raw[j], query_at(min(m0 + warp + j * WARPS, queries - 1)), lane);
     };
     load_queries(0);
 
     // New tokens of this cut: embed, keep for this item, store in the arena.
     for (int p0 = new_begin + warp; p0 < new_end; p0 += WARPS * NEW_AT_ONCE) {
-      Raw k_raw[NEW_AT_ONCE], v_raw[NEW_AT_ONCE];
+      HeadRow k_raw[NEW_AT_ONCE], v_raw[NEW_AT_ONCE];
 #pragma unroll
       for (int j = 0; j < NEW_AT_ONCE; ++j) {
         const int p = min(p0 + j * WARPS, new_end - 1);
         const elem* row = qkv + (size_t)(first + p - position) * stride;
-        load_raw(k_raw[j], row + (heads + head) * HEAD_DIM, lane);
-        load_raw(v_raw[j], row + (heads + kv_heads + head) * HEAD_DIM, lane);
+        load_row(k_raw[j], row + (heads + head) * HEAD_DIM, lane);
+        load_row(v_raw[j], row + (heads + kv_heads + head) * HEAD_DIM, lane);
         if (p0 != new_begin + warp) load_turn(k_turn[j], rope, p, lane);
       }
 #pragma unroll
@@ -251,13 +195,11 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         const int p = p0 + j * WARPS, token = p - begin;
         if (p >= new_end) continue;
         const size_t at = arena_at(p);
-        embed(k_raw[j], k_turn[j], k_norm, eps, lane, k_tile, token, keys + at);
-#pragma unroll
-        for (int i = 0; i < HALF_PER_LANE; ++i) {
-          const int x = lane * HALF_PER_LANE + i, y = x + HEAD_DIM / 2;
-          place(v_tile, token, x / 8, PIECES)[x % 8] = values[at + x] = v_raw[j].low[i];
-          place(v_tile, token, y / 8, PIECES)[y % 8] = values[at + y] = v_raw[j].high[i];
-        }
+        const HeadRow key = embedded(k_raw[j], k_turn[j], k_norm, eps, lane);
+        place_row(key, k_tile, token, lane);
+        store_row(key, keys + at, lane);
+        place_row(v_raw[j], v_tile, token, lane);
+        store_row(v_raw[j], values + at, lane);
       }
     }
 
@@ -269,7 +211,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
       // Rows beyond the last query repeat it; their results are dropped.
 #pragma unroll
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
-        embed(q_raw[j], q_turn[j], q_norm, eps, lane, q_tile, warp + j * WARPS, nullptr);
+        place_row(embedded(q_raw[j], q_turn[j], q_norm, eps, lane), q_tile, warp + j * WARPS, lane);
       copy_wait<0>();
       BARRIER_BLOCK();
 
@@ -298,8 +240,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         for (int i = 0; i < 4; ++i) {
           const int q = m0 + g + (i >> 1) * 8, at = position + q / group;
           const int p = begin + warp * (TOKENS / WARPS) + n * 8 + 2 * t + (i & 1);
-          const bool seen = q < queries && p <= at && (window <= 0 || p > at - window);
-          c[n][i] = seen ? c[n][i] * scale : NEGATIVE_INFINITY;
+          if (!sees(at, p, window)) c[n][i] = NEGATIVE_INFINITY;
           top[i >> 1] = fmaxf(top[i >> 1], c[n][i]);
         }
 #pragma unroll
@@ -309,30 +250,27 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         if (t == 0) tile_max[warp * 16 + h * 8 + g] = top[h];
       }
       BARRIER_BLOCK();
-      float sum[2] = {0.f, 0.f};
+      float sum[2] = {0.f, 0.f}, peak[2], base[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         top[h] = tile_max[h * 8 + g];
 #pragma unroll
         for (int i = 1; i < WARPS; ++i) top[h] = fmaxf(top[h], tile_max[i * 16 + h * 8 + g]);
+        peak[h] = peak_of(top[h], scale);
+        base[h] = base_of(peak[h]);
       }
 #pragma unroll
       for (int n = 0; n < NTILES; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const bool none = top[h] == NEGATIVE_INFINITY;
-          const float x = none ? 0.f : exp2_fast(c[n][h * 2] - top[h]);
-          const float y = none ? 0.f : exp2_fast(c[n][h * 2 + 1] - top[h]);
+          const float x = weight_of(c[n][h * 2], scale, base[h]);
+          const float y = weight_of(c[n][h * 2 + 1], scale, base[h]);
           sum[h] += x + y;
           const int column = warp * (TOKENS / WARPS) + n * 8 + 2 * t;
           *(u32*)(place(p_tile, h * 8 + g, column / 8, TOKENS / 8) + column % 8) = pack(x, y);
         }
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[h] += shuffle_xor(sum[h], 1);
-        sum[h] += shuffle_xor(sum[h], 2);
-        if (t == 0) tile_sum[warp * 16 + h * 8 + g] = sum[h];
-      }
+      for (int h = 0; h < 2; ++h) ((float*)(tile_sum + warp * 16 + h * 8 + g))[t] = sum[h];
       BARRIER_BLOCK();
 
       // Values: each warp HEAD_DIM / WARPS columns of all tokens.
@@ -356,17 +294,22 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
       for (int h = 0; h < 2; ++h) {
         const int q = m0 + h * 8 + g;
         if (q >= queries) continue;
-        float total = 0.f;
+        float4 sums = tile_sum[h * 8 + g];
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) total += tile_sum[i * 16 + h * 8 + g];
+        for (int i = 1; i < WARPS; ++i) {
+          const float4 next = tile_sum[i * 16 + h * 8 + g];
+          sums.x += next.x, sums.y += next.y, sums.z += next.z, sums.w += next.w;
+        }
+        const float total = (sums.x + sums.y) + (sums.z + sums.w);
         if (cuts == 1) {
+          const float share = 1.f / total;
           elem* to = out + (size_t)(first + q / group) * heads * HEAD_DIM + (head * group + q % group) * HEAD_DIM;
 #pragma unroll
           for (int n = 0; n < OUT_PIECES; ++n)
-            *(u32*)(to + (warp * OUT_PIECES + n) * 8 + 2 * t) = pack(o[n][h * 2] / total, o[n][h * 2 + 1] / total);
+            *(u32*)(to + (warp * OUT_PIECES + n) * 8 + 2 * t) = pack(o[n][h * 2] * share, o[n][h * 2 + 1] * share);
         } else {
           const size_t at = (size_t)item * row_capacity + q;
-          if (warp == 0 && t == 0) partial_stats[at] = make_float2(top[h], total);
+          if (warp == 0 && t == 0) partial_stats[at] = make_float4(peak[h], total, 0.f, 0.f);
 #pragma unroll
           for (int n = 0; n < OUT_PIECES; ++n)
             *(float2*)(partial + at * HEAD_DIM + (warp * OUT_PIECES + n) * 8 + 2 * t) =
@@ -388,8 +331,9 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
         __threadfence();
         const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
                          row_capacity, cuts, queries, first, group, head, heads};
-        if (queries * (HEAD_DIM / 4) <= THREADS) combine<1, 8>(at, tid);
-        else combine<2, 4>(at, tid);
+        if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+        else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+        else combine<THREADS / 4>(at, (uint4*)k_tile, (float4*)q_tile, tid);
       }
     }
     BARRIER_BLOCK();

@@ -10,6 +10,8 @@ from torch import Tensor
 
 MAX_BATCH = 64
 HEAD_DIMS = (64, 128, 256)
+FEW_ROWS = 32
+"""Up to so many rows of one sequence the work is cut along the KV, beyond along the rows too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Heads:
 class Work:
     """Scratch memory: partial results of the cuts, and how many of them are done.
 
-    ``partial`` [capacity, head_dim], ``stats`` [capacity, 2], float32; ``arrived`` int32, zero
+    ``partial`` [capacity, head_dim], ``stats`` [capacity, 4], float32; ``arrived`` int32, zero
     between calls. ``capacity`` counts query rows of cuts, see ``need``.
     """
 
@@ -51,7 +53,7 @@ class Work:
         """Room for ``capacity`` query rows of cuts."""
         return cls(
             torch.zeros(capacity * heads.head_dim, device=device),
-            torch.zeros(capacity * 2, device=device),
+            torch.zeros(capacity * 4, device=device),
             torch.zeros(MAX_BATCH * heads.kv_heads, device=device, dtype=torch.int32),
             capacity,
         )
@@ -62,7 +64,14 @@ class Work:
         return self.partial.nbytes + self.stats.nbytes + self.arrived.nbytes
 
 
+def many(rows: int) -> bool:
+    """Whether ``rows`` (the most of one sequence) are too many to cut the work along the KV."""
+    return rows > FEW_ROWS
+
+
 def need(heads: Heads, ends: Iterable[int], rows: int) -> int:
     """Query rows of cuts that a call takes: sequences that end at positions ``ends``, and at
-    most ``rows`` rows of one sequence (all get room for as many)."""
+    most ``rows`` rows of one sequence (all get room for as many). Many rows take none."""
+    if many(rows):
+        return 0
     return sum(-(-end // heads.cut) for end in ends) * heads.heads * rows

@@ -45,24 +45,25 @@ class EmulatedCompiler:
 
     def __init__(self, folder: Path, arch: int = 90) -> None:
         self.folder, self.arch, self.chip, self.late = folder, arch, arch, 1
+        self.sources = SOURCES
 
     def kernel(
         self, name: str, entry: str, defines: Mapping[str, int], *, threads: int, shared: int
     ) -> EmulatedKernel:
-        source = (SOURCES / f"{name}.cu").read_text()
+        source = (self.sources / f"{name}.cu").read_text()
         found = re.search(rf"\b{entry}\(([^)]*)\)\s*\{{", source)
         assert found is not None, entry
         parameters = [p.strip() for p in found[1].split(",")]
         names = [re.split(r"[\s*]+", p)[-1] for p in parameters]
         text = (
-            f'#include "{HERE / "emulation.h"}"\n#include "{SOURCES / name}.cu"\n'
+            f'#include "{HERE / "emulation.h"}"\n#include "{self.sources / name}.cu"\n'
             f'extern "C" void run(int gx, int gy, int threads, int shared, int late, '
             f"{', '.join(parameters)}) {{\n"
             f"  auto body = [&] {{ {entry}({', '.join(names)}); }};\n"
             f"  run_grid(gx, gy, threads, shared, late, body);\n}}\n"
         )
         flags = [f"-D{k}={v}" for k, v in {**defines, "ARCH": self.arch}.items()]
-        included = [*sorted(SOURCES.glob("*.cuh")), HERE / "emulation.h"]
+        included = [*sorted(self.sources.glob("*.cuh")), HERE / "emulation.h"]
         headers = "".join(p.read_text() for p in included)
         key = hashlib.sha256((text + source + headers + str(flags)).encode()).hexdigest()[:16]
         library = self.folder / f"{name}-{key}.so"
@@ -82,13 +83,14 @@ class EmulatedCompiler:
         own, columns = matrix.shape
         return torch.tensor([matrix.data_ptr(), columns, own, rows])
 
-    @staticmethod
-    def _compile(text: str, flags: Sequence[str], library: Path) -> None:
+    def _compile(self, text: str, flags: Sequence[str], library: Path) -> None:
         unit, made = library.with_suffix(".cpp"), library.with_suffix(".part")
         unit.write_text(text)
         # Most of these run for less time than more optimisation would take.
         command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE"]
-        subprocess.run([*command, *flags, f"-I{SOURCES}", str(unit), "-o", str(made)], check=True)
+        subprocess.run(
+            [*command, *flags, f"-I{self.sources}", str(unit), "-o", str(made)], check=True
+        )
         made.rename(library)
 
 

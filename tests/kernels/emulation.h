@@ -30,6 +30,7 @@ struct float4 { float x, y, z, w; };
 struct dim3_ { int x, y, z; };
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 template <typename V> static inline V max(V a, V b) { return a < b ? b : a; }
 template <typename V> static inline V min(V a, V b) { return b < a ? b : a; }
@@ -277,6 +278,7 @@ static inline float exp2_fast(float x) { return exp2f(x); }
 #define __expf expf
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
 static inline void __threadfence() {}
 static inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }

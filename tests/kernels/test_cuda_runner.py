@@ -90,6 +90,23 @@ def test_logits_agree_with_the_plain_runner_and_do_not_depend_on_the_cut(runners
 
 
 @torch.inference_mode()
+def test_a_branch_goes_on_as_if_it_owned_the_prefix(runners):
+    _, kernels = runners()
+    tokens = torch.randint(0, VOCAB, (50,)).tolist()
+    alone = logits_of(kernels, tokens, [40, 10])
+    owner = kernels.arena.admit(60)
+    kernels.forward([Span(owner, 0, tokens[:40], 0)])
+    branches = [kernels.share(owner, 37, 60) for _ in range(2)]
+    assert all(branch.parent is owner for branch in branches)
+    spans = [Span(branch, 37, tokens[37:50], 13) for branch in branches]
+    assert torch.equal(kernels.forward(spans), alone[37:].repeat(2, 1))
+    kernels.forward([Span(owner, 40, tokens[40:], 0)])
+    last = [Span(one, 50, [7], 1) for one in (owner, *branches)]
+    first, *others = kernels.propose(last, [Decoding()] * 3, [4] * 3)
+    assert others == [first, first] and len(first) == 4
+
+
+@torch.inference_mode()
 def test_long_spans_may_take_the_librarys_products(runners):
     plain, kernels = runners(exact=False)
     tokens = torch.randint(0, VOCAB, (90,)).tolist()

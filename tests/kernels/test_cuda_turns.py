@@ -135,7 +135,9 @@ class Grant:
     def __init__(
         self, sides: Any, prompts: list[list[int]], new: int, k: int, decoding: Decoding,
         *, rounds: int = 100, number: int = 1, stops: tuple[int, ...] = (),
-        patience: float = PATIENCE, ids: list[int] | None = None) -> None:  # fmt: skip
+        patience: float = PATIENCE, ids: list[int] | None = None, shared: int = 0,
+    ) -> None:  # fmt: skip
+        """``shared``: so many tokens of all prompts are the same and taken in once."""
         self.sides, self.logs, self.seen = sides, [list(one) for one in prompts], {}
         self.reports: list[pb.VerifyResponse] = []
         self.draft_end: pb.GrantEnd | None = None
@@ -144,12 +146,21 @@ class Grant:
         granted = [
             pb.GrantedSequence(k=k, limit=len(one) + new, stop_token_ids=stops) for one in prompts
         ]
+        prefix, parent = tuple(prompts[0][:shared]), 60 if shared else None
+        for side in (sides.verify, sides.draft):
+            if shared:
+                side.session.open(OpenSequence(60, 1, shared + 1, decoding))
+        if shared:
+            taken = sides.verify.session.round([VerifyItem(60, 1, 0, prefix, extend_only=True)])
+            assert not taken.refusals
+            assert not sides.draft.session.round([ProposeItem(60, 1, 0, prefix, 0)]).refusals
         for side in (sides.verify, sides.draft):
             for i, prompt in zip(ids, prompts, strict=True):
                 own = replace(decoding, prompt_len=len(prompt), seed=decoding.seed + i)
-                side.session.open(OpenSequence(i, 1, len(prompt) + new + 8, own))
+                room = len(prompt) + new + 8
+                side.session.open(OpenSequence(i, 1, room, own, parent, shared))
         self.heads = [
-            VerifyItem(i, 1, 0, tuple(p[:-1]), extend_only=True)
+            VerifyItem(i, 1, shared, tuple(p[shared:-1]), extend_only=True)
             for i, p in zip(ids, prompts, strict=True)
         ]
         assert not sides.verify.session.round(self.heads).refusals
@@ -167,7 +178,9 @@ class Grant:
                 sequence_id=i, epoch=1, base_len=len(p) - 1, append=p[-1:]
             )
             # The draft has seen nothing yet.
-            self.asked["draft"].items.add(sequence_id=i, epoch=1, base_len=0, append=p, k=k)
+            self.asked["draft"].items.add(
+                sequence_id=i, epoch=1, base_len=shared, append=p[shared:], k=k
+            )
         self.controls = {kind: Control(self.grant) for kind in ("verify", "draft")}
         self.after_round: Callable[[int], None] = lambda step: None
         self.threads = [
@@ -252,6 +265,18 @@ def test_turns_write_what_the_base_writes_alone(sides: Any, rule: str, k: int, c
         assert accepted == proposed  # the draft's KV was right in every turn
     else:
         assert accepted < proposed
+
+
+def test_turns_go_on_from_a_prefix_that_sequences_share(sides: Any) -> None:
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5, 3, 5]]
+    made = Grant(sides, prompts, 16, 3, Decoding(), shared=5).run()
+    assert made.end.reason == pb.GRANT_END_REASON_STOPPED, (made.end, made.draft_end)
+    for side in (sides.verify, sides.draft):
+        assert side.engine.runner.arena.used < 5 + 1 + sum(len(p) + 24 for p in prompts)
+    for log, prompt in zip(made.logs, prompts, strict=True):
+        own = replace(Decoding(), prompt_len=len(prompt))
+        assert log == alone(sides.verify.engine, prompt, 16, own)[: len(log)]
+        assert len(log) > len(prompt)
 
 
 def goes_on(sides: Any, made: Grant, k: int) -> None:

@@ -30,7 +30,8 @@ class Batch:
     """Where the rows of a forward stand: int32 tensors on the device.
 
     ``tokens`` [rows]; ``starts`` [pools, sequences], first slot of each extent; per sequence
-    ``first_rows``, ``row_counts`` (0: not there), ``positions`` (of its first row).
+    ``first_rows``, ``row_counts`` (0: not there), ``positions`` (of its first row). For branches:
+    ``prefix_starts`` [pools, sequences], first slot of the parent; ``prefix_lens`` (0: none).
     """
 
     tokens: Tensor
@@ -38,6 +39,8 @@ class Batch:
     first_rows: Tensor
     row_counts: Tensor
     positions: Tensor
+    prefix_starts: Tensor | None = None
+    prefix_lens: Tensor | None = None
 
 
 def resolve_all(
@@ -123,13 +126,15 @@ class Forward:
         self, layer: int, batch: Batch, sequences: int, queries: int, offset: int = 0
     ) -> None:
         """Attention of the rows over the arena; appends their keys and values."""
-        w = self.weights.layers[layer]
+        w, prefixes = self.weights.layers[layer], batch.prefix_starts
         self.calls["attention"](
             qkv=self._qkv,
             keys=w.keys,
             values=w.values,
             out=self._attended,
             starts=batch.starts[w.pool],
+            prefix_starts=None if prefixes is None else prefixes[w.pool],
+            prefix_lens=batch.prefix_lens,
             first_rows=batch.first_rows,
             row_counts=batch.row_counts,
             positions=batch.positions,

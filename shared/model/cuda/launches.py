@@ -26,7 +26,7 @@ from outrider.shared.model.cuda.passes import (
     row_size,
 )
 from outrider.shared.model.cuda.rejection import Draws, draws
-from outrider.shared.model.cuda.step import batch_of, draft, numbers, signed
+from outrider.shared.model.cuda.step import batch_of, draft, numbers, place, signed
 from outrider.shared.model.runner import Span
 
 
@@ -172,8 +172,7 @@ class Launches:
         for s, span in enumerate(spans):
             count = len(span.tokens)
             host["tokens"][row : row + count] = span.tokens
-            for pool, (start, _) in enumerate(span.extent.places):
-                host["starts"][pool, s] = start
+            place(host, s, span.extent)
             host["first_rows"][s] = row
             host["row_counts"][s] = count
             host["positions"][s] = span.start

@@ -4,7 +4,7 @@ Every forward is a chain of kernels (``forward``); one of up to 512 rows is capt
 graph the second time its sizes are asked for. The graph begins with the one copy that brings
 the step's numbers and ends with the one that takes its tokens back, so a round is one launch
 and one wait. A row's logits are the same bits whatever else is in the batch: see
-docs/numerics.md. What the chain can't do (branches of an extent) goes the way of LlamaRunner.
+docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention_shapes import need
-from outrider.kernels.linear_shapes import FEW_ROWS
+from outrider.kernels.attention_shapes import FEW_ROWS, need
+from outrider.kernels.linear_shapes import FEW_ROWS as FEW_LINEAR_ROWS
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
 from outrider.shared.core.model_facts import ModelFacts
@@ -58,8 +58,6 @@ _PASS_SHARE = 1 / 64
 
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
-
-    reads_branches = False  # the kernels read one extent a sequence
 
     def __init__(
         self,
@@ -120,8 +118,8 @@ class CudaRunner(LlamaRunner):
     # -- forwards ----------------------------------------------------------------------------
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
-        long = not self._exact and any(len(span.tokens) > FEW_ROWS for span in spans)
-        if long or any(span.extent.parent is not None for span in spans):
+        long = not self._exact and any(len(span.tokens) > FEW_LINEAR_ROWS for span in spans)
+        if long:
             return super()._forward(spans)
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
@@ -158,9 +156,7 @@ class CudaRunner(LlamaRunner):
             return None
         limit = self.arena.max_rows
         if any(
-            span.extent.parent is not None
-            or span.wanted > HEAD_ROWS
-            or (limit is not None and len(span.tokens) > limit)
+            span.wanted > HEAD_ROWS or (limit is not None and len(span.tokens) > limit)
             for span in spans
         ):
             return None
@@ -188,7 +184,7 @@ class CudaRunner(LlamaRunner):
         drawn = [span for span, k in zip(spans, ks, strict=True) if k > 0]
         if not asked or max(ks) > self._max_k or not all(simple(decodings[i]) for i in asked):
             return None
-        if any(span.extent.parent is not None for span in spans) or len(asked) > MAX_SEQUENCES:
+        if len(asked) > MAX_SEQUENCES:
             return None
         limit = self.arena.max_rows
         if limit is not None and max(ks) + 1 > limit:
@@ -228,8 +224,6 @@ class CudaRunner(LlamaRunner):
         """Whether one pass takes all spans."""
         if not 0 < rows <= HEAD_ROWS or len(spans) > MAX_SEQUENCES:
             return False
-        if any(span.extent.parent is not None for span in spans):
-            return False
         limit = self.arena.max_rows
         longest = max(len(span.tokens) for span in spans)
         if limit is not None and longest > limit:
@@ -246,7 +240,7 @@ class CudaRunner(LlamaRunner):
         """
         arena = self.arena
         progress("compiling kernels for prompts")
-        for count in (FEW_ROWS + 1, GRAPH_ROWS + 1):
+        for count in (FEW_LINEAR_ROWS + 1, GRAPH_ROWS + 1):
             if count <= min(arena.largest_free, arena.max_rows or count, self.places(count)):
                 extent = arena.admit(count)
                 try:

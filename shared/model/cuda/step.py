@@ -3,8 +3,13 @@ that a step needs, and the draft's chain of forwards."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from outrider.shared.kv.arena import Extent
 from outrider.shared.model.cuda.forward import Batch, Forward
 from outrider.shared.model.cuda.inputs import Field
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES
@@ -17,6 +22,8 @@ def numbers(pools: int, steps: int, rows: int = HEAD_ROWS) -> list[Field]:
         Field("seeds", (HEAD_ROWS,), "l"),
         Field("tokens", (rows,)),
         Field("starts", (pools, MAX_SEQUENCES)),
+        Field("prefix_starts", (pools, MAX_SEQUENCES)),
+        Field("prefix_lens", (MAX_SEQUENCES,)),
         Field("first_rows", (MAX_SEQUENCES,)),
         Field("row_counts", (MAX_SEQUENCES,)),
         Field("positions", (MAX_SEQUENCES,)),
@@ -29,10 +36,25 @@ def numbers(pools: int, steps: int, rows: int = HEAD_ROWS) -> list[Field]:
     ]
 
 
+def place(host: dict[str, NDArray[np.generic]], s: int, extent: Extent) -> None:
+    """Writes where the KV of sequence ``s`` lies to ``numbers`` on the host."""
+    host["prefix_lens"][s] = extent.prefix_len
+    for pool, (start, _) in enumerate(extent.places):
+        host["starts"][pool, s] = start
+        if extent.parent is not None:
+            host["prefix_starts"][pool, s] = extent.parent.places[pool][0]
+
+
 def batch_of(own: dict[str, Tensor]) -> Batch:
     """Where the rows stand, by ``numbers`` on the device."""
     return Batch(
-        own["tokens"], own["starts"], own["first_rows"], own["row_counts"], own["positions"]
+        own["tokens"],
+        own["starts"],
+        own["first_rows"],
+        own["row_counts"],
+        own["positions"],
+        own["prefix_starts"],
+        own["prefix_lens"],
     )
 
 
@@ -57,8 +79,12 @@ def draft(
             step.head(sequences, picks)
         else:
             # Its row stands j - 1 after the position that the first proposed token is for.
-            batch = Batch(
-                chosen[j - 1], own["starts"], iota, own["active"][j], own["noise_positions"]
+            batch = replace(
+                batch_of(own),
+                tokens=chosen[j - 1],
+                first_rows=iota,
+                row_counts=own["active"][j],
+                positions=own["noise_positions"],
             )
             step.run(batch, sequences, sequences, 1, offset=j - 1)
         step.choose(

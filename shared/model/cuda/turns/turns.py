@@ -28,7 +28,7 @@ from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, bucket
-from outrider.shared.model.cuda.step import numbers
+from outrider.shared.model.cuda.step import numbers, place
 from outrider.shared.model.cuda.support import simple
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
 
@@ -95,10 +95,11 @@ class Turns(ABC):
         for one in sequences:
             if not simple(one.decoding):
                 return "a sequence's tokens are not chosen by temperature and noise alone"
-            if one.extent.parent is not None:
-                return "a sequence shares another one's prefix"
             if one.committed_len < 2:
                 return "a sequence has a single token"
+            # The draft's first row of a turn may write again what it has.
+            if one.committed_len - 2 < one.extent.prefix_len:
+                return "a turn would write to the prefix that a sequence shares"
             if one.limit + steps > one.extent.capacity:
                 return f"a sequence may reach {one.limit} of {one.extent.capacity} places"
         ends = [one.limit + steps for one in sequences]
@@ -126,8 +127,7 @@ class Turns(ABC):
             while not rehearsed.reached():  # the upload still reads what is written next
                 time.sleep(_LOOK_SECONDS)
         for s, one in enumerate(sequences):
-            for pool, (first, _) in enumerate(one.extent.places):
-                host["starts"][pool, s] = first
+            place(host, s, one.extent)
             host["committed"][s], host["pending"][s] = one.committed_len, one.pending
             host["limits"][s], host["ks"][s] = one.limit, one.k
             self._place(s, one)
