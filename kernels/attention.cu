@@ -4,8 +4,8 @@
 // Each sequence brings `rows` query rows at positions position .. position + rows - 1; their
 // q, k, v come raw from the projection. KV is cut at fixed multiples of TOKENS positions. One
 // work item = (sequence, TOKENS positions, KV head): it embeds and stores the new keys and
-// values that fall into its cut, attends all query rows of its head group to the cut, and
-// the last item of a (sequence, KV head) to finish combines the cuts in ascending order.
+// values that fall into its cut, attends all query rows of its head group to the cut, and the
+// last item of a span of cuts to finish folds them together; so does the last span with the spans.
 // A cut that a row may not see adds exactly nothing (weight 0), so a row's bits depend
 // neither on the rows beside it nor on the batch.
 // `position_offset` is added to every position: the steps of a draft loop share one buffer.
@@ -19,20 +19,24 @@
 #define QUERIES_PER_WARP (16 / WARPS)
 #define NEW_AT_ONCE 2
 
-struct Cuts {   // where the partial results of one (sequence, KV head) lie and go
-  const float* partial;
-  const float4* stats;
+// Where the partial results of one (sequence, KV head) lie and go. Of its cuts, those at `from`,
+// `from` + `stride`, ... (0 where that is below) are folded: the cuts of a span, whose result then
+// replaces that of its first cut; or (`spans`) these results. `last`: what comes out is the end.
+struct Cuts {
+  float* partial;
+  float4* stats;      // peak and sum of a cut's weights; then of its span's
   elem* out;
   int first_item;
   size_t step;
-  int row_capacity, cuts, queries, first_row, group, head, heads;
+  int row_capacity, from, stride, count, queries, first_row, group, head, heads;
+  bool spans, last;
 };
 
 #define COLUMNS (HEAD_DIM / 4)          // threads that share a query, four columns each
 #define BATCH 4                         // cuts that are folded at a time
 #define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
 
-// Adds up the cuts in ascending order. While WORKERS threads fold, as many cuts as the room of keys
+// Folds cuts, or spans, in ascending order. While WORKERS threads fold, as many cuts as the room of keys
 // and values holds are on their way to each one's own part of it, also from one query to its next;
 // what their weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
 template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
@@ -43,18 +47,19 @@ template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* s
   stat_room += tid / 32 * BATCHES * BATCH * QUERIES_A_WARP + lane / COLUMNS;
   room += tid;
   int asked = 0, asked_cut = 0, asked_slot = 0;     // asked, done: of `all`, by all workers
+  auto place_at = [&](int i) { return max(0, c.from + i * c.stride); };
   auto ask = [&] {
     if (asked < all) {
       const int q = min(asked + tid, all - 1) / COLUMNS;
       const size_t at0 = (size_t)c.first_item * c.row_capacity + q;
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const size_t at = at0 + min(asked_cut + i, c.cuts - 1) * c.step;
+        const size_t at = at0 + place_at(min(asked_cut + i, c.count - 1)) * c.step;
         copy16(room + (asked_slot + i) * WORKERS, c.partial + at * HEAD_DIM + column, true);
         if (leads) copy16(stat_room + (asked_slot + i) * QUERIES_A_WARP, c.stats + at, true);
       }
       asked_cut += BATCH;
-      if (asked_cut >= c.cuts) asked_cut = 0, asked += WORKERS;
+      if (asked_cut >= c.count) asked_cut = 0, asked += WORKERS;
       asked_slot = (asked_slot + BATCH) % (BATCHES * BATCH);
     }
     copy_commit();
@@ -76,18 +81,23 @@ template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* s
     ask();
 #pragma unroll
     for (int i = 0; i < BATCH; ++i)
-      if (cut + i < c.cuts) {
-        const Fold f = fold(top, stats[i].x);
-        total = folded(total, stats[i].y, f);
+      if (cut + i < c.count) {
+        const Fold f = fold(top, c.spans ? stats[i].z : stats[i].x);
+        total = folded(total, c.spans ? stats[i].w : stats[i].y, f);
         y[0] = folded(y[0], __uint_as_float(v[i].x), f);
         y[1] = folded(y[1], __uint_as_float(v[i].y), f);
         y[2] = folded(y[2], __uint_as_float(v[i].z), f);
         y[3] = folded(y[3], __uint_as_float(v[i].w), f);
       }
     cut += BATCH;
-    if (cut < c.cuts) continue;
+    if (cut < c.count) continue;
     const int q = (done + tid) / COLUMNS;
-    if (done + tid < all) {
+    if (done + tid < all && !c.last) {
+      const size_t at = (size_t)c.first_item * c.row_capacity + q + place_at(0) * c.step;
+      *(float4*)(c.partial + at * HEAD_DIM + column) = make_float4(y[0], y[1], y[2], y[3]);
+      if (leads) c.stats[at].z = top, c.stats[at].w = total;
+    }
+    if (done + tid < all && c.last) {
       const size_t row = (size_t)(c.first_row + q / c.group) * c.heads + c.head * c.group + q % c.group;
       const float share = 1.f / total;
       *(uint2*)(c.out + row * HEAD_DIM + column) =
@@ -318,22 +328,34 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
       }
     }
 
-    if (cuts > 1) {
+    // Whether this block is the last of `all`; then it sees what the others have written.
+    auto arrives_last = [&](int* counter, int all) {
       __threadfence();
       BARRIER_BLOCK();
       if (tid == 0) {
-        const int arrived = atomicAdd(counters + s * kv_heads + head, 1);
-        *flag = arrived == cuts - 1;
-        if (arrived == cuts - 1) counters[s * kv_heads + head] = 0;
+        *flag = atomicAdd(counter, 1) == all - 1;
+        if (*flag) *counter = 0;
       }
       BARRIER_BLOCK();
-      if (*flag) {
-        __threadfence();
-        const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
-                         row_capacity, cuts, queries, first, group, head, heads};
-        if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, (uint4*)k_tile, (float4*)q_tile, tid);
-        else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, (uint4*)k_tile, (float4*)q_tile, tid);
-        else combine<THREADS / 4>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+      if (*flag) __threadfence();
+      return *flag != 0;
+    };
+    auto fold_cuts = [&](int from, int stride, int count, bool of_spans, bool last) {
+      const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
+                       row_capacity, from, stride, count, queries, first, group, head, heads, of_spans, last};
+      if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+      else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+      else combine<THREADS / 4>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+    };
+    if (cuts > 1) {
+      const int skipped = first_seen(position, window) / TOKENS % SPAN;    // cuts that the first span lacks
+      const int span = (skipped + cut) / SPAN, spans = (skipped + cuts - 1) / SPAN + 1;
+      const int from = max(0, span * SPAN - skipped), until = min(cuts, (span + 1) * SPAN - skipped);
+      int* of_span = counters + MAX_BATCH * kv_heads + before + from * kv_heads + head;
+      if (arrives_last(of_span, until - from)) {
+        fold_cuts(from, 1, until - from, false, spans == 1);
+        if (spans > 1 && arrives_last(counters + s * kv_heads + head, spans))
+          fold_cuts(-skipped, SPAN, spans, true, true);
       }
     }
     BARRIER_BLOCK();

@@ -11,8 +11,9 @@
 //    then its slices, ascending; then (lane 0 + lane 1) + (lane 2 + lane 3).
 // 5. The weights are rounded to the element type, and a cut's values are summed up from zero in
 //    tensor-core steps of 16 positions, ascending.
-// 6. The cuts are folded together by `fold` and `folded`, ascending, and the sum of the values is
-//    multiplied by 1 / the sum of the weights.
+// 6. SPAN cuts, at fixed multiples of their number, are folded together by `fold` and `folded`,
+//    ascending; then so are the spans; and the sum of the values is multiplied by 1 / the sum of
+//    the weights.
 //
 // A cut that a row may not see adds exactly nothing: weight 0.
 //
@@ -23,6 +24,7 @@
 #define WARPS 4
 #define THREADS (WARPS * 32)
 #define SLICES 4
+#define SPAN 32
 #define PIECES (HEAD_DIM / 8)           // 16-byte pieces of a row
 #define HALF_PER_LANE (HEAD_DIM / 64)   // elements of each half of a head that a lane embeds
 #define MAX_BATCH 64

@@ -160,7 +160,43 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     }
     const int query = place_of(warp * ROWS + (mi & 1) * 8 + l8, mi >> 1, PIECES);
 
+    // What the spans before came to waits outside the registers: it is needed once a span.
+    volatile float past[ROW_TILES][PIECES][4], past_top[ROW_TILES][2], past_total[ROW_TILES][2];
+    bool has_past = false;
+    auto join_past = [&] {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float highest = past_top[m][h];
+          const Fold f = fold(highest, top[m][h]);
+          top[m][h] = highest;
+          total[m][h] = folded(past_total[m][h], total[m][h], f);
+#pragma unroll
+          for (int n = 0; n < PIECES; ++n)
+#pragma unroll
+            for (int i = h * 2; i < h * 2 + 2; ++i) y[m][n][i] = folded(past[m][n][i], y[m][n][i], f);
+        }
+    };
+    auto begin_span = [&] {
+      if (has_past) join_past();
+      has_past = true;
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) past[m][n][i] = y[m][n][i], y[m][n][i] = 0.f;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          past_top[m][h] = top[m][h], past_total[m][h] = total[m][h];
+          top[m][h] = NEGATIVE_INFINITY, total[m][h] = 0.f;
+        }
+      }
+    };
+
     for (int cut = first_cut; cut <= last_cut; ++cut) {
+      if (cut % SPAN == 0 && cut > first_cut) begin_span();
       if (STAGES == 1) {
         if (cut > first_cut) BARRIER_BLOCK();    // all have read the cut before
         fill(cut);
@@ -272,6 +308,8 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
             for (int i = 0; i < 4; ++i) y[m][d + n][i] = folded(y[m][d + n][i], o[m][n][i], folds[m][i >> 1]);
       }
     }
+
+    if (has_past) join_past();
 
     // Through the place of the warp's own queries, so that whole rows are written.
     BARRIER_WARP();

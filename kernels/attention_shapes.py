@@ -37,10 +37,11 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Scratch memory: partial results of the cuts, and how many of them are done.
+    """Scratch memory: partial results of the cuts, and how many of a span, and spans, are done.
 
-    ``partial`` [capacity, head_dim], ``stats`` [capacity, 4], float32; ``arrived`` int32, zero
-    between calls. ``capacity`` counts query rows of cuts, see ``need``.
+    ``partial`` [capacity, head_dim], ``stats`` [capacity, 4], float32; ``arrived`` int32
+    [capacity + MAX_BATCH · kv_heads], zero between calls. ``capacity`` counts query rows of cuts,
+    see ``need``.
     """
 
     partial: Tensor
@@ -54,7 +55,7 @@ class Work:
         return cls(
             torch.zeros(capacity * heads.head_dim, device=device),
             torch.zeros(capacity * 4, device=device),
-            torch.zeros(MAX_BATCH * heads.kv_heads, device=device, dtype=torch.int32),
+            torch.zeros(capacity + MAX_BATCH * heads.kv_heads, device=device, dtype=torch.int32),
             capacity,
         )
 

@@ -48,7 +48,7 @@ class Layer:
         self.keys = torch.randn(tokens, heads.kv_heads, dim).to(dtype)
         self.values = torch.randn(tokens, heads.kv_heads, dim).to(dtype)
         self.norms = [(1 + 0.1 * torch.randn(dim)).to(dtype) if norms else None for _ in range(2)]
-        self.rope = rope_table(10000.0 ** -(torch.arange(0, dim, 2) / dim), 2048)
+        self.rope = rope_table(10000.0 ** -(torch.arange(0, dim, 2) / dim), 4500)
 
     def take(self, counts: list[tuple[int, int]], keys: Tensor, values: Tensor) -> list[Tensor]:
         """Rows ``counts[s] = (first, end)`` of every prompt in one call: what comes out of them."""
@@ -124,9 +124,9 @@ def chip(request, emulated):
         (Heads(2, 2, 128), 5, 90, True),
         (Heads(4, 2, 64, 70, 120), 100, 50, False),
         (Heads(3, 1, 64), 1150, 33, False),
-        (Heads(1, 1, 128), 1500, 35, False),
+        (Heads(1, 1, 128), 2030, 35, False),
     ],
-    ids=["alone", "groups of 3", "groups of 4", "normed", "ring", "late", "late and large"],
+    ids=["alone", "groups of 3", "groups of 4", "normed", "ring", "late", "over two spans"],
 )
 def test_many_rows_have_the_bits_of_few(chip, heads, position, rows, norms):
     run, dtype = chip
@@ -144,6 +144,18 @@ def test_a_row_does_not_depend_on_the_batch(chip):
     whole = [[0, 40], [0, 1], [0, 3], [0, 35]]
     later = [[0, 0, 40], [0, 1], [0, 1, 2, 3], [0, 35]]
     check(layer, [whole, later, [every(10, 40), [0, 1], [0, 3], every(7, 35)]])
+
+
+@pytest.mark.parametrize(
+    ("heads", "position"),
+    [(Heads(1, 1, 64), 4090), (Heads(2, 1, 64, 2300, 2400), 4085)],
+    ids=["all", "window"],
+)
+def test_spans_of_cuts_have_the_same_bits(emulated, heads, position):
+    torch.manual_seed(5)
+    run = attention_cuda.launcher(Tools(CPU, emulated(90)))
+    layer = Layer(run, heads, [prompt(heads, position, 36, torch.float16)], norms=False)
+    check(layer, [[[0, 36]], [[0, 6, 36]], [[0, 35, 36]]])
 
 
 def test_large_heads_have_the_same_bits(emulated):
