@@ -124,12 +124,12 @@ class PromptBudget:
         rows = seconds / (seconds of one row)
 
     A forward also takes a time that has nothing to do with its prompts: the weights are read and
-    those that decode have rows too. That is the median of recent rounds without prompts; the rest of
-    a round's time is what its prompt rows took. Of several rounds the median by rows counts: one
-    pause of the machine changes nothing, and a large chunk says more than a few rows do.
+    those that decode have rows too. That is the median of recent rounds without prompts; the rest
+    of a round's time is what its prompt rows took. Of several rounds the median by rows counts:
+    one pause of the machine changes nothing, and a large chunk says more than a few rows do.
 
-    What is left beside the fixed time may be next to nothing, and mostly noise. So the guess goes no
-    farther than a few times what was tried, or than is safe if all the time was that of the rows.
+    What is left beside the fixed time may be next to nothing, and mostly noise. So the guess goes
+    no farther than a few times what was tried, or than is safe if all the time was the rows'.
     """
 
     def __init__(self, seconds: float, most: int) -> None:
