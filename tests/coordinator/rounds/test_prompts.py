@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from outrider.coordinator.rounds.costs import LEAST_ROWS
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
-from outrider_testing import fakes
+from outrider_testing import engines, fakes
 from outrider_testing.clients import ask
 from outrider_testing.waiting import until
 
 Make = Callable[..., Any]
 SHORT = [5, 6, 7, 8]
 LONG = [i % 250 for i in range(1500)]
+LENGTHS = ((3, 200), (7, 1), (11, 90), (13, 20), (17, 450))
+"""Of prompts, each with a number of its own."""
 
 
 class Seen(NoObserver):
@@ -153,3 +160,18 @@ async def test_prompts_that_wait_for_proposals_let_others_run(
             assert one.ids == fakes.plain(SHORT, 30)
             assert not held.done()
         assert (await held).only.finished is not None
+
+
+@pytest.mark.parametrize("delay", [1e-9, 60.0])
+async def test_prompts_cut_by_time_change_no_token(
+    model_pair: SimpleNamespace, client_of: Make, delay: float
+) -> None:
+    """Real models: prompts of all lengths at once, in many small pieces and in few large ones."""
+    prompts = [[(number * i + 5) % 300 for i in range(length)] for number, length in LENGTHS]
+    settings = {"tokenizer": str(model_pair.folder), "prefill_delay_seconds": delay}
+    async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
+        wanted = [(await client.generate(ask(one, 24, k=0))).only.ids for one in prompts]
+        made = await asyncio.gather(*(client.generate(ask(one, 24, k=3)) for one in prompts))
+    assert [one.only.ids for one in made] == wanted
+    model = AutoModelForCausalLM.from_pretrained(model_pair.folder, dtype=torch.float32)
+    assert wanted == [engines.reference(model, one, 24) for one in prompts]
