@@ -186,9 +186,11 @@ class Runner(ABC):
         return None
 
     def _ahead(self, spans: Sequence[Span]) -> list[int]:
-        """Rows of each span that go in a pass of their own before the others; 0 for all where
-        one pass takes them."""
+        """Rows of each span that go in a pass of their own before the others; none, or 0 for all,
+        where one pass takes them."""
         ring = self.arena.max_rows
+        if ring is None and self.pass_rows is None:
+            return []
         over, room = 0, sum(len(span.tokens) for span in spans)
         if self.pass_rows is not None:
             over, room = room - self.pass_rows, self.pass_rows
