@@ -182,6 +182,7 @@ class Drafting:
     ) -> bool:
         """Sends some of what the draft lacks, without waiting for the answer.
 
+        What a proposal takes along is left to the next one; that opens a sequence, too.
         ``delays``: whether others want proposals meanwhile. Returns whether there was anything
         to send.
         """
@@ -189,7 +190,7 @@ class Drafting:
         if connection is None or not connection.up or connection.waiting:
             return False
         # Of all first: a prompt that this very message brings can't be shared in it.
-        behind = [one for one in sequences if self.usable(one) and self.lacking(one)]
+        behind = [one for one in sequences if self.usable(one) and not self.near(one)]
         if not behind:
             return False
         held = [one.base_len(one.draft) for one in behind]
