@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.costs import PromptBudget
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.recording import DoneRound
 from outrider.coordinator.rounds.verifying import Verdicts, VerifyAsked
@@ -37,9 +38,17 @@ class Outcome:
 class Commit:
     """Takes verdicts in, and learns from them."""
 
-    def __init__(self, drafting: Drafting, speculation: Speculation, clock: WallClock) -> None:
+    def __init__(
+        self,
+        drafting: Drafting,
+        speculation: Speculation,
+        budget: PromptBudget,
+        clock: WallClock,
+    ) -> None:
+        """``budget``: of the prompts that the verifier takes in."""
         self._drafting = drafting
         self._speculation = speculation
+        self._budget = budget
         self._clock = clock
 
     def apply(self, verdicts: Verdicts, started_ns: int) -> Outcome:
@@ -50,9 +59,12 @@ class Commit:
         return outcome
 
     def account(self, done: DoneRound) -> None:
-        """Notes for each sample what the round took."""
+        """Notes what the round took: for each sample, and for the prompts of the next one."""
         seconds = (done.finished_ns - done.started_ns) / 1e9
         draft, verify = done.proposals.timing, done.verdicts.timing
+        if not (done.verdicts.lost or done.verdicts.refusals):
+            prompt_rows = sum(rows for _, rows in done.plan.prefill)
+            self._budget.observe(prompt_rows, verify.model_seconds)
         for asked, verdict in done.verdicts.given:
             statistics = asked.sequence.statistics
             # The round that wrote the first token belongs to the prefill phase.

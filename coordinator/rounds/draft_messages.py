@@ -28,7 +28,7 @@ class Proposals:
     by_id: dict[int, DraftOffer] = field(default_factory=dict)
     timing: ServiceTiming = NOT_ASKED
     clean: bool = True
-    """Whether its time says what proposing costs: no prompt rows were taken along."""
+    """Whether the round's times say what speculation costs: the draft took in no prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,12 @@ What the draft holds is tracked ahead of its answers: messages of one stream are
 order, so a proposal may be asked for right behind the chunk that it builds on. A refusal sets
 the record straight. The draft is never necessary: when it is away, late or refuses, the round
 goes on without its proposals.
+
+A prompt is the draft's business only when the base has written the first token after it: on one
+device the two would compete, and on two the draft is done soon enough, for its prompt costs a
+fraction of the base's. Until the draft has come near, the sequence decodes without it. While the
+draft is busy with prompts nobody asks it for proposals: the base decodes alone, and is not
+delayed by what the draft takes in.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from typing import Any
 
 from outrider.coordinator.requests.sequence import Sequence as Seq
 from outrider.coordinator.requests.sequence import ServiceState
+from outrider.coordinator.rounds.costs import PromptBudget
 from outrider.coordinator.rounds.draft_messages import (
     DraftAsked,
     DraftGrant,
@@ -22,6 +29,7 @@ from outrider.coordinator.rounds.draft_messages import (
     append_item,
     append_wanted,
 )
+from outrider.coordinator.rounds.scheduler import share_out
 from outrider.coordinator.services.connection import DraftConnection
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
 from outrider.protos import speculation_pb2 as pb
@@ -35,10 +43,12 @@ LAG = 24
 class Drafting:
     """Talks to the draft service."""
 
-    def __init__(self, connection: DraftConnection | None, *, chunk: int, patience: float) -> None:
-        """``chunk``: rows taken in per message; ``patience``: seconds to wait for proposals."""
+    def __init__(
+        self, connection: DraftConnection | None, *, budget: PromptBudget, patience: float
+    ) -> None:
+        """``budget``: of what is caught up at a time; ``patience``: seconds to wait for answers."""
         self._connection = connection
-        self._chunk = chunk
+        self._budget = budget
         self._patience = patience
         self._close: list[int] = []
         self._late = False  # an answer that nobody waited for is still to come
@@ -57,37 +67,35 @@ class Drafting:
         state = sequence.draft
         return not (state.given_up or state.blocked) and sequence.may_open(state)
 
-    def select(self, sequences: Iterable[Seq]) -> set[Seq]:
-        """Those near enough to the log to have a proposal without a long wait."""
-        budget = self._chunk
-        near = set()
-        for sequence in sequences:
-            rows = len(sequence.log) - sequence.base_len(sequence.draft)
-            if rows > LAG:
-                if rows > budget:
-                    continue
-                budget -= rows
-            near.add(sequence)
-        return near
+    @property
+    def busy(self) -> bool:
+        """Whether it is still to answer what was sent in the background."""
+        return self._behind is not None and not self._behind.done()
 
-    async def bring_near(self, sequences: Iterable[Seq]) -> None:
-        """Waits until ``select`` has all whose rounds are to be the same each time.
+    def when_free(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called when it has answered that, is late with it or lost."""
+        if self._behind is not None:
+            self._behind.add_done_callback(lambda _: call())
+
+    def near(self, sequence: Seq) -> bool:
+        """Whether it is near enough to the log for a proposal without a long wait."""
+        return len(sequence.log) - sequence.base_len(sequence.draft) <= LAG
+
+    def awaited(self, sequences: Iterable[Seq]) -> list[Seq]:
+        """Those of ``sequences`` that are to wait until they can have a proposal.
 
         Where rounds with a proposal and rounds without draw different tokens, a text must not
-        depend on how soon the draft is done with its prompt.
+        depend on how soon the draft is done with prompts.
         """
-        for sequence in sequences:
-            if not sequence.replays_rounds:
-                continue
-            # Each message has the draft's patience for itself: what comes next does not stand in
-            # the queue behind a chunk that was sent in the background.
-            if self._behind is not None and self.available:
-                await self._patiently(self._behind)
-            parent = sequence.parent
-            if parent is not None and not sequence.may_open(sequence.draft):
-                await self._take_in(parent, parent.prefix_len)
-            if len(sequence.log) - sequence.base_len(sequence.draft) > LAG:
-                await self._take_in(sequence, len(sequence.log) - 1)
+        if not self.available:
+            return []
+        return [seq for seq in sequences if seq.replays_rounds and self._awaited(seq)]
+
+    def _awaited(self, sequence: Seq) -> bool:
+        state = sequence.draft
+        if not sequence.started or sequence.max_k <= 0 or state.given_up or state.blocked:
+            return False
+        return self.busy or not sequence.may_open(state) or not self.near(sequence)
 
     async def propose(
         self,
@@ -169,29 +177,33 @@ class Drafting:
         if self._connection is not None:
             self._connection.touch()
 
-    async def catch_up(self, sequences: Iterable[Seq], traceparent: str = "") -> None:
-        """Sends one chunk of what the draft lacks, without waiting for the answer."""
+    async def catch_up(
+        self, sequences: Iterable[Seq], traceparent: str = "", *, delays: bool = False
+    ) -> bool:
+        """Sends some of what the draft lacks, without waiting for the answer.
+
+        What a proposal takes along is left to the next one; that opens a sequence, too.
+        ``delays``: whether others want proposals meanwhile. Returns whether there was anything
+        to send.
+        """
         connection = self._connection
         if connection is None or not connection.up or connection.waiting:
-            return
-        request: pb.DraftRequest | None = None
+            return False
+        # Of all first: a prompt that this very message brings can't be shared in it.
+        behind = [one for one in sequences if self.usable(one) and not self.near(one)]
+        if not behind:
+            return False
+        held = [one.base_len(one.draft) for one in behind]
+        lacks = [len(one.log) - base for one, base in zip(behind, held, strict=True)]
+        request = self._request(connection, traceparent)
         asked: dict[int, DraftAsked] = {}
-        budget = self._chunk
-        # DraftAsked of all first: a prompt that this very message brings can't be shared in it.
-        for sequence in [one for one in sequences if self.usable(one)]:
-            state = sequence.draft
-            n = len(sequence.log)
-            if budget <= 0:
-                break
-            if state.open and n - state.length <= LAG:
-                continue
-            if request is None:
-                request = self._request(connection, traceparent)
-            upto = min(n, sequence.base_len(state) + budget)
-            budget -= append_item(request, sequence, upto, 0)
-            asked[sequence.sequence_id] = DraftAsked(sequence, n, 0)
-        if request is not None:
-            await self._send_behind(connection, request, asked)
+        shares = share_out(lacks, self._budget.rows(delays=delays))
+        for sequence, base, rows in zip(behind, held, shares, strict=True):
+            if rows:
+                asked[sequence.sequence_id] = DraftAsked(sequence, len(sequence.log), 0)
+                append_item(request, sequence, base + rows, 0)
+        await self._send_behind(connection, request, asked)
+        return True
 
     async def flush(self) -> None:
         """Sends what is to be closed, when no other message will carry it."""
@@ -216,7 +228,6 @@ class Drafting:
         self._late = False
         if self._behind is not None:
             _expire(self._behind)
-            self._behind = None
         for sequence in sequences:
             state = sequence.draft
             state.release()
@@ -224,27 +235,6 @@ class Drafting:
             state.strikes = 0
 
     # --- parts -------------------------------------------------------------------------------
-
-    async def _take_in(self, sequence: Seq, upto: int) -> None:
-        """Brings the draft to ``log[:upto]``, a chunk a message, unless it is late or refuses."""
-        while (
-            (connection := self._connection) is not None
-            and self.available
-            and self.usable(sequence)
-            and sequence.output.finish is None
-            and sequence.base_len(sequence.draft) < upto
-        ):
-            request = self._request(connection)
-            end = min(upto, sequence.base_len(sequence.draft) + self._chunk)
-            append_item(request, sequence, end, 0)
-            asked = {sequence.sequence_id: DraftAsked(sequence, len(sequence.log), 0)}
-            try:
-                future = await self._send(connection, request, asked)
-            except ServiceUnavailable:
-                return
-            response = await self._patiently(future)
-            if response is not None:
-                self._absorb(response, asked)
 
     def _release(self, sequence: Seq) -> None:
         """What the draft may hold of it makes room for those that were refused it."""
@@ -271,11 +261,16 @@ class Drafting:
     async def _send_behind(
         self, connection: DraftConnection, request: pb.DraftRequest, asked: dict[int, DraftAsked]
     ) -> None:
-        """Sends a message whose answer only ``bring_near`` waits for."""
+        """Sends a message that no round waits for; the draft is busy until it is answered."""
+        if self._behind is not None:
+            _expire(self._behind)  # answers come in order: the one to come now says as much
         behind: asyncio.Future[pb.DraftResponse | None]
         behind = self._behind = asyncio.get_running_loop().create_future()
+        timer = asyncio.get_running_loop().call_later(self._patience, self._give_up, behind)
+        behind.add_done_callback(lambda _: timer.cancel())
 
         def answered(answer: pb.DraftResponse) -> None:
+            self._learn(answer)
             if behind.done():
                 self._came_late(answer, asked)
             else:
@@ -285,13 +280,18 @@ class Drafting:
         try:
             future = await connection.send(request, answered)
         except ServiceUnavailable:
-            self._behind = None
+            _expire(behind)
             return
         # The answer may have come while the message was on its way out.
         if not future.done():
             _expire(future)
         elif future.exception() is None:
             answered(future.result())
+
+    def _learn(self, answer: pb.DraftResponse) -> None:
+        """What taking in costs."""
+        if answer.timing.rows and not answer.errors:
+            self._budget.observe(answer.timing.rows, answer.timing.model_seconds)
 
     async def _patiently(self, future: asyncio.Future[Any]) -> pb.DraftResponse | None:
         """The answer; None where it is late, or the draft is lost."""

@@ -134,8 +134,11 @@ class RoundLoop:
                     await self._wait_for_verifier()
                     continue
                 plan = self._scheduler.plan()
+                self._rounds.hold_back(plan)
                 if plan:
                     await self._round(plan)
+                elif plan.held:
+                    await self._await_draft(plan)
                 else:
                     await self._idle()
         finally:
@@ -146,7 +149,6 @@ class RoundLoop:
         started_ns = self._last_ns or self._clock()
         run: GrantRun | None = None
         try:
-            await self._rounds.bring_near(plan)
             ks = self._rounds.choose(plan)
             if len(plan.decode) == self._scheduler.admitted:
                 self._regrant = False
@@ -173,6 +175,14 @@ class RoundLoop:
             # Nothing moved: somebody else has the room, or refusals are being worked off.
             self._last_ns = 0
             await asyncio.sleep(RETRY_SECONDS if outcome.full else 0)
+
+    async def _await_draft(self, plan: RoundPlan[Sequence]) -> None:
+        """Nothing can run but what the draft is to come near to first: waits until it is nearer,
+        or something else happens."""
+        await self._rounds.catch_up(plan)
+        self._hand_over()
+        self._drafting.when_free(self._wake.set)
+        await self._sleep(None if self._drafting.busy else RETRY_SECONDS)
 
     async def _follow(self, run: GrantRun) -> None:
         """Takes in the rounds that the services run by themselves, until they end."""

@@ -5,10 +5,10 @@
                                           +-- while it works: hand out text and records,
                                               let the draft catch up
 
-A round in which no sequence has a proposal skips the draft. Sequences whose prompt is being
-taken in go to both services side by side. Where nothing but decoding is to be done the services
-are granted rounds that they run by themselves (``granted``); here those are committed and
-learnt from like any other.
+A round in which no sequence has a proposal skips the draft. Prompts are taken in by the verifier
+beside those that decode, and by the draft when they have their first token. Where nothing but
+decoding is to be done the services are granted rounds that they run by themselves
+(``granted``); here those are committed and learnt from like any other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.commit import Commit, Outcome
+from outrider.coordinator.rounds.costs import PromptBudget
 from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun
@@ -38,6 +39,7 @@ class RoundRunner:
         verifying: Verifying,
         speculation: Speculation,
         granted: GrantedRounds,
+        budget: PromptBudget,
         *,
         observer: Observer,
         clock: WallClock,
@@ -46,7 +48,7 @@ class RoundRunner:
         self._verifying = verifying
         self._speculation = speculation
         self._granted = granted
-        self._commit = Commit(drafting, speculation, clock)
+        self._commit = Commit(drafting, speculation, budget, clock)
         self._observer = observer
         self._clock = clock
         self._records: deque[RoundRecord] = deque()
@@ -93,24 +95,38 @@ class RoundRunner:
 
     # --- SPECULATE ---------------------------------------------------------------------------
 
-    async def bring_near(self, plan: RoundPlan[Sequence]) -> None:
-        """Waits for the draft where the tokens of ``plan`` would depend on how fast it is."""
-        await self._drafting.bring_near(plan.decode)
+    def hold_back(self, plan: RoundPlan[Sequence]) -> None:
+        """Takes those out of ``plan`` whose tokens would depend on how fast the draft is."""
+        held = self._drafting.awaited(plan.decode)
+        if held:
+            plan.held = held
+            plan.decode = [seq for seq in plan.decode if seq not in held]
+
+    async def catch_up(self, plan: RoundPlan[Sequence]) -> None:
+        """Has the draft take in what those that ``plan`` holds back wait for."""
+        await self._drafting.catch_up(self._behind(plan, Proposals()))
 
     def choose(self, plan: RoundPlan[Sequence]) -> list[int]:
         """K for each sequence of ``plan.decode``; to be asked once a round."""
         decode, drafting = plan.decode, self._drafting
         if not decode:
             return []
-        near = set()
-        if drafting.available:
-            near = drafting.select([seq for seq in decode if drafting.usable(seq)])
+        asks = drafting.available and not drafting.busy
         return self._speculation.choose(
             [
-                Speculable(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k)
+                Speculable(
+                    seq.acceptance,
+                    seq.max_k if asks and self._proposable(seq) else 0,
+                    seq.request.k,
+                )
                 for seq in decode
             ]
         )
+
+    def _proposable(self, sequence: Sequence) -> bool:
+        """Whether it may have a proposal: its first token waits for no draft."""
+        drafting = self._drafting
+        return sequence.started and drafting.usable(sequence) and drafting.near(sequence)
 
     async def _speculate(
         self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str
@@ -126,13 +142,23 @@ class RoundRunner:
         return proposals, prepared[0]
 
     def _behind(self, plan: RoundPlan[Sequence], proposals: Proposals) -> list[Sequence]:
-        """Sequences whose draft may catch up while the verifier works."""
+        """Sequences whose draft may catch up while the verifier works: see ``drafting``."""
         if not self._drafting.available:
             return []
         wanted = self._speculation.wanted
         sequences = [seq for seq in plan.decode if seq.sequence_id not in proposals.by_id]
-        sequences += (seq for seq, _ in plan.prefill)
-        return [seq for seq in sequences if wanted(seq.request.k)]
+        # A prompt that several samples share is taken in for the first of them.
+        parents = [seq.parent for seq in plan.held if seq.parent is not None]
+        return [
+            seq
+            for seq in dict.fromkeys([*parents, *plan.held, *sequences])
+            if seq.started and seq.output.finish is None and wanted(seq.request.k)
+        ]
+
+    def _others_wait(self, plan: RoundPlan[Sequence]) -> bool:
+        """Whether what the draft takes in meanwhile delays proposals for others."""
+        wanted = self._speculation.wanted
+        return any(self._proposable(seq) and wanted(seq.request.k) for seq in plan.decode)
 
     # --- VERIFY ------------------------------------------------------------------------------
 
@@ -146,10 +172,15 @@ class RoundRunner:
     ) -> Verdicts:
         """The verdicts; while the verifier works, all that can wait is done."""
 
+        drafting = self._drafting
+        proposals.clean &= not drafting.busy
+
         async def beside() -> None:
             self._reflect()
             meanwhile()
-            await self._drafting.catch_up(self._behind(plan, proposals), traceparent)
+            behind = self._behind(plan, proposals)
+            if await drafting.catch_up(behind, traceparent, delays=self._others_wait(plan)):
+                proposals.clean = False
 
         return await self._verifying.verify(prepared, proposals.by_id, beside)
 
@@ -210,6 +241,7 @@ class RoundRunner:
 
     def _done(self, run: GrantRun, told: GrantedRound, waiting: int) -> DoneRound:
         self._round += 1
+        told.proposals.clean = not self._drafting.busy
         traceparent = run.traceparent
         if traceparent and told.step:
             traceparent = stepped(traceparent, told.step)

@@ -2,14 +2,17 @@
 
 Waiting is first come, first served: the head of the queue is admitted as soon as there is room,
 and once it was refused nobody overtakes it, so a large request is never starved by small ones.
-Prompts are taken in by chunks: all prompts of a round share one budget of rows, oldest first,
-so that running sequences never wait longer than for one chunk.
+Prompts are taken in beside those that decode, in the same round: all prompts of a round share
+one budget of rows, which says how long a round may take for their sake (``costs``). Half
+of it is handed out in the order of arrival, so that the oldest prompt always goes on; the other
+half, and what is left of the first, goes to the prompts that are nearest to their end, so that a
+short one does not stand behind a very long one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -32,6 +35,13 @@ class Schedulable(Protocol):
         """Whether others wait for its prompt: that is taken in before anything is decoded."""
 
 
+class Budget(Protocol):
+    """Says how many rows of prompts a round takes in."""
+
+    def rows(self, *, delays: bool) -> int:
+        """>= 1; ``delays``: whether sequences decode in the round."""
+
+
 SequenceT = TypeVar("SequenceT", bound=Schedulable)
 
 
@@ -43,6 +53,9 @@ class RoundPlan(Generic[SequenceT]):
     """One pending token each: these may have proposals."""
     prefill: list[tuple[SequenceT, int]] = field(default_factory=list)
     """Sequences with the rows of their prompt to take in now."""
+    held: list[SequenceT] = field(default_factory=list)
+    """They might decode and sit the round out: their tokens depend on proposals, and the draft
+    is not there yet."""
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
@@ -51,11 +64,11 @@ class RoundPlan(Generic[SequenceT]):
 class Scheduler(Generic[SequenceT]):
     """The waiting queue and the running set."""
 
-    def __init__(self, *, max_running: int, max_waiting: int, prefill_chunk: int) -> None:
-        """``max_running`` in sequences, ``max_waiting`` in sequences, the chunk in rows."""
+    def __init__(self, *, max_running: int, max_waiting: int, budget: Budget) -> None:
+        """``max_running`` and ``max_waiting`` in sequences."""
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._chunk = prefill_chunk
+        self._budget = budget
         self._waiting: deque[SequenceT] = deque()
         # A dict keeps the order of admission and forgets in constant time.
         self._running: dict[SequenceT, None] = {}
@@ -134,15 +147,40 @@ class Scheduler(Generic[SequenceT]):
         while self._waiting and not self._full and len(self._running) < self._max_running:
             self._running[self._waiting.popleft()] = None
         made: RoundPlan[SequenceT] = RoundPlan()
-        budget = self._chunk
+        prompts: list[tuple[SequenceT, int]] = []
         for sequence in self._running:
             if not sequence.ready:
                 continue
             missing = sequence.missing
             if missing <= 1:
                 made.decode.append(sequence)
-            elif budget > 0:
-                rows = min(missing - sequence.shares, budget)
-                budget -= rows
-                made.prefill.append((sequence, rows))
+            else:
+                prompts.append((sequence, missing - sequence.shares))
+        if prompts:
+            budget = self._budget.rows(delays=bool(made.decode))
+            shares = share_out([rows for _, rows in prompts], budget)
+            made.prefill = [
+                (sequence, rows)
+                for (sequence, _), rows in zip(prompts, shares, strict=True)
+                if rows
+            ]
         return made
+
+
+def share_out(wanted: Sequence[int], budget: int) -> list[int]:
+    """How many of ``budget`` rows each prompt gets; ``wanted``: what each lacks, oldest first.
+
+    All of the budget is handed out where so much is wanted, and the oldest has at least half.
+    """
+    given = [0] * len(wanted)
+
+    def hand_out(order: Iterable[int], rows: int) -> int:
+        for i in order:
+            taken = min(rows, wanted[i] - given[i])
+            given[i] += taken
+            rows -= taken
+        return rows
+
+    left = hand_out(range(len(wanted)), budget - budget // 2)
+    hand_out(sorted(range(len(wanted)), key=wanted.__getitem__), budget // 2 + left)
+    return given

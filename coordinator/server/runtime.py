@@ -13,6 +13,7 @@ from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import Limits
 from outrider.coordinator.rounds.choose_k import Speculation
+from outrider.coordinator.rounds.costs import PromptBudget
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRounds
 from outrider.coordinator.rounds.jobs import Jobs
@@ -205,7 +206,7 @@ def _round_loop(
     """The round loop and all that it is made of."""
     drafting = Drafting(
         draft_connection,
-        chunk=config.prefill_chunk,
+        budget=_prompt_budget(config),
         patience=config.draft_patience_seconds,
     )
     verifying = Verifying(verify_connection)
@@ -217,10 +218,9 @@ def _round_loop(
         rounds=config.grant_rounds,
         draft_patience=config.draft_patience_seconds,
     )
+    budget = _prompt_budget(config)
     scheduler = Scheduler[Sequence](
-        max_running=config.max_running,
-        max_waiting=config.max_waiting,
-        prefill_chunk=config.prefill_chunk,
+        max_running=config.max_running, max_waiting=config.max_waiting, budget=budget
     )
     jobs = Jobs(
         scheduler,
@@ -232,7 +232,9 @@ def _round_loop(
         clock=clock,
         patience=config.verify_patience_seconds,
     )
-    rounds = RoundRunner(drafting, verifying, speculation, granted, observer=observer, clock=clock)
+    rounds = RoundRunner(
+        drafting, verifying, speculation, granted, budget, observer=observer, clock=clock
+    )
     return RoundLoop(
         scheduler=scheduler,
         jobs=jobs,
@@ -246,6 +248,11 @@ def _round_loop(
         clock=clock,
         patience=config.verify_patience_seconds,
     )
+
+
+def _prompt_budget(config: CoordinatorConfig) -> PromptBudget:
+    """For one service: each learns what its own prompts take."""
+    return PromptBudget(config.prefill_delay_seconds, config.prefill_chunk)
 
 
 async def _at_rest(connections: list[Connection[Any, Any]]) -> None:

@@ -59,7 +59,12 @@ class ModelConfig(Checked):
         open_low=True,
     )
     max_k: int = setting(16, help="largest number of draft tokens in one proposal", low=0, high=64)
-    prefill_chunk: int = setting(512, help="prompt rows of one forward", low=1)
+    prefill_chunk: int = setting(
+        512,
+        help="prompt rows of one pass where PyTorch forwards or layers have a sliding window; "
+        "kernels have their own limits",
+        low=1,
+    )
     max_positions: int | None = setting(
         None, help="longest sequence in tokens; none takes the model's own context", low=2
     )
@@ -155,7 +160,17 @@ class CoordinatorConfig(ServeConfig):
     max_new_tokens_limit: int = setting(1 << 20, help="most new tokens of a request", low=1)
     max_running: int = setting(64, help="sequences that run at once", low=1)
     max_waiting: int = setting(1024, help="requests that may wait for admission", low=0)
-    prefill_chunk: int = setting(512, help="prompt tokens of one prefill round", low=1)
+    prefill_delay_seconds: float = setting(
+        0.1,
+        help="how much longer a round may take for the prompts in it, for the sake of sequences "
+        "that decode; a few rows are taken in however long they take",
+        low=0.0,
+        high=60.0,
+        open_low=True,
+    )
+    prefill_chunk: int = setting(
+        8192, help="most prompt tokens of one round, whatever time there is", low=1
+    )
     max_logprobs: int = setting(20, help="most log-probabilities per token", low=0, high=20)
     draft_top: int = setting(
         64,

@@ -99,6 +99,8 @@ def make_runner(
         from outrider.shared.model.hf.runner import HfRunner  # transformers: seconds to import
 
         runner = HfRunner(model, facts, storage, index)
+    if kernels is None:
+        runner.pass_rows = config.prefill_chunk
     log.info(
         "%s (%s) on %s, %s: %s; arena of %d tokens, %d bytes",
         config.path,

@@ -74,6 +74,10 @@ class Runner(ABC):
     switch: RotarySwitch | None = None
     """Where the rotary embedding depends on the length of the sequence."""
 
+    pass_rows: int | None = None
+    """Most rows of a pass, but that all rows whose logits are wanted go in one; None: no limit
+    but what the implementation sees to by itself."""
+
     def __init__(self, facts: ModelFacts, storage: Storage) -> None:
         """``storage`` holds the KV of every layer of the model."""
         self.facts = facts
@@ -95,16 +99,23 @@ class Runner(ABC):
         """Forwards all rows in one pass; returns logits ``[sum(wanted), vocab]``.
 
         Writes the rows' KV and advances each extent's valid length to ``start + len(tokens)``.
-        A span longer than the rings allow is taken in several passes. Raises ``ValueError``
-        where a span starts elsewhere than at its extent's valid length or ends beyond its
-        capacity; then nothing was written.
+        Spans longer than the rings allow, and more rows than ``pass_rows``, are taken in several
+        passes. Raises ``ValueError`` where a span starts elsewhere than at its extent's valid
+        length or ends beyond its capacity; then nothing was written.
         """
         self.check(spans)
-        limit = self.arena.max_rows
-        while limit is not None and any(len(span.tokens) > limit for span in spans):
-            spans = self._take_in(spans, limit)
+        while any(counts := self._ahead(spans)):
+            spans = self._take_in(spans, counts)
         with self._writing(spans):
             return self._forward(spans)
+
+    def finish(self) -> None:
+        """Waits until the device has done what it was given."""
+        kind = self.storage.device.type
+        if kind == "cuda":
+            torch.cuda.current_stream(self.storage.device).synchronize()
+        elif kind == "mps":
+            torch.mps.synchronize()
 
     def written(self, spans: Sequence[Span]) -> None:
         """Takes note of rows that the device has written by itself; raises as ``forward``."""
@@ -175,18 +186,34 @@ class Runner(ABC):
         """
         return None
 
-    def _take_in(self, spans: Sequence[Span], limit: int) -> list[Span]:
-        """Forwards the first rows of spans that are too long; returns what is left."""
-        left, heads = [], []
+    def _ahead(self, spans: Sequence[Span]) -> list[int]:
+        """Rows of each span that go in a pass of their own before the others; none, or 0 for all,
+        where one pass takes them."""
+        ring = self.arena.max_rows
+        if ring is None and self.pass_rows is None:
+            return []
+        over, room = 0, sum(len(span.tokens) for span in spans)
+        if self.pass_rows is not None:
+            over, room = room - self.pass_rows, self.pass_rows
+        counts = []
         for span in spans:
-            excess = len(span.tokens) - limit
-            if excess <= 0:
-                left.append(span)
-                continue
+            rows = len(span.tokens)
             # The last pass stays as long as it may be, so that it holds all wanted rows.
-            count = min(limit, excess)
-            heads.append(span.part(0, count))
-            left.append(span.part(count, len(span.tokens)))
+            excess = rows - (rows if ring is None else ring)
+            count = max(0, excess, min(over, rows - span.wanted))
+            count = min(count, room, rows if ring is None else ring)
+            counts.append(count)
+            over, room = over - count, room - count
+        return counts
+
+    def _take_in(self, spans: Sequence[Span], counts: Sequence[int]) -> list[Span]:
+        """Forwards the first rows of spans, so many of each; returns what is left."""
+        left, heads = [], []
+        for span, count in zip(spans, counts, strict=True):
+            if count:
+                heads.append(span.part(0, count))
+            if count < len(span.tokens):
+                left.append(span.part(count, len(span.tokens)))
         with self._writing(heads):
             self._forward(heads)
         return left

@@ -215,6 +215,9 @@ class Session(Generic[ItemT, AnswerT]):
         with engine.lock, torch.inference_mode():
             began = time.perf_counter()
             result = self._served(items, engine.run)
+            # Where no token was chosen nobody has looked at a result yet: the rows of a prompt
+            # would count as taken in, at once, while the device has them still before it.
+            engine.runner.finish()
             result.model_seconds = time.perf_counter() - began
         return result
 

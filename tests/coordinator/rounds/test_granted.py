@@ -270,11 +270,11 @@ async def test_granted_rounds_grant_is_renewed_before_it_runs_out(
 
     async with client_of(base, draft, grant_rounds=8) as client:
         assert (await client.generate(ask(PROMPT, 60, k=1))).only.ids == fakes.plain(PROMPT, 60)
-        await until(lambda: len(base.free) == len(draft.free) == 59)
-    # One round by message, which opens the sequence on both sides, and one grant.
+        await until(lambda: len(base.free) == len(draft.free) == 58)
+    # Two rounds by message, which open the sequence on one side each, and one grant.
     assert len({number for number, _ in base.free}) == 1
     # The last token leaves no room for a proposal.
-    assert [len(items) for _, items in draft.free] == [1] * 58 + [0]
+    assert [len(items) for _, items in draft.free] == [1] * 57 + [0]
 
 
 async def test_granted_rounds_grant_may_take_longer_than_a_service_may_be_silent(
@@ -419,5 +419,5 @@ async def test_granted_rounds_takes_over_k_while_it_runs(services: Make, client_
         assert one.ids == fakes.plain(PROMPT, 300)
     rounds = [(number, item.k) for number, items in draft.free for item in items][:40]
     # What is proposed when the word comes is still judged; then it holds, in the same grant.
-    assert [k for _, k in rounds] == [6] * 11 + [2] * 10 + [6] * 19
+    assert [k for _, k in rounds] == [6] * 10 + [2] * 10 + [6] * 20
     assert len({number for number, _ in rounds}) == 1

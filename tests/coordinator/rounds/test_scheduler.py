@@ -1,15 +1,15 @@
-"""Who runs: first come, first served; prompts in chunks; bounded waiting."""
+"""Who runs: first come, first served; prompts share a budget of rows; bounded waiting."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.coordinator.rounds.scheduler import Scheduler
+from outrider.coordinator.rounds.scheduler import Scheduler, share_out
 from outrider.shared.core.errors import CapacityError
 
 
@@ -21,8 +21,22 @@ class One:
     shares: bool = False
 
 
-def make(**options: int) -> Scheduler[One]:
-    return Scheduler[One](**({"max_running": 4, "max_waiting": 8, "prefill_chunk": 100} | options))
+@dataclass
+class Rows:
+    """A budget that is set; ``asked``: whether the last question was for a round of decoding."""
+
+    beside: int = 100
+    alone: int = 100
+    asked: bool | None = None
+
+    def rows(self, *, delays: bool) -> int:
+        self.asked = delays
+        return self.beside if delays else self.alone
+
+
+def make(budget: Rows | None = None, **options: int) -> Scheduler[One]:
+    sizes = {"max_running": 4, "max_waiting": 8} | options
+    return Scheduler[One](budget=budget or Rows(), **sizes)
 
 
 def test_scheduler_admits_in_order_up_to_its_limit() -> None:
@@ -46,15 +60,89 @@ def test_scheduler_refuses_beyond_its_queue_with_sizes() -> None:
     assert scheduler.waiting == 2
 
 
-def test_scheduler_prompts_share_one_chunk_oldest_first() -> None:
-    scheduler = make()
+def test_scheduler_prompts_run_beside_those_that_decode() -> None:
+    budget = Rows(beside=100, alone=1000)
+    scheduler = make(budget)
     running, long, short = One(1), One(250), One(30)
     scheduler.submit([running, long, short])
     plan = scheduler.plan()
     assert plan.decode == [running]
-    assert plan.prefill == [(long, 100)]
-    long.missing = 50
-    assert scheduler.plan().prefill == [(long, 50), (short, 30)]
+    # The short one has what it lacks out of the half that is for those near their end.
+    assert plan.prefill == [(long, 70), (short, 30)]
+    assert budget.asked
+    scheduler.remove(running)
+    assert scheduler.plan().prefill == [(long, 250), (short, 30)]
+    assert not budget.asked
+
+
+def test_scheduler_many_prompts_go_in_one_round() -> None:
+    scheduler = make(Rows(alone=2048), max_running=64, max_waiting=64)
+    prompts = [One(64) for _ in range(32)]
+    scheduler.submit(prompts)
+    assert scheduler.plan().prefill == [(one, 64) for one in prompts]
+
+
+def test_scheduler_a_prompt_that_is_shared_keeps_its_last_token() -> None:
+    scheduler = make()
+    scheduler.submit([One(40, shares=True)])
+    assert [rows for _, rows in scheduler.plan().prefill] == [39]
+
+
+wants = st.lists(st.integers(1, 2000), min_size=1, max_size=12)
+
+
+@given(wanted=wants, budget=st.integers(1, 3000))
+def test_share_out_keeps_the_budget_and_leaves_none_of_it(wanted: list[int], budget: int) -> None:
+    given_ = share_out(wanted, budget)
+    assert sum(given_) == min(budget, sum(wanted))
+    assert all(0 <= rows <= most for rows, most in zip(given_, wanted, strict=True))
+    # The oldest goes on at half the speed at least, and whoever lacks least, too.
+    assert given_[0] >= min(wanted[0], budget - budget // 2)
+    least = min(range(len(wanted)), key=lambda i: wanted[i])
+    assert given_[least] >= min(wanted[least], budget // 2)
+
+
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 500)), min_size=1, max_size=8),
+    beside=st.integers(1, 64),
+    alone=st.integers(1, 256),
+)
+def test_scheduler_takes_every_row_of_every_prompt_once_and_in_order(
+    arrivals: list[tuple[int, int]], beside: int, alone: int
+) -> None:
+    """Prompts arrive in some rounds; whoever was taken in decodes for a while."""
+    scheduler = make(Rows(beside, alone), max_running=3, max_waiting=64)
+    todo = sorted(arrivals)
+    lacked = {str(i): size for i, (_, size) in enumerate(todo)}
+    taken = dict.fromkeys(lacked, 0)
+    decoded = dict.fromkeys(lacked, 0)
+    arrived = 0
+    for number in range(sum(lacked.values()) + 100):
+        while arrived < len(todo) and todo[arrived][0] <= number:
+            scheduler.submit([One(todo[arrived][1], str(arrived))])
+            arrived += 1
+        plan = scheduler.plan()
+        rows = sum(count for _, count in plan.prefill)
+        assert rows <= (beside if plan.decode else alone)
+        # While there is a prompt every round takes some of it in, and of the oldest for certain.
+        prompts = [one for one in scheduler.running if one.missing > 1]
+        assert (rows > 0) == bool(prompts)
+        assert not prompts or plan.prefill[0][0] is prompts[0]
+        # Whoever has but one row to go runs in every round.
+        assert plan.decode == [one for one in scheduler.running if one.missing == 1]
+        for one, count in plan.prefill:
+            assert 0 < count <= one.missing
+            taken[one.name] += count
+            one.missing = max(1, one.missing - count)
+        for one in plan.decode:
+            taken[one.name] += taken[one.name] < lacked[one.name]  # the last row of its prompt
+            decoded[one.name] += 1
+            if decoded[one.name] == 4:
+                scheduler.remove(one)
+        if arrived == len(todo) and not (scheduler.running or scheduler.waiting):
+            break
+    assert decoded == dict.fromkeys(lacked, 4), "somebody starved"
+    assert taken == lacked
 
 
 def test_scheduler_nobody_overtakes_a_refused_head() -> None:
@@ -88,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make(max_running=3, max_waiting=4, prefill_chunk=64)
+        self.scheduler = make(Rows(64, 64), max_running=3, max_waiting=4)
         self.arrived: list[One] = []
         self.gone: set[int] = set()
 

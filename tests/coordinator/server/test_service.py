@@ -74,14 +74,14 @@ async def test_service_sixteen_requests_at_once_each_get_their_own(
 async def test_service_prompts_are_taken_in_by_chunks_on_both_sides(
     services: Make, client_of: Make
 ) -> None:
-    base, draft = services("verify"), services("draft", agreement=100)
+    base, draft = services("verify", seconds_per_round=0.002), services("draft", agreement=100)
     prompt = [i % 300 for i in range(500)]
 
     async with client_of(base, draft, prefill_chunk=64) as client:
-        one = (await client.generate(ask(prompt, 60, k=4))).only
-        assert one.ids == fakes.plain(prompt, 60)
-        # The draft kept up with the prompt: it was of use from the first tokens on.
-        assert one.finished.speculation.accepted >= 40
+        one = (await client.generate(ask(prompt, 400, k=4))).only
+        assert one.ids == fakes.plain(prompt, 400)
+        # The draft took its chunks in beside the first tokens, and was of use then.
+        assert one.finished.speculation.accepted >= 100
     verify = [item for item in base.toy.items if isinstance(item, VerifyItem)]
     assert max(len(item.append) for item in verify) <= 64
     assert [item.extend_only for item in verify[:8]] == [True] * 7 + [False]
@@ -115,8 +115,8 @@ async def test_service_cancelled_call_frees_both_sides_within_a_round(
 
     async with client_of(base, draft) as client:
         call = client.stub.Generate(ask(PROMPT, 3000, k=3))
-        async for message in call:
-            if message.WhichOneof("event") == "delta":
+        async for _ in call:
+            if base.free:
                 break
         gate = base.toy.stand()
         await until(gate.reached.is_set)

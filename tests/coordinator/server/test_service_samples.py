@@ -59,12 +59,12 @@ async def test_samples_equal_independent_requests_with_their_seeds(
         assert sum(model_pair.verify.rows) == len(PROMPT) - 1 + count * 20
         assert sum(model_pair.draft.rows) == 0
     elif k is not None:
-        # Neither side saw the prompt twice: what is left are rows of rounds.
+        # Neither side saw the prompt twice, the draft with what was written meanwhile: what is left
+        # are rows of rounds.
         assert max(model_pair.verify.rows) <= max(min(chunk, len(PROMPT)), count * (k + 1))
         assert sum(model_pair.verify.rows) < 2 * len(PROMPT) + count * 20 * (k + 1)
-        assert sum(rows for rows in model_pair.draft.rows if rows > 2 * count * (k + 1)) <= len(
-            PROMPT
-        )
+        large = [rows for rows in model_pair.draft.rows if rows > 2 * count * (k + 1)]
+        assert sum(large) < 2 * len(PROMPT)
 
 
 async def test_samples_that_end_at_once_share_too(

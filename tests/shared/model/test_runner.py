@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import tracemalloc
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from outrider.draft_service.engine import DraftEngine
@@ -97,6 +100,64 @@ def test_a_span_that_may_not_be_written_is_refused_before_anything_is() -> None:
             with pytest.raises(ValueError, match=r"start|capacity"):
                 runner.forward([Span(one, 0, [1], 1), span])
     assert (one.valid_len, two.valid_len) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@given(
+    rows=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    wanted=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    limit=st.integers(1, 30),
+)
+@settings(max_examples=25)
+def test_many_rows_go_in_passes_and_those_that_are_wanted_in_the_last(
+    kind: str, rows: list[int], wanted: list[int], limit: int
+) -> None:
+    """Every row once and in order; no pass has more than allowed, but for wanted rows; rings."""
+    runner = path_for_passes(kind)
+    wants = [min(n, want) for n, want in zip(rows, wanted, strict=False)]
+    tokens = [[(7 * i + n) % 97 for i in range(count)] for n, count in enumerate(rows)]
+    found, passes = [], []
+    plain = runner._forward
+
+    def forward(spans: Any) -> torch.Tensor:
+        passes.append(list(spans))
+        return plain(spans)
+
+    runner._forward = forward  # type: ignore[method-assign]
+    try:
+        for runner.pass_rows in (None, limit):
+            passes.clear()
+            extents = [runner.arena.admit(48) for _ in rows]
+            spans = [
+                Span(*one) for one in zip(extents, [0] * len(rows), tokens, wants, strict=True)
+            ]
+            with torch.inference_mode():
+                found.append(runner.forward(spans))
+            for extent, text in zip(extents, tokens, strict=True):
+                parts = [one for each in passes for one in each if one.extent is extent]
+                assert [token for part in parts for token in part.tokens] == text
+                assert extent.valid_len == len(text)
+                runner.arena.free(extent)
+    finally:
+        del runner._forward
+    for spans in passes:
+        assert sum(len(span.tokens) for span in spans) <= max(limit, sum(wants))
+    assert all(span.wanted == 0 for spans in passes[:-1] for span in spans)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@functools.cache
+def path_for_passes(kind: str) -> Runner:
+    """A runner over PyTorch; mistral's has rings of 8 rows beyond its window."""
+    return engines.runner(tiny(kind, {}), runner="llama", prefill_chunk=8, max_k=4)
+
+
+def test_pytorch_takes_as_many_rows_in_a_pass_as_the_settings_say() -> None:
+    limits = {
+        path: engines.runner(tiny("llama", {}), runner=path, prefill_chunk=24).pass_rows
+        for path in ("generic", "llama", "cpu")
+    }
+    assert limits == {"generic": 24, "llama": 24, "cpu": None}
 
 
 @pytest.mark.parametrize("kind", [*FAMILY, "gpt2", "gptj", "gemma2"])
