@@ -54,13 +54,13 @@ static jmp_buf scheduler;
 static int current, started;
 // Blocks of a cluster run together; block b's threads are the fibers from b * blockDim.x on.
 #ifdef SPLIT
-const int BLOCKS = SPLIT;
+const int CLUSTER_BLOCKS = SPLIT;
 #else
-const int BLOCKS = 1;
+const int CLUSTER_BLOCKS = 1;
 #endif
-static Barrier block_barriers[BLOCKS], some_barriers[BLOCKS], cluster_barrier, warp_barriers[MOST_THREADS / 32];
+static Barrier block_barriers[CLUSTER_BLOCKS], some_barriers[CLUSTER_BLOCKS], cluster_barrier, warp_barriers[MOST_THREADS / 32];
 static Lane lanes[2][MOST_THREADS];
-static unsigned char* shared_memories[BLOCKS];
+static unsigned char* shared_memories[CLUSTER_BLOCKS];
 static bool late_copies;
 static void (*body)(void*);
 static void* arguments;
@@ -112,14 +112,14 @@ template <typename F> static void run_grid(int gx, int gy, int threads, size_t s
   arguments = &f;
   gridDim = {gx, gy, 1};
   blockDim = {threads, 1, 1};
-  const int all = threads * BLOCKS;
+  const int all = threads * CLUSTER_BLOCKS;
   for (; started < all; ++started) current = started, start_fiber();
   for (auto& memory : shared_memories) {
     free(memory);
     memory = (unsigned char*)aligned_alloc(1024, (shared / 1024 + 1) * 1024);
   }
   for (int y = 0; y < gy; ++y)
-    for (int x = 0; x < gx; x += BLOCKS) {
+    for (int x = 0; x < gx; x += CLUSTER_BLOCKS) {
       for (auto& memory : shared_memories) memset(memory, 0xff, shared);
       for (auto& b : block_barriers) b = Barrier();
       for (auto& b : some_barriers) b = Barrier();
@@ -355,7 +355,7 @@ static void cluster_meet() {
   for (;;) {
     if (cluster_barrier.generation != generation) return;
     int present = 0;
-    for (int i = 0; i < (int)blockDim.x * BLOCKS; ++i) present += !fibers[i]->done;
+    for (int i = 0; i < (int)blockDim.x * CLUSTER_BLOCKS; ++i) present += !fibers[i]->done;
     if (cluster_barrier.arrived == present) break;
     yield();
   }
