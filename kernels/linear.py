@@ -113,7 +113,6 @@ def why_not_shape(w: Tensor) -> str | None:
 
 def _cuda(tools: Tools) -> Call:
     normalise = rms.OPERATION.implementations[0].build(tools)
-    many_rows: Call | None = None
     spare: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def run(
@@ -130,7 +129,6 @@ def _cuda(tools: Tools) -> Call:
         tile: Tile = PLAIN,
         overlap: bool = False,
     ) -> None:
-        nonlocal many_rows
         n, k = w.shape
         if norm is not None and rows > 16:
             # Too many rows to normalise in every block; the separate kernel sums in the same
@@ -141,9 +139,7 @@ def _cuda(tools: Tools) -> Call:
             normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
             x, norm = spare[key], None
         if rows > FEW_ROWS:
-            if many_rows is None:
-                many_rows = _many(tools)
-            many_rows(
+            _many(tools)(
                 x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual,
                 overlap=overlap,
             )  # fmt: skip

@@ -151,15 +151,9 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         pairs = dict(zip(judged, found, strict=True))
         # What is found at the pending row says nothing beside the rows of a proposal.
         again = [i for i, pair in pairs.items() if pair == (0, -1) and work[i][0].proposal]
-        anew = dict(zip(again, self._unspoilt([work[i] for i in again]), strict=True))
-        answers = [
-            anew[i]
-            if i in anew
-            else self._told(*one, *pairs[i])
-            if i in pairs
-            else _extended(one[0])
-            for i, one in enumerate(work)
-        ]
+        told = dict(zip(again, self._unspoilt([work[i] for i in again]), strict=True))
+        told |= {i: self._told(*work[i], *pair) for i, pair in pairs.items() if i not in told}
+        answers = [told.get(i) or _extended(item) for i, (item, _) in enumerate(work)]
         return answers, sum(len(span.tokens) for span in spans)
 
     def settle(

@@ -20,7 +20,7 @@ from outrider.kernels.attention_shapes import Work
 from outrider.kernels.linear_shapes import Epilogue, Tile
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
-from outrider.shared.model.cuda.passes import HEAD_ROWS, Limits
+from outrider.shared.model.cuda.passes import HEAD_ROWS, PassLimits
 from outrider.shared.model.cuda.tuning import Tuning
 from outrider.shared.model.cuda.weights import Weights
 
@@ -72,7 +72,7 @@ class Forward:
 
     weights: Weights
     calls: Mapping[str, Call]
-    limits: Limits
+    limits: PassLimits
     tuning: Tuning
     x: Tensor = field(init=False)
     logits: Tensor = field(init=False)

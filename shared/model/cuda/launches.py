@@ -49,9 +49,10 @@ class Launches:
         self._draws = Draws(device)
         self._pending = False
 
-    def forward(self, spans: Sequence[Span], wanted: int) -> None:
-        """Takes the rows in; the ``wanted`` ones among them leave their logits in the step."""
+    def forward(self, spans: Sequence[Span]) -> None:
+        """Takes the rows in; the wanted ones among them leave their logits in the step."""
         size, rows = self._bring(spans)
+        wanted = sum(span.wanted for span in spans)
         picks = self._pick(spans, rows)
         heads = size[0] if picks is None else bucket(wanted, ROW_SIZES) if wanted else 0
         step, batch = self._step, batch_of(self._inputs.device)

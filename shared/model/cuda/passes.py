@@ -1,4 +1,4 @@
-"""Cuts a ragged batch into passes: at most ``Limits.rows`` rows, a sequence once."""
+"""Cuts a ragged batch into passes: at most ``PassLimits.rows`` rows, a sequence once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POWERS = tuple(1 << n for n in range(17))
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PassLimits:
     """What a pass may hold: ``rows``, and scratch memory of attention, see
     ``kernels.attention_shapes.need``."""
 
@@ -41,7 +41,9 @@ def row_size(rows: int) -> int:
     return bucket(rows, ROW_SIZES) if rows <= GRAPH_ROWS else rows
 
 
-def cut_spans(spans: Sequence[Span], heads: Heads, limits: Limits) -> list[list[tuple[int, Span]]]:
+def cut_spans(
+    spans: Sequence[Span], heads: Heads, limits: PassLimits
+) -> list[list[tuple[int, Span]]]:
     """Passes of (index of the span, its piece). Pieces of a span come in order.
 
     The wanted rows of a span stay together where a pass can hold them. A pass may need more
@@ -54,7 +56,7 @@ def cut_spans(spans: Sequence[Span], heads: Heads, limits: Limits) -> list[list[
         taken: list[tuple[int, Span]] = []
         rest: list[tuple[int, Span, int]] = []
         for i, span, done in left:
-            piece = _piece(span, done, room, head)
+            piece = _piece(span, done, room, head, together=min(HEAD_ROWS, limits.rows))
             if (
                 piece is None
                 or len(taken) == MAX_SEQUENCES
@@ -72,12 +74,15 @@ def cut_spans(spans: Sequence[Span], heads: Heads, limits: Limits) -> list[list[
     return passes
 
 
-def _piece(span: Span, done: int, room: int, head: int) -> Span | None:
-    """The next rows of ``span`` that fit: rows, and wanted rows; None where none do."""
+def _piece(span: Span, done: int, room: int, head: int, *, together: int) -> Span | None:
+    """The next rows of ``span`` that fit: rows, and wanted rows; None where none do.
+
+    ``together``: wanted rows that an empty pass can hold.
+    """
     count = len(span.tokens)
     first_wanted = count - span.wanted
     end = min(count, done + room, max(first_wanted, done) + head)
-    if span.wanted <= HEAD_ROWS and first_wanted < end < count:
+    if span.wanted <= together and first_wanted < end < count:
         end = first_wanted
     return span.part(done, end) if end > done else None
 

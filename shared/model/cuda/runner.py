@@ -33,7 +33,7 @@ from outrider.shared.model.cuda.passes import (
     HEAD_ROWS,
     MAX_SEQUENCES,
     POWERS,
-    Limits,
+    PassLimits,
     bucket,
     cut_spans,
     rows_in_order,
@@ -90,7 +90,7 @@ class CudaRunner(LlamaRunner):
         longest = need(heads, [max(p.tokens for p in self.arena.pools)], FEW_ROWS)
         work = min(capacity, max(longest, need(heads, [64] * 64, FEW_ROWS) // 8))
         self._step = Forward(
-            weights, calls, Limits(_pass_rows(weights), work),
+            weights, calls, PassLimits(_pass_rows(weights), work),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
         self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
@@ -126,7 +126,7 @@ class CudaRunner(LlamaRunner):
         with self._on_device():
             for taken in cut_spans(spans, self._geometry, self._step.limits):
                 wanted = sum(piece.wanted for _, piece in taken)
-                self._launches.forward([piece for _, piece in taken], wanted)
+                self._launches.forward([piece for _, piece in taken])
                 if wanted:
                     parts.append(self._step.logits[:wanted].clone())
                 order += [(i, piece.wanted) for i, piece in taken if piece.wanted]
@@ -167,7 +167,7 @@ class CudaRunner(LlamaRunner):
                 pieces, own = [piece for _, piece in taken], [i for i, _ in taken]
                 wanted = [i for i, piece in taken if piece.wanted]
                 if not wanted:
-                    self._launches.forward(pieces, 0)
+                    self._launches.forward(pieces)
                     continue
                 verdicts = self._launches.judge(
                     pieces, [decodings[i] for i in own], [proposals[i] for i in own],

@@ -13,7 +13,7 @@ from outrider.shared.model.cuda.passes import (
     HEAD_ROWS,
     POWERS,
     ROW_SIZES,
-    Limits,
+    PassLimits,
     bucket,
     cut_spans,
     row_size,
@@ -39,7 +39,7 @@ def span(start: int, count: int, wanted: int) -> Span:
 )
 def test_passes_hold_every_row_once_in_order_and_fit(sizes):
     spans = [span(start, count, min(wanted, count)) for start, count, wanted in sizes]
-    passes = cut_spans(spans, HEADS, Limits(ROWS, ROOMY))
+    passes = cut_spans(spans, HEADS, PassLimits(ROWS, ROOMY))
     seen: dict[int, list[int]] = {i: [] for i in range(len(spans))}
     wanted = dict.fromkeys(seen, 0)
     for taken in passes:
@@ -58,10 +58,10 @@ def test_passes_hold_every_row_once_in_order_and_fit(sizes):
 def test_a_pass_stays_within_the_scratch_memory_where_pieces_allow():
     spans = [span(640, 4, 4) for _ in range(8)]
     one = need(HEADS, [644], 4)
-    passes = cut_spans(spans, HEADS, Limits(ROWS, 3 * one))
+    passes = cut_spans(spans, HEADS, PassLimits(ROWS, 3 * one))
     assert [len(taken) for taken in passes] == [3, 3, 2]
     # A single piece that is too large by itself still runs.
-    assert len(cut_spans(spans[:1], HEADS, Limits(ROWS, 1))) == 1
+    assert len(cut_spans(spans[:1], HEADS, PassLimits(ROWS, 1))) == 1
 
 
 def test_rows_come_back_in_the_order_of_the_spans():
@@ -72,7 +72,7 @@ def test_rows_come_back_in_the_order_of_the_spans():
 def test_wanted_rows_stay_together_and_fit_the_logits():
     # A prompt's end, proposals beside it, and one whose wanted rows alone are too many.
     spans = [span(0, 300, 1), *(span(50, 9, 9) for _ in range(40)), span(0, 600, 600)]
-    passes = cut_spans(spans, HEADS, Limits(500, ROOMY))
+    passes = cut_spans(spans, HEADS, PassLimits(500, ROOMY))
     for taken in passes:
         assert sum(piece.wanted for _, piece in taken) <= HEAD_ROWS
         for i, piece in taken:
