@@ -7,9 +7,10 @@ goes on without its proposals.
 
 A prompt is the draft's business only when the base has written the first token after it: on one
 device the two would compete, and on two the draft is done soon enough, for its prompt costs a
-fraction of the base's. Until the draft has come near, the sequence decodes without it. While the
-draft is busy with prompts nobody asks it for proposals: the base decodes alone, and is not
-delayed by what the draft takes in.
+fraction of the base's. What it takes in within the set time goes along with the proposal, so that
+a short answer has its proposals from the second token on. Of more than that the draft takes in
+what comes before in the background, and the sequence decodes without it. While the draft is busy
+so, nobody asks it for proposals: the base decodes alone, and is not delayed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from outrider.shared.core.errors import RefusalCode, ServiceUnavailable
 
 MOST_STRIKES = 5
 LAG = 24
-"""Rows that a proposal takes along; more is caught up in the background first."""
+"""So many rows go along with a proposal at no cost worth counting."""
 
 
 class Drafting:
@@ -77,9 +78,24 @@ class Drafting:
         if self._behind is not None:
             self._behind.add_done_callback(lambda _: call())
 
-    def near(self, sequence: Seq) -> bool:
-        """Whether it is near enough to the log for a proposal without a long wait."""
-        return len(sequence.log) - sequence.base_len(sequence.draft) <= LAG
+    def near(self, sequences: Iterable[Seq]) -> set[Seq]:
+        """Those that may have a proposal in one round, for all that it takes along.
+
+        What they lack together is taken in within the set time. Those that wait for a proposal
+        (``awaited``) come first: whether they get one must not depend on who else is there.
+        """
+        budget = self._budget.rows(delays=True)
+        found: set[Seq] = set()
+        for seq in sorted(sequences, key=lambda seq: not seq.replays_rounds):
+            if not (seq.started and self.usable(seq)):
+                continue  # its first token waits for no draft
+            lag = _lag(seq)
+            if lag > LAG:
+                if lag > budget:
+                    continue
+                budget -= lag
+            found.add(seq)
+        return found
 
     def awaited(self, sequences: Iterable[Seq]) -> list[Seq]:
         """Those of ``sequences`` that are to wait until they can have a proposal.
@@ -89,13 +105,16 @@ class Drafting:
         """
         if not self.available:
             return []
-        return [seq for seq in sequences if seq.replays_rounds and self._awaited(seq)]
-
-    def _awaited(self, sequence: Seq) -> bool:
-        state = sequence.draft
-        if not sequence.started or sequence.max_k <= 0 or state.given_up or state.blocked:
-            return False
-        return self.busy or not sequence.may_open(state) or not self.near(sequence)
+        waiting = [
+            seq
+            for seq in sequences
+            if seq.replays_rounds
+            and seq.started
+            and seq.max_k > 0
+            and not (seq.draft.given_up or seq.draft.blocked)
+        ]
+        near = set() if self.busy else self.near(waiting)
+        return [seq for seq in waiting if seq not in near]
 
     async def propose(
         self,
@@ -136,7 +155,7 @@ class Drafting:
         return made
 
     def lacking(self, sequence: Seq) -> bool:
-        """Whether the draft has to be brought nearer to the log before it proposes."""
+        """Whether the draft has to be brought nearer to the log before it runs by itself."""
         state = sequence.draft
         return not state.open or len(sequence.log) - state.length > LAG
 
@@ -182,7 +201,7 @@ class Drafting:
     ) -> bool:
         """Sends some of what the draft lacks, without waiting for the answer.
 
-        What a proposal takes along is left to the next one; that opens a sequence, too.
+        What a proposal takes along at no cost is left to the next one; that opens a sequence, too.
         ``delays``: whether others want proposals meanwhile. Returns whether there was anything
         to send.
         """
@@ -190,7 +209,7 @@ class Drafting:
         if connection is None or not connection.up or connection.waiting:
             return False
         # Of all first: a prompt that this very message brings can't be shared in it.
-        behind = [one for one in sequences if self.usable(one) and not self.near(one)]
+        behind = [one for one in sequences if self.usable(one) and _lag(one) > LAG]
         if not behind:
             return False
         held = [one.base_len(one.draft) for one in behind]
@@ -343,6 +362,11 @@ class Drafting:
         state.strikes += 1
         if state.strikes >= MOST_STRIKES:
             state.given_up = True
+
+
+def _lag(sequence: Seq) -> int:
+    """Rows that the draft lacks of the log."""
+    return len(sequence.log) - sequence.base_len(sequence.draft)
 
 
 def _expire(future: asyncio.Future[Any]) -> None:

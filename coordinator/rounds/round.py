@@ -53,6 +53,7 @@ class RoundRunner:
         self._clock = clock
         self._records: deque[RoundRecord] = deque()
         self._round = 0
+        self._context = ""  # of the last round by messages
         self._last: DoneRound | None = None  # not yet reflected on
 
     async def round(
@@ -65,7 +66,8 @@ class RoundRunner:
     ) -> Outcome:
         """Runs one round by messages; ``meanwhile`` is called once, while the verifier works."""
         self._round += 1
-        number, traceparent = self._round, self._traceparent(self._round, plan)
+        number = self._round
+        traceparent = self._context = self._traceparent(number, plan)
         proposals, prepared = await self._speculate(plan, ks, traceparent)
         verdicts = await self._verify(plan, proposals, prepared, meanwhile, traceparent)
         outcome = self._commit.apply(verdicts, started_ns)
@@ -103,30 +105,24 @@ class RoundRunner:
             plan.decode = [seq for seq in plan.decode if seq not in held]
 
     async def catch_up(self, plan: RoundPlan[Sequence]) -> None:
-        """Has the draft take in what those that ``plan`` holds back wait for."""
-        await self._drafting.catch_up(self._behind(plan, Proposals()))
+        """Has the draft take in what those that ``plan`` holds back wait for.
+
+        That is behind the round before, and in its trace.
+        """
+        await self._drafting.catch_up(self._behind(plan, Proposals()), self._context)
 
     def choose(self, plan: RoundPlan[Sequence]) -> list[int]:
         """K for each sequence of ``plan.decode``; to be asked once a round."""
         decode, drafting = plan.decode, self._drafting
         if not decode:
             return []
-        asks = drafting.available and not drafting.busy
+        near = drafting.near(decode) if drafting.available and not drafting.busy else set()
         return self._speculation.choose(
             [
-                Speculable(
-                    seq.acceptance,
-                    seq.max_k if asks and self._proposable(seq) else 0,
-                    seq.request.k,
-                )
+                Speculable(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k)
                 for seq in decode
             ]
         )
-
-    def _proposable(self, sequence: Sequence) -> bool:
-        """Whether it may have a proposal: its first token waits for no draft."""
-        drafting = self._drafting
-        return sequence.started and drafting.usable(sequence) and drafting.near(sequence)
 
     async def _speculate(
         self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str
@@ -158,7 +154,7 @@ class RoundRunner:
     def _others_wait(self, plan: RoundPlan[Sequence]) -> bool:
         """Whether what the draft takes in meanwhile delays proposals for others."""
         wanted = self._speculation.wanted
-        return any(self._proposable(seq) and wanted(seq.request.k) for seq in plan.decode)
+        return any(wanted(seq.request.k) for seq in self._drafting.near(plan.decode))
 
     # --- VERIFY ------------------------------------------------------------------------------
 

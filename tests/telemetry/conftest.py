@@ -191,15 +191,21 @@ class Cluster:
         *,
         k: int | None = 3,
         tokens: int = 24,
+        drawn: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
         seen: Callable[[pb.GenerateResponse], None] = lambda response: None,
     ) -> tuple[list[int], pb.Finished, str]:
-        """Token ids, the last message and the request id."""
+        """Token ids, the last message and the request id.
+
+        ``drawn``: by `rejection` at temperature 1 and not greedily; with a fixed K no round runs
+        without the draft then, however late it is.
+        """
+        rule = pb.ACCEPTANCE_RULE_REJECTION if drawn else pb.ACCEPTANCE_RULE_UNSPECIFIED
         request = pb.GenerateRequest(
             prompt=prompt,
             stopping=pb.StopConditions(max_new_tokens=tokens, ignore_eos=True),
-            speculation=pb.SpeculationParameters(k=k),
-            sampling=pb.SamplingParameters(seed=1),
+            speculation=pb.SpeculationParameters(k=k, rule=rule),
+            sampling=pb.SamplingParameters(seed=1, temperature=float(drawn)),
         )
         ids: list[int] = []
         with grpc.insecure_channel(self.target) as channel:

@@ -48,7 +48,7 @@ def traced(cluster: Any) -> Any:
     """One request of several prefill chunks: client's span id, spans, and the last message."""
     trace, parent, metadata = traceparent()
     prompt = "def add(left, right):\n    return left + right\n" * 2
-    ids, finished, _ = cluster.generate(prompt, metadata=metadata)
+    ids, finished, _ = cluster.generate(prompt, drawn=True, metadata=metadata)
     return parent, cluster.trace(trace), finished, ids
 
 

@@ -12,7 +12,7 @@ import pytest
 from outrider.coordinator.requests.sequence import ServiceState
 from outrider.coordinator.rounds.costs import ALONE, START_ROWS, PromptBudget
 from outrider.coordinator.rounds.draft_messages import DraftGrant
-from outrider.coordinator.rounds.drafting import Drafting
+from outrider.coordinator.rounds.drafting import LAG, Drafting
 from outrider.protos import speculation_pb2 as pb
 
 
@@ -81,17 +81,24 @@ class Answering:
         return [len(item.append) for item in self.sent[-1].items]
 
 
-def behind(rows: int, sequence_id: int = 1) -> Any:
-    """A sequence under `rejection` with a fixed K, of which the draft lacks so many rows."""
+class Behind(SimpleNamespace):
+    """Equal to itself alone, as a sequence is."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+def behind(rows: int, sequence_id: int = 1, *, replays: bool = True) -> Any:
+    """A sequence of which the draft lacks so many rows; under `rejection` with a fixed K or not."""
     state = ServiceState(open=True)
-    return SimpleNamespace(
+    return Behind(
         sequence_id=sequence_id,
         log=list(range(rows)),
         draft=state,
         parent=None,
         started=True,
         max_k=4,
-        replays_rounds=True,
+        replays_rounds=replays,
         may_open=lambda state: True,
         base_len=lambda state: min(state.length, rows - 1),
         output=SimpleNamespace(finish=None),
@@ -102,8 +109,8 @@ def behind(rows: int, sequence_id: int = 1) -> Any:
 async def test_drafting_that_is_to_be_replayed_waits_until_the_draft_is_near(ends: str) -> None:
     """As long as the draft is there and in time: then its rounds are the same each time."""
     connection: Any = Answering()
-    drafting = drafting_over(connection, patience=0.01 if ends == "late" else 600.0)
-    sequence = behind(40)
+    drafting = drafting_over(connection, patience=0.01 if ends == "late" else 600.0, most=30)
+    sequence = behind(50)
     assert drafting.awaited([sequence]) == [sequence]
     assert await drafting.catch_up([sequence])
     freed = asyncio.Event()
@@ -122,6 +129,19 @@ async def test_drafting_that_is_to_be_replayed_waits_until_the_draft_is_near(end
     if ends == "late":
         connection.answer()
         assert drafting.available
+
+
+def test_drafting_takes_along_what_fits_into_the_set_time() -> None:
+    """Of all sequences of a round together; those that wait for a proposal come first."""
+    drafting = drafting_over(Answering(), most=100)
+    short = [behind(LAG, number, replays=False) for number in range(50)]
+    some = [behind(60, 100, replays=False), behind(30, 101, replays=False)]
+    assert drafting.near([*short, *some]) == {*short, *some}
+    held = behind(60, 102)
+    assert drafting.near([*some, held]) == {some[1], held}
+    long = behind(101, 103)
+    assert drafting.near([long, *some]) == {*some}
+    assert drafting.awaited([long, held, *some]) == [long]
 
 
 async def test_drafting_takes_an_answer_that_came_before_its_message_was_out() -> None:
