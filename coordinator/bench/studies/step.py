@@ -1,7 +1,7 @@
 """``outrider bench step``: how long the steps of one model take, against its memory's speed.
 
 Decode, verify and draft-loop rounds run through the runner that a model process would use, host
-work and the wait for the tokens included; then each operation by itself.
+work and the wait for the tokens included; then whole prompts, and each operation by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench import hardware
+from outrider.coordinator.bench.studies.step_prompts import (
+    PromptFigure,
+    measure_prompts,
+    product_speed,
+    sizes,
+    table,
+)
 from outrider.shared.config.schema import Config
 
 
@@ -56,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_numbers, default=[2, 3, 5, 9], help="of a verify")
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], help="sequences at once")
     parser.add_argument("--draft-ks", type=_numbers, default=[1, 2, 4], help="of a draft loop")
+    parser.add_argument(
+        "--prompt-rows", default="", help="whole prompts, as 1024,8x2048: 8 of 2,048 at once"
+    )
+    parser.add_argument("--parts", type=_numbers, default=[1], help="sequences of the operations")
     parser.add_argument("--arena", type=int, default=8 << 30, help="bytes of KV (default: 8 GiB)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
@@ -64,32 +75,42 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """Measures and prints; returns the exit status."""
     import torch
 
-    runner = _runner(args)
+    runner, shape, model = _runner(args)
     device = runner.storage.device
     bandwidth = _bandwidth(device)
+    step_bytes = _step_bytes(runner, shape)
     largest = max([max(args.rows) - 1, *args.draft_ks])
     with torch.inference_mode():
-        figures = measure(runner, args, _step_bytes(runner) / bandwidth if bandwidth else 0.0)
-        parts = _parts(runner, args) if type(runner).__name__ == "CudaRunner" else []
+        figures = measure(runner, args, step_bytes / bandwidth if bandwidth else 0.0)
+        cuda = type(runner).__name__ == "CudaRunner"
+        parts = {n: _parts(runner, args, n) for n in args.parts} if cuda else {}
+        prompts = _prompts(runner, shape, model, args)
     facts = runner.facts
     print(
         f"{facts.name} ({facts.architecture}) on {device}, {facts.dtype}, runner {facts.runner}; "
-        f"{_step_bytes(runner) / 1e9:.3f} GB read per step, copy bandwidth "
+        f"{step_bytes / 1e9:.3f} GB read per step, copy bandwidth "
         f"{bandwidth / 1e12:.3f} TB/s; K up to {largest}\n"
     )
     print(_table(figures))
-    if parts:
-        print(_parts_table(parts, bandwidth))
+    if prompts:
+        print(table(prompts))
+    for count, found in parts.items():
+        print(_parts_table(count, found, bandwidth))
     if args.json:
         record = {
             "hardware": hardware.describe(),
             "device": _device_name(device),
             "command": " ".join(["outrider", *sys.argv[1:]]),
             "model": asdict(facts),
-            "step_bytes": _step_bytes(runner),
+            "step_bytes": step_bytes,
             "copy_bandwidth": bandwidth,
             "figures": [asdict(f) | {"rate": f.rate, "share": f.share} for f in figures],
-            "parts": [asdict(part) for part in parts],
+            "prompts": [asdict(f) | {"rate": f.rate, "share": f.share} for f in prompts],
+            "parts": [
+                asdict(part) | {"sequences": count}
+                for count, found in parts.items()
+                for part in found
+            ],
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
@@ -199,9 +220,11 @@ class _StepRounds:
             self._runner.arena.rollback(extent, extent.valid_len - rows)
 
 
-def _runner(args: argparse.Namespace) -> Any:
+def _runner(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The runner, the model's configuration, and transformers' own model where it is planted."""
     from outrider.shared.config.schema import ModelConfig
     from outrider.shared.model.loading import choose_device, load_runner, make_runner
+    from outrider.shared.model.locate import model_path
 
     config = ModelConfig(
         path=args.model, device=args.step_device, dtype=args.step_dtype, runner=args.runner,
@@ -212,7 +235,10 @@ def _runner(args: argparse.Namespace) -> Any:
         print(message, file=sys.stderr)
 
     if not args.model.startswith("planted:"):
-        return load_runner(config, progress)
+        from transformers import AutoConfig
+
+        runner = load_runner(config, progress)
+        return runner, AutoConfig.from_pretrained(model_path(args.model)), None
     from outrider.coordinator.bench.models.planted import PlantSpec, plant
 
     device = choose_device(args.step_device)
@@ -220,34 +246,43 @@ def _runner(args: argparse.Namespace) -> Any:
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     model = plant(PlantSpec(args.model.removeprefix("planted:"), dtype=dtype), device, progress)
-    return make_runner(model, config, "", progress)
+    return make_runner(model, config, "", progress), model.config, model
 
 
-def _step_bytes(runner: Any) -> int:
+def _step_bytes(runner: Any, shape: Any) -> int:
     """Weight bytes of a step: all but the embedding table, of which it reads a few rows."""
-    model = runner._model
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    table = (embedding or model.model.embed_tokens).weight
-    tied = table.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    return int(runner.facts.weight_bytes - (0 if tied else table.nbytes))
+    table = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+    return int(runner.facts.weight_bytes - table * runner.storage.dtype.itemsize)
 
 
-def _parts(runner: Any, args: argparse.Namespace) -> list[Any]:
+def _prompts(runner: Any, shape: Any, model: Any, args: argparse.Namespace) -> list[PromptFigure]:
+    shapes = sizes(args.prompt_rows)
+    if not shapes:
+        return []
+    speed = product_speed(runner.storage.device, runner.storage.dtype)
+    return measure_prompts(runner, shape, model, shapes, speed)
+
+
+def _parts(runner: Any, args: argparse.Namespace, count: int) -> list[Any]:
     import torch
 
     from outrider.coordinator.bench.studies.step_profile import parts
     from outrider.shared.model.cuda.forward import Batch
 
-    def one(value: int) -> Any:
-        return torch.tensor([value], dtype=torch.int32, device=runner.storage.device)
+    def new(values: list[int]) -> Any:
+        return torch.tensor(values, dtype=torch.int32, device=runner.storage.device)
 
-    pools = len(runner.arena.pools)
-    extent = runner.arena.admit(args.context + args.new + 8)
-    starts = torch.tensor([[start] for start, _ in extent.places], device=runner.storage.device)
-    assert starts.shape[0] == pools
-    batch = Batch(one(1), starts.int(), one(0), one(1), one(args.context + args.new // 2))
-    found = parts(runner._step, batch, 1, 1, 1)
-    runner.arena.free(extent)
+    extents = [runner.arena.admit(args.context + args.new + 8) for _ in range(count)]
+    places = [[start for start, _ in extent.places] for extent in extents]
+    starts = new([start for pool in zip(*places, strict=True) for start in pool])
+    positions = new([args.context + args.new // 2] * count)
+    batch = Batch(
+        new([1] * count), starts.view(-1, count), new(list(range(count))), new([1] * count),
+        positions,
+    )  # fmt: skip
+    found = parts(runner._step, batch, count, count, 1)
+    for extent in extents:
+        runner.arena.free(extent)
     return found
 
 
@@ -281,9 +316,9 @@ def _table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parts_table(parts: Sequence[Any], bandwidth: float) -> str:
+def _parts_table(sequences: int, parts: Sequence[Any], bandwidth: float) -> str:
     lines = [
-        "| operation, all layers | launches | MB | µs | of copy bandwidth |",
+        f"| {sequences} × 1 row, all layers | launches | MB | µs | of copy bandwidth |",
         "|---|---|---|---|---|",
     ]
     for p in parts:
