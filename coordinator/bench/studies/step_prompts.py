@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # seconds to import: only where something is measured
 
 REPEATS = 5
 
@@ -72,6 +73,8 @@ def measure_prompts(
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the library's product of large square matrices."""
+    import torch
+
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
@@ -98,6 +101,8 @@ def _own(runner: Any, count: int, rows: int) -> Callable[[], None]:
 
 
 def _peer(model: Any, count: int, rows: int) -> Callable[[], None]:
+    import torch
+
     ids = torch.tensor([_prompt(rows, model.config.vocab_size)] * count, device=model.device)
 
     def run() -> None:
@@ -108,6 +113,7 @@ def _peer(model: Any, count: int, rows: int) -> Callable[[], None]:
 
 def _median(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds, after two calls to warm up."""
+    import torch
 
     def wait() -> None:
         if device.type == "cuda":

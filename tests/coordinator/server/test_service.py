@@ -472,6 +472,7 @@ async def test_service_info_describes_models_limits_and_load(
         assert (info.default_k, info.default_max_new_tokens) == (3, 77)
         assert info.running == 1
         assert (info.link, info.link_reason) == ("shm", "")
+        await until(lambda: bool(draft.toy.items))
         call.cancel()
     # The draft allows less than a request may ask for: proposals stay within it.
     assert max(item.k for item in draft.toy.items) <= 4
