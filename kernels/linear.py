@@ -16,7 +16,7 @@ from torch.nn import functional
 from outrider.kernels import norm as rms
 from outrider.kernels.linear_many import ManyLinear
 from outrider.kernels.linear_shapes import FEW_ROWS, PLAIN, Epilogue, Tile, shared_limit
-from outrider.kernels.linear_wgmma import WgmmaLinear
+from outrider.kernels.linear_wgmma import WgmmaLinear, worth
 from outrider.kernels.operation import (
     Arguments,
     Call,
@@ -113,6 +113,7 @@ def why_not_shape(w: Tensor) -> str | None:
 
 def _cuda(tools: Tools) -> Call:
     normalise = rms.OPERATION.implementations[0].build(tools)
+    many = WgmmaLinear(tools) if _hopper(tools) else ManyLinear(tools)
     spare: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def run(
@@ -138,8 +139,8 @@ def _cuda(tools: Tools) -> Call:
                 spare[key] = torch.empty_like(x)
             normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
             x, norm = spare[key], None
-        if rows > FEW_ROWS:
-            _many(tools)(
+        if rows > FEW_ROWS or (_hopper(tools) and worth(rows, n, tools.processors)):
+            many(
                 x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual,
                 overlap=overlap,
             )  # fmt: skip
@@ -164,10 +165,9 @@ def _cuda(tools: Tools) -> Call:
     return run
 
 
-def _many(tools: Tools) -> Call:
+def _hopper(tools: Tools) -> bool:
     # The instructions of Hopper's kernel are in no other chip, later ones included.
-    hopper = tools.compiler.arch == tools.compiler.chip == 90
-    return WgmmaLinear(tools) if hopper else ManyLinear(tools)
+    return tools.compiler.arch == tools.compiler.chip == 90
 
 
 def _triton(tools: Tools) -> Call:

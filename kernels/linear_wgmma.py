@@ -41,11 +41,43 @@ def shared_bytes(tile: WgmmaTile) -> int:
 
 
 def best_tile(rows: int, columns: int, processors: int) -> WgmmaTile:
-    """``columns``: rows of w. What measured best on an H100 (docs/results/many-rows.md)."""
-    if rows <= 64:
-        return WgmmaTile(1, 8)
-    large = -(-rows // 128) * -(-columns // FEATURES)
-    return WgmmaTile(2, 6) if large >= processors else WgmmaTile(1, 8)
+    """``columns``: rows of w. As measured on an H100 (docs/results/many-rows.md).
+
+    A tile of 128 rows takes 1.4 times as long as one of 64, and each processor takes one at a
+    time. A single row of few tiles leaves most of them idle, and memory with them: its tiles are
+    split.
+    """
+    across = _across(columns)
+    if rows <= 64 and _splits(across, processors):
+        return WgmmaTile(1, 6, 4)
+    small, large = WgmmaTile(1, 8), WgmmaTile(2, 6)
+
+    def waves(tile: WgmmaTile) -> int:
+        return -(-(-(-rows // tile.rows) * across) // processors)
+
+    return large if 1.4 * waves(large) < waves(small) else small
+
+
+def worth(rows: int, columns: int, processors: int) -> bool:
+    """Whether it beats ``linear.cu`` at up to 64 rows, as measured on an H100.
+
+    Up to 16 rows it does not, since ``linear.cu`` has the norm in it. Beyond, wide layers have
+    tiles for enough processors to keep memory busy. Narrow ones are split, and the parts' sums
+    take as long to exchange as linear.cu takes for 48 rows.
+    """
+    across = _across(columns)
+    wide = across >= 0.3 * processors
+    return rows > 16 and (wide or (rows > 48 and _splits(across, processors)))
+
+
+def _across(columns: int) -> int:
+    """Tiles beside each other."""
+    return -(-columns // FEATURES)
+
+
+def _splits(across: int, processors: int) -> bool:
+    """Whether there is room for four parts of each tile at once."""
+    return 4 * across <= 0.75 * processors
 
 
 class WgmmaLinear:
