@@ -167,7 +167,7 @@ def _cuda(tools: Tools) -> Call:
 
 def _hopper(tools: Tools) -> bool:
     # The instructions of Hopper's kernel are in no other chip, later ones included.
-    return tools.compiler.arch == tools.compiler.chip == 90
+    return bool(tools.compiler.arch == tools.compiler.chip == 90)
 
 
 def _triton(tools: Tools) -> Call:

@@ -26,7 +26,7 @@ from outrider.shared.model.cuda.passes import (
     row_size,
 )
 from outrider.shared.model.cuda.rejection import Draws, draws
-from outrider.shared.model.cuda.step import batch_of, draft, numbers, place, signed
+from outrider.shared.model.cuda.step import batch_of, draft, numbers, places, signed
 from outrider.shared.model.runner import Span
 
 
@@ -78,27 +78,38 @@ class Launches:
         """
         size, rows = self._bring(spans)
         picks = self._pick(spans, rows)
-        host, head, judged, drawn = self._inputs.host, 0, 0, 0
+        # Lists first: an array takes one assignment of many numbers as fast as one of one.
+        tokens: list[int] = []
+        temperatures: list[float] = []
+        seeds: list[int] = []
+        positions: list[int] = []
+        pending: list[int] = []
+        proposed: list[int] = []
+        drawn = 0
         self._draws.begin()
         for span, d, proposal, offered in zip(spans, decodings, proposals, sparse, strict=True):
-            if not span.wanted:
+            wanted, end = span.wanted, span.end
+            if not wanted:
                 continue
-            own = slice(head, head + span.wanted)
-            host["judged"][own] = span.tokens[-span.wanted :]
-            host["temperatures"][own] = d.temperature
-            host["seeds"][own] = signed(d.seed)
-            host["noise_positions"][own] = range(span.end - span.wanted + 1, span.end + 1)
-            host["pending"][judged] = own.stop - len(proposal) - 1
-            host["proposed"][judged] = len(proposal)
+            tokens += span.tokens[-wanted:]
+            temperatures += [d.temperature] * wanted
+            seeds += [signed(d.seed)] * wanted
+            positions += range(end - wanted + 1, end + 1)
+            first = len(tokens) - len(proposal) - 1
             if draws(d, proposal):
-                self._draws.place(judged, own.stop - len(proposal) - 1, proposal, offered)
+                self._draws.place(len(pending), first, proposal, offered)
                 drawn += 1
-            head, judged = own.stop, judged + 1
+            pending.append(first)
+            proposed.append(len(proposal))
+        head, judged, host = len(tokens), len(pending), self._inputs.host
         count = size[0] if picks is None else bucket(head, ROW_SIZES)
         sequences = bucket(judged, POWERS)
-        host["temperatures"][head:count] = 0
-        host["pending"][judged:sequences] = 0
-        host["proposed"][judged:sequences] = 0
+        host["judged"][:head] = tokens
+        host["temperatures"][:count] = temperatures + [0.0] * (count - head)
+        host["seeds"][:head] = seeds
+        host["noise_positions"][:head] = positions
+        host["pending"][:sequences] = pending + [0] * (sequences - judged)
+        host["proposed"][:sequences] = proposed + [0] * (sequences - judged)
         step, own_side, batch = self._step, self._inputs.device, batch_of(self._inputs.device)
         verdicts = self._verdicts[:sequences]
         # Each kernel judges the sequences of its rules; a round without any leaves it out.
@@ -168,17 +179,20 @@ class Launches:
         if self._pending:
             # The copy of the step before may still read the buffer.
             self._wait()
-        host, row, longest = self._inputs.host, 0, 0
-        host["row_counts"][:] = 0
-        for s, span in enumerate(spans):
-            count = len(span.tokens)
-            host["tokens"][row : row + count] = span.tokens
-            place(host, s, span.extent)
-            host["first_rows"][s] = row
-            host["row_counts"][s] = count
-            host["positions"][s] = span.start
-            row, longest = row + count, max(longest, count)
+        host, tokens, count = self._inputs.host, list[int](), len(spans)
+        first_rows: list[int] = []
+        for span in spans:
+            first_rows.append(len(tokens))
+            tokens += span.tokens
+        counts = [len(span.tokens) for span in spans]
+        places(host, [span.extent for span in spans])
+        host["first_rows"][:count] = first_rows
+        host["row_counts"][:count] = counts
+        host["row_counts"][count:] = 0
+        host["positions"][:count] = [span.start for span in spans]
+        row, longest = len(tokens), max(counts)
         size = row_size(row)
+        host["tokens"][:row] = tokens
         host["tokens"][row:size] = 0
         return (size, bucket(len(spans), POWERS), bucket(longest, POWERS)), row
 

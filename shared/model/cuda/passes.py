@@ -49,6 +49,8 @@ def cut_spans(
     The wanted rows of a span stay together where a pass can hold them. A pass may need more
     scratch memory than there is only where a single piece does.
     """
+    if _whole(spans, heads, limits):
+        return [list(enumerate(spans))]
     left = [(i, span, 0) for i, span in enumerate(spans)]
     passes: list[list[tuple[int, Span]]] = []
     while left:
@@ -72,6 +74,16 @@ def cut_spans(
         passes.append(taken)
         left = rest
     return passes
+
+
+def _whole(spans: Sequence[Span], heads: Heads, limits: PassLimits) -> bool:
+    """Whether one pass holds all of them, as nearly every round does."""
+    return (
+        0 < len(spans) <= MAX_SEQUENCES
+        and sum([len(span.tokens) for span in spans]) <= limits.rows
+        and sum([span.wanted for span in spans]) <= HEAD_ROWS
+        and (len(spans) == 1 or _need(heads, spans) <= limits.work)
+    )
 
 
 def _piece(span: Span, done: int, room: int, head: int, *, together: int) -> Span | None:

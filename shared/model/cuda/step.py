@@ -3,6 +3,7 @@ that a step needs, and the draft's chain of forwards."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,13 +37,15 @@ def numbers(pools: int, steps: int, rows: int = HEAD_ROWS) -> list[Field]:
     ]
 
 
-def place(host: dict[str, NDArray[np.generic]], s: int, extent: Extent) -> None:
-    """Writes where the KV of sequence ``s`` lies to ``numbers`` on the host."""
-    host["prefix_lens"][s] = extent.prefix_len
-    for pool, (start, _) in enumerate(extent.places):
-        host["starts"][pool, s] = start
-        if extent.parent is not None:
-            host["prefix_starts"][pool, s] = extent.parent.places[pool][0]
+def places(host: dict[str, NDArray[np.generic]], extents: Sequence[Extent]) -> None:
+    """Writes where the KV of the sequences lies to ``numbers`` on the host."""
+    count = len(extents)
+    host["prefix_lens"][:count] = [extent.prefix_len for extent in extents]
+    for pool in range(host["starts"].shape[0]):
+        host["starts"][pool, :count] = [extent.places[pool][0] for extent in extents]
+        host["prefix_starts"][pool, :count] = [
+            0 if extent.parent is None else extent.parent.places[pool][0] for extent in extents
+        ]
 
 
 def batch_of(own: dict[str, Tensor]) -> Batch:

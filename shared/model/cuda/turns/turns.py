@@ -28,7 +28,7 @@ from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, bucket
-from outrider.shared.model.cuda.step import numbers, place
+from outrider.shared.model.cuda.step import numbers, places
 from outrider.shared.model.cuda.support import simple
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
 
@@ -126,8 +126,8 @@ class Turns(ABC):
             rehearsed = self._stream.mark()
             while not rehearsed.reached():  # the upload still reads what is written next
                 time.sleep(_LOOK_SECONDS)
+        places(host, [one.extent for one in sequences])
         for s, one in enumerate(sequences):
-            place(host, s, one.extent)
             host["committed"][s], host["pending"][s] = one.committed_len, one.pending
             host["limits"][s], host["ks"][s] = one.limit, one.k
             self._place(s, one)
