@@ -8,6 +8,7 @@ its kernel.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from outrider.kernels.operation import (
     no_cuda_source,
     no_triton,
 )
+
+_GROUPS = (1, 2, 4, 6, 8)
+"""Groups of eight rows that ``linear.cu`` is compiled for."""
 
 
 def reference(
@@ -73,7 +77,7 @@ def row_groups(rows: int) -> int:
     """Groups of eight rows that the kernel for ``rows`` is made for; raises above 64."""
     if not 1 <= rows <= FEW_ROWS:
         raise ValueError(f"rows: got {rows}; must be in 1..{FEW_ROWS}")
-    return next(g for g in (1, 2, 4, 6, 8) if rows <= 8 * g)
+    return next(g for g in _GROUPS if rows <= 8 * g)
 
 
 def shared_bytes(groups: int, units: int, stages: int, arch: int) -> int:
@@ -84,22 +88,37 @@ def shared_bytes(groups: int, units: int, stages: int, arch: int) -> int:
     return parts * units * rows * 8 * 4 + 8 * rows * 4 + ring
 
 
-def cut_for(tile: Tile, groups: int, arch: int, chip: int | None = None) -> tuple[int, int]:
+def cut_for(
+    tile: Tile, groups: int, arch: int, chip: int | None = None, *, gated: bool = False
+) -> tuple[int, int]:
     """(units, stages) that fit registers and shared memory for so many rows on this chip.
 
     ``arch``: what the code is compiled for; ``chip``: what it runs on, where that is another.
+    ``gated``: units are a whole number of pairs. Raises ``ValueError`` where none fit, see
+    ``most_rows``.
     """
-    limit = shared_limit(arch, chip)
+    limit, least = shared_limit(arch, chip), 2 if gated else 1
     if arch < 80:
-        return min(tile.units, 4 if groups <= 2 else 2), 2
-    units = tile.units if groups == 1 else min(tile.units, 8 if groups == 2 else 4)
-    stages = tile.stages
+        units, stages = min(tile.units, 4 if groups <= 2 else 2), 2
+    else:
+        units = tile.units if groups == 1 else min(tile.units, 8 if groups == 2 else 4)
+        stages = tile.stages
+    units = max(least, units - units % least)
     while shared_bytes(groups, units, stages, arch) > limit:
         if stages > 2:
             stages -= 1
+        elif units > least:
+            units -= least
         else:
-            units -= 1
+            raise ValueError(f"{8 * groups} rows don't fit the {limit} bytes of one block")
     return units, stages
+
+
+@lru_cache
+def most_rows(arch: int, chip: int | None = None) -> int:
+    """Rows that ``linear.cu`` takes on this chip, see ``cut_for``; a multiple of 8."""
+    limit = shared_limit(arch, chip)
+    return max(8 * g for g in _GROUPS if shared_bytes(g, 2, 2, arch) <= limit)
 
 
 def why_not_shape(w: Tensor) -> str | None:
@@ -114,6 +133,8 @@ def why_not_shape(w: Tensor) -> str | None:
 def _cuda(tools: Tools) -> Call:
     normalise = rms.OPERATION.implementations[0].build(tools)
     many = WgmmaLinear(tools) if _hopper(tools) else ManyLinear(tools)
+    arch, chip = tools.compiler.arch, tools.compiler.chip
+    few = most_rows(arch, chip)
     spare: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def run(
@@ -139,14 +160,14 @@ def _cuda(tools: Tools) -> Call:
                 spare[key] = torch.empty_like(x)
             normalise(x=x, weight=norm, out=spare[key], rows=rows, eps=eps, overlap=overlap)
             x, norm = spare[key], None
-        if rows > FEW_ROWS or (_hopper(tools) and worth(rows, n, tools.processors)):
+        if rows > few or (_hopper(tools) and worth(rows, n, tools.processors)):
             many(
                 x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual,
                 overlap=overlap,
             )  # fmt: skip
             return
-        groups, arch = row_groups(rows), tools.compiler.arch
-        units, stages = cut_for(tile, groups, arch, tools.compiler.chip)
+        groups, gated = row_groups(rows), epilogue == Epilogue.GATED
+        units, stages = cut_for(tile, groups, arch, chip, gated=gated)
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
             "GROUPS": groups,
@@ -158,7 +179,7 @@ def _cuda(tools: Tools) -> Call:
         }
         shared = shared_bytes(groups, units, stages, arch)
         kernel = tools.compiler.kernel("linear", "linear", defines, threads=256, shared=shared)
-        columns = n // 2 if epilogue == Epilogue.GATED else n
+        columns = n // 2 if gated else n
         grid = min((columns + 7) // 8, tools.processors * tile.blocks)
         kernel.launch((grid,), (x, w, norm, bias, residual, out, rows, n, k, eps), overlap=overlap)
 

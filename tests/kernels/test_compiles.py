@@ -36,7 +36,10 @@ def variants(arch: int):
     for groups in (1, 2, 4, 6, 8):
         for epilogue in range(4):
             for tile in (Tile(5, 3), Tile(4, 2, 2)):
-                units, stages = linear.cut_for(tile, groups, arch)
+                if 8 * groups > linear.most_rows(arch):
+                    continue
+                gated = epilogue == Epilogue.GATED
+                units, stages = linear.cut_for(tile, groups, arch, gated=gated)
                 yield (
                     "linear",
                     {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outrider.kernels import linear
 from outrider.kernels.linear_many import BLOCK_TILES, BlockTile, ManyLinear, best_tile, depth_of
-from outrider.kernels.linear_shapes import Epilogue, shared_limit
+from outrider.kernels.linear_shapes import Epilogue, Tile, shared_limit
 from outrider.kernels.linear_wgmma import WgmmaLinear
 from outrider.kernels.operation import Tools
 
@@ -170,7 +170,13 @@ def test_a_row_has_the_same_bits_from_every_kernel(emulated, arch):
         out = torch.empty(rows, 72)
         few(x=x, w=w, out=out, rows=rows, epilogue=Epilogue.STORE_FLOAT)
         assert torch.equal(out, have[:rows])
+    have = run(tools.compiler, x, w[:64], epilogue=Epilogue.GATED)
+    for rows, tile in ((64, Tile(4, 3)), (5, Tile(5, 3))):
+        out = torch.zeros(rows, 32, dtype=x.dtype)
+        few(x=x, w=w[:64], out=out, rows=rows, epilogue=Epilogue.GATED, tile=tile)
+        assert torch.equal(out, have[:rows])
     if arch == 90:
+        have = run(tools.compiler, x, w)
         out = torch.empty_like(have)
         WgmmaLinear(tools)(x=x, w=w, out=out, rows=64, epilogue=Epilogue.STORE_FLOAT)
         assert torch.equal(out, have)
@@ -189,3 +195,18 @@ def test_small_tiles_are_picked_where_large_ones_leave_multiprocessors_idle():
     assert best_tile(4096, 16384, 132) == BlockTile(128, 128)
     assert best_tile(65, 3072, 132) == BlockTile(64, 64)
     assert best_tile(64, 16384, 108).rows == 64
+
+
+@pytest.mark.parametrize("chip", [80, 86, 87, 89, 90, 100, 120])
+def test_cut_of_few_rows_fits_the_chip_and_pairs_gate_and_up(chip):
+    arch = min(chip, 90)
+    most = linear.most_rows(arch, chip)
+    assert most >= 16
+    for tile in (Tile(5, 3), Tile(3, 4), Tile(4, 2, 2), Tile(8, 2), Tile(1, 2)):
+        for groups in (1, 2, 4, 6, 8):
+            for gated in (False, True):
+                if 8 * groups > most:
+                    continue
+                units, stages = linear.cut_for(tile, groups, arch, chip, gated=gated)
+                assert linear.shared_bytes(groups, units, stages, arch) <= shared_limit(arch, chip)
+                assert stages >= 2 and units >= 1 and not (gated and units % 2)
