@@ -20,7 +20,7 @@ class Tuning:
     gate_up: Tile
     down: Tile
     head: Tile
-    attention_blocks: int = 4
+    attention_blocks: int = 3
     overlap: bool = True
     wider: Tuning | None = None
 
@@ -39,7 +39,7 @@ def tuning_for(hidden: int) -> Tuning:
     some = Tuning(Tile(5, 3), Tile(6, 3), Tile(6, 3), Tile(6, 3), Tile(8, 2), wider=many)
     if hidden <= 2048:
         return Tuning(
-            Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(3, 3, 2), Tile(4, 3, 2), 1, wider=some
+            Tile(3, 3), Tile(2, 4), Tile(4, 3, 2), Tile(3, 3, 2), Tile(4, 3, 2), wider=some
         )
     if hidden <= 3072:
         return Tuning(Tile(5, 3), Tile(3, 4), Tile(4, 2, 2), Tile(3, 4), Tile(8, 2), wider=some)
