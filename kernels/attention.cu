@@ -4,14 +4,15 @@
 // Each sequence brings `rows` query rows at positions position .. position + rows - 1; their
 // q, k, v come raw from the projection. KV is cut at fixed multiples of TOKENS positions. One
 // work item = (sequence, some cuts in a row, KV head): for each of its cuts it embeds and stores
-// the new keys and values that fall into it and attends all query rows of its head group to it,
-// while the next cut is on its way to shared memory. The last item of a span of cuts to finish
+// the new keys and values that fall into it and attends all query rows of its head group to it.
+// The next cut's keys are on their way as soon as nobody reads this one's, and so are its values.
+// The last item of a span of cuts to finish
 // folds them together; so does the last span with the spans. A cut that a row may not see adds exactly nothing (weight 0), so a row's bits depend
 // neither on the rows beside it nor on the batch.
 // `position_offset` is added to every position: the steps of a draft loop share one buffer.
 //
 // The order in which everything is summed up, and so the bits, is told in attention.cuh.
-// -D: see attention.cuh; STAGES (cuts in shared memory: 1, 2).
+// -D: see attention.cuh.
 #include "attention.cuh"
 
 #define NTILES (TOKENS / SLICES / 8)    // 8-token score tiles of a warp, whose tokens are a slice
@@ -36,11 +37,11 @@ struct Cuts {
 #define BATCH 4                         // cuts that are folded at a time
 #define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
 
-// Folds cuts, or spans, in ascending order. While WORKERS threads fold, as many cuts as the room of keys
-// and values holds are on their way to each one's own part of it, also from one query to its next;
+// Folds cuts, or spans, in ascending order. While WORKERS threads fold, as many cuts as the room of
+// values holds are on their way to each one's own part of it, also from one query to its next;
 // what their weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
 template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
-  constexpr int BATCHES = TOKENS * HEAD_DIM * 4 / (WORKERS * 16) / BATCH;
+  constexpr int BATCHES = TOKENS * HEAD_DIM * 2 / (WORKERS * 16) / BATCH;
   if (tid >= WORKERS) return;
   const int all = c.queries * COLUMNS, lane = tid % 32, column = tid % COLUMNS * 4;
   const bool leads = lane % COLUMNS == 0;
@@ -110,7 +111,7 @@ template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* s
   }
 }
 
-ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
+ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     attention(const elem* __restrict__ qkv, elem* keys, elem* values, elem* __restrict__ out,
               const int* starts, const int* prefix_starts, const int* prefix_lens,
               const int* first_rows, const int* row_counts, const int* positions,
@@ -119,8 +120,9 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
               float* partial, float4* partial_stats, int* counters, int batch, int heads,
               int kv_heads, int row_capacity, int window, int ring, float scale) {
   DYNAMIC_SHARED(memory);
-  elem* tiles = (elem*)memory;                          // [STAGES] keys, then values of a cut
-  elem* q_tile = tiles + STAGES * 2 * TOKENS * HEAD_DIM;
+  elem* k_tile = (elem*)memory;
+  elem* v_tile = k_tile + TOKENS * HEAD_DIM;
+  elem* q_tile = v_tile + TOKENS * HEAD_DIM;
   elem* p_tile = q_tile + 16 * HEAD_DIM;
   float* tile_max = (float*)(p_tile + 16 * TOKENS);     // [WARPS][16]
   float4* tile_sum = (float4*)(tile_max + WARPS * 16);  // [WARPS][16], a lane t each
@@ -165,7 +167,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
       items += more, before += about[s].units * kv_heads;
     }
     if (s >= batch) break;
-    const Sequence own = about[s];
+    const Sequence& own = about[s];
     const int cuts = own.units, head = (item - items) % kv_heads;
     const int first_cut = (item - items) / kv_heads * at_once, end_cut = min(first_cut + at_once, cuts);
     const int rows = own.rows, position = own.position, first = own.first, end = position + rows;
@@ -174,23 +176,31 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
     auto query_at = [&](int q) {
       return qkv + (size_t)(first + q / group) * stride + (head * group + q % group) * HEAD_DIM;
     };
-    auto tile_of = [&](int cut) { return tiles + (cut - first_cut) % STAGES * 2 * TOKENS * HEAD_DIM; };
-
-    // Tokens of earlier steps: nothing in flight writes them.
-    auto fill = [&](int cut) {
-      elem* k_tile = tile_of(cut);
-      for (int e = tid; e < TOKENS * PIECES; e += THREADS) {
-        const int token = e / PIECES, piece = e % PIECES, p = (low_cut + cut) * TOKENS + token;
-        const bool old = p < position;
-        if (old || p >= end) {
-          const size_t at = old ? arena_at(p) + piece * 8 : 0;
-          copy16(place(k_tile, token, piece, PIECES), keys + at, old);
-          copy16(place(k_tile + TOKENS * HEAD_DIM, token, piece, PIECES), values + at, old);
+    // Tokens of earlier steps: nothing in flight writes them. Those beyond the last row are zero.
+    auto fill = [&](elem* tile, const elem* from, int cut) {
+      if (cut < end_cut) {
+        const int begin = (low_cut + cut) * TOKENS, piece = tid % PIECES;
+        const elem* at = from + arena_at(begin) + piece * 8;
+        auto copy = [&](int token, const elem* source) {
+          const bool old = begin + token < position;
+          if (old || begin + token >= end) copy16(place(tile, token, piece, PIECES), old ? source : from, old);
+        };
+        if (slots_in_row(own, ring, begin, TOKENS)) {
+#pragma unroll
+          for (int i = 0; i < TOKENS * PIECES / THREADS; ++i) {
+            const int token = tid / PIECES + i * (THREADS / PIECES);
+            copy(token, at + token * kv_heads * HEAD_DIM);
+          }
+        } else {
+#pragma unroll 1
+          for (int token = tid / PIECES; token < TOKENS; token += THREADS / PIECES)
+            copy(token, from + arena_at(begin + token) + piece * 8);
         }
       }
       copy_commit();
     };
-    fill(first_cut);
+    fill(k_tile, keys, first_cut);
+    fill(v_tile, values, first_cut);
     Turn q_turn[QUERIES_PER_WARP];
     auto load_q_turns = [&](int m0) {
 #pragma unroll
@@ -208,18 +218,20 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         load_row(q_raw[j], query_at(min(m0 + warp + j * WARPS, queries - 1)), lane);
     };
+    auto place_queries = [&] {
+      // Rows beyond the last query repeat it; their results are dropped.
+#pragma unroll
+      for (int j = 0; j < QUERIES_PER_WARP; ++j)
+        place_row(embedded(q_raw[j], q_turn[j], q_norm, eps, lane), q_tile, warp + j * WARPS, lane);
+    };
+    // Queries of one tile stay where they are from cut to cut.
+    const bool one_tile = queries <= 16;
     load_queries(0);
+    if (one_tile) place_queries();
 
     for (int cut = first_cut; cut < end_cut; ++cut) {
-      elem *k_tile = tile_of(cut), *v_tile = k_tile + TOKENS * HEAD_DIM;
       const int begin = (low_cut + cut) * TOKENS;
       const int new_begin = max(begin, position), new_end = min(begin + TOKENS, end);
-      if (STAGES > 1) {
-        if (cut + 1 < end_cut) fill(cut + 1);
-        else copy_commit();
-      } else if (cut > first_cut) {
-        fill(cut);
-      }
 
       // New tokens of this cut: embed, keep for this item, store in the arena.
       for (int p0 = new_begin + warp; p0 < new_end; p0 += WARPS * NEW_AT_ONCE) {
@@ -247,17 +259,12 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
       }
 
       for (int m0 = 0; m0 < queries; m0 += 16) {
-        // The queries stay where they are from cut to cut if one tile holds them all.
-        if (queries > 16 && (m0 > 0 || cut > first_cut)) {
+        if (!one_tile) {
           load_q_turns(m0);
           load_queries(m0);
+          place_queries();
         }
-        // Rows beyond the last query repeat it; their results are dropped.
-        if (queries > 16 || cut == first_cut)
-#pragma unroll
-          for (int j = 0; j < QUERIES_PER_WARP; ++j)
-            place_row(embedded(q_raw[j], q_turn[j], q_norm, eps, lane), q_tile, warp + j * WARPS, lane);
-        copy_wait<STAGES - 1>();
+        copy_wait<1>();    // the values may still be on their way
         BARRIER_BLOCK();
 
         // Scores: each warp TOKENS / WARPS tokens.
@@ -295,6 +302,8 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
           if (t == 0) tile_max[warp * 16 + h * 8 + g] = top[h];
         }
         BARRIER_BLOCK();
+        const bool last_tile = m0 + 16 >= queries;
+        if (last_tile) fill(k_tile, keys, cut + 1);
         float sum[2] = {0.f, 0.f}, peak[2], base[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -316,6 +325,8 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
           }
 #pragma unroll
         for (int h = 0; h < 2; ++h) ((float*)(tile_sum + warp * 16 + h * 8 + g))[t] = sum[h];
+        if (last_tile) copy_wait<1>();
+        else copy_wait<0>();
         BARRIER_BLOCK();
 
         // Values: each warp HEAD_DIM / WARPS columns of all tokens.
@@ -370,7 +381,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
         auto fold_cuts = [&](int from, int stride, int count, bool of_spans, bool last) {
           const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
                            row_capacity, from, stride, count, queries, first, group, head, heads, of_spans, last};
-          uint4* room = (uint4*)k_tile;
+          uint4* room = (uint4*)v_tile;
           if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, room, (float4*)p_tile, tid);
           else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, room, (float4*)p_tile, tid);
           else combine<THREADS / 4>(at, room, (float4*)p_tile, tid);
@@ -385,6 +396,7 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 3 : 1)
         }
       }
       BARRIER_BLOCK();
+      fill(v_tile, values, cut + 1);
     }
   }
   if (!waited) wait_for_previous();

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_shapes import MAX_BATCH, Heads, Work, many
-from outrider.kernels.linear_shapes import shared_limit
 from outrider.kernels.operation import Call, Tools
 
 _THREADS = 128
@@ -22,16 +21,9 @@ _APPENDING_BLOCKS = 8
 """Thread blocks of ``append`` per multiprocessor."""
 
 
-def few_rows_stages(heads: Heads, arch: int, chip: int | None = None) -> int:
-    """Cuts that ``attention.cu`` keeps in shared memory: two where three blocks of a
-    multiprocessor have room for as many."""
-    room = shared_limit(arch, chip)
-    return 2 if arch >= 80 and 3 * few_rows_shared(heads, 2) <= room else 1
-
-
-def few_rows_shared(heads: Heads, stages: int) -> int:
+def few_rows_shared(heads: Heads) -> int:
     """Shared memory of one block of ``attention.cu``, in bytes."""
-    tiles = stages * 2 * heads.cut * heads.head_dim + 16 * heads.head_dim + 16 * heads.cut
+    tiles = 2 * heads.cut * heads.head_dim + 16 * heads.head_dim + 16 * heads.cut
     return 2 * tiles + 5 * 4 * 16 * _WARPS + _TABLE + 16
 
 
@@ -91,13 +83,8 @@ def launcher(tools: Tools) -> Call:
         scale = math.log2(math.e) / math.sqrt(heads.head_dim)
         where = (starts, prefix_starts, prefix_lens, first_rows, row_counts, positions, offset)
         if not many(rows):
-            stages = few_rows_stages(heads, tools.compiler.arch, tools.compiler.chip)
             kernel = tools.compiler.kernel(
-                "attention",
-                "attention",
-                defines | {"STAGES": stages},
-                threads=_THREADS,
-                shared=few_rows_shared(heads, stages),
+                "attention", "attention", defines, threads=_THREADS, shared=few_rows_shared(heads)
             )
             arguments = (
                 qkv, keys, values, out, *where, rope, q_norm, k_norm, eps, work.partial,

@@ -30,9 +30,7 @@ def variants(arch: int):
     for dim in HEAD_DIMS if arch >= 80 else HEAD_DIMS[:2]:
         heads = Heads(8, 2, dim)
         shape = {"HEAD_DIM": dim, "TOKENS": heads.cut}
-        stages = attention_cuda.few_rows_stages(heads, arch)
-        few = shape | {"STAGES": stages}
-        yield "attention", few, attention_cuda.few_rows_shared(heads, stages)
+        yield "attention", shape, attention_cuda.few_rows_shared(heads)
         cut = attention_cuda.many_rows_defines(heads, arch)
         yield "attention_many", shape | cut, attention_cuda.many_rows_shared(heads, cut)
     for groups in (1, 2, 4, 6, 8):

@@ -20,7 +20,7 @@ class Tuning:
     gate_up: Tile
     down: Tile
     head: Tile
-    attention_blocks: int = 3
+    attention_blocks: int = 4
     overlap: bool = True
     wider: Tuning | None = None
 
