@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from outrider.shared.link.device.mailbox import DeviceMailbox, bell
+from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion, bell
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream
@@ -26,11 +28,11 @@ class VerifyTurns(Turns):
         """Per sequence: what was proposed, how much was accepted, and the base's token (-1: its
         logits were not finite)."""
         width, found = self._steps + 1, []
-        for s in range(self._count):
-            count = int(self._proposed_host[s])
+        tokens, verdicts = self._tokens_host.tolist(), self._verdicts_host.tolist()
+        for s, count in enumerate(self._proposed_host[: self._count].tolist()):
             first = s * width + 1
-            accepted, token = self._verdicts_host[s].tolist()
-            found.append((self._tokens_host[first : first + count].tolist(), accepted, token))
+            accepted, token = verdicts[s]
+            found.append((tokens[first : first + count], accepted, token))
         return found
 
     def _width(self, steps: int) -> int:
@@ -54,7 +56,7 @@ class VerifyTurns(Turns):
 
     def _chain(self) -> None:
         step, own, box = self._parts.step, self._inputs.device, self._mailbox
-        count, width = self._count, self._steps + 1
+        count, width = self._slots, self._steps + 1
         rows, sequences = bucket(count * width, ROW_SIZES), bucket(count, POWERS)
         overlap = step.tuning.overlap
         step.calls["take"](
@@ -80,3 +82,29 @@ class VerifyTurns(Turns):
         self._verdicts_host.copy_(self._verdicts, non_blocking=True)
         self._tokens_host.copy_(own["tokens"], non_blocking=True)
         self._proposed_host.copy_(own["proposed"], non_blocking=True)
+
+
+class AloneVerifyTurns(VerifyTurns):
+    """The verifier's turns without a draft: nobody is waited for, and nobody told."""
+
+    _least_k = 0
+    _written = 1
+
+    @classmethod
+    def of(cls, runner: Any) -> AloneVerifyTurns:
+        """Turns of a ``CudaRunner``, over a mailbox that nobody else has."""
+        layout, device = DeviceLayout(MAX_SEQUENCES, 1), runner.storage.device
+        own, other = (
+            DeviceRegion(torch.zeros(layout.size, dtype=torch.uint8, device=device), layout)
+            for _ in range(2)
+        )
+        made: AloneVerifyTurns = runner.turns(cls, DeviceMailbox(own, other, "verify"))
+        return made
+
+    def _queue(self, turn: int) -> None:
+        self._began = self._stream.mark()
+        self._stream.run(self._sizes(), self._chain)
+
+    def _slots_for(self, count: int) -> int:
+        # Sequences come and go all the time: there is a chain for each of few numbers.
+        return bucket(count, ROW_SIZES)

@@ -10,15 +10,21 @@ from outrider.shared.core import wire
 from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.servicer import RoundsServicer
 from outrider.verify_service import host_rounds
-from outrider.verify_service.host_rounds import AloneTurns, VerifyHostTurns, VerifyTaker, VerifyTurn
+from outrider.verify_service.host_rounds import VerifyHostTurns, VerifyTaker, VerifyTurn
 from outrider.verify_service.prefetch import ahead
 
 REPORTS_AHEAD = 16
 """Rounds that a grant may be ahead of what the coordinator has been told."""
 
 
-def _device_turns(*rest: Any) -> VerifyTaker:
+def _alone_turns(*rest: Any) -> VerifyTaker:
     # Imported late: torch comes with the model.
+    from outrider.verify_service.alone_rounds import alone_turns
+
+    return alone_turns(*rest)
+
+
+def _device_turns(*rest: Any) -> VerifyTaker:
     from outrider.verify_service.device_rounds import VerifyDeviceTurns
 
     return VerifyDeviceTurns(*rest)
@@ -28,7 +34,7 @@ class VerifySide:
     """The verifier in a grant, see ``GrantSide``: it reports each round."""
 
     ways: Mapping[str, grant_loop.TakerOf[pb.VerifyRequest, VerifyTurn]] = {
-        "alone": AloneTurns,
+        "alone": _alone_turns,
         "host": VerifyHostTurns,
         "device": _device_turns,
     }

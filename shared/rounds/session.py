@@ -146,6 +146,8 @@ class Session(Generic[ItemT, AnswerT]):
         self._engine = engine
         self._held: dict[int, Held] = {}
         self._released = False
+        self.alone: Any = None
+        """What the device takes turns with where there is no draft, once it was needed."""
 
     def open(self, request: OpenSequence) -> None:
         """Reserves the whole extent of a sequence, less what it shares with its parent.

@@ -31,6 +31,9 @@ class HostMark:
     def reached(self) -> bool:
         return self.event.is_set()
 
+    def wait(self) -> None:
+        self.event.wait()
+
     def seconds_after(self, earlier: HostMark) -> float:
         return self.at - earlier.at
 

@@ -19,6 +19,10 @@ class Mark(Protocol):
         """Whether the device is past it."""
         ...
 
+    def wait(self) -> None:
+        """Until the device is past it."""
+        ...
+
     def seconds_after(self, earlier: Any) -> float:
         """Device time between two marks that were reached."""
         ...
@@ -58,6 +62,10 @@ class CudaMark:
     def reached(self) -> bool:
         """Whether the device is past it."""
         return bool(self._event.query())
+
+    def wait(self) -> None:
+        """Until the device is past it."""
+        self._event.synchronize()
 
     def seconds_after(self, earlier: CudaMark) -> float:
         """Device time between two marks that were reached."""

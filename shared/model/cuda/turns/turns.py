@@ -64,6 +64,10 @@ class TurnSequence:
 class Turns(ABC):
     """One side's turns over one mailbox. Calls come from one thread, in the model's context."""
 
+    _least_k = 1
+    _written = 2
+    """Rows at the end of the log that a turn writes: the draft's may write one anew."""
+
     def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
         self._parts, self._mailbox, self._stream = parts, mailbox, stream
         self._inputs = Inputs(
@@ -76,7 +80,7 @@ class Turns(ABC):
             parts.device,
         )
         self._ready: set[Hashable] = set()
-        self._grant = self._count = self._steps = 0
+        self._grant = self._count = self._slots = self._steps = 0
         self.turn = -1
         """Number of the turn that was queued last, from 0 within a grant."""
         self._began: Mark | None = None
@@ -87,7 +91,7 @@ class Turns(ABC):
         layout, steps = self._mailbox.layout, max((one.k for one in sequences), default=0)
         if not 0 < len(sequences) <= min(layout.max_sequences, MAX_SEQUENCES):
             return f"{len(sequences)} sequences; the mailbox has {layout.max_sequences}"
-        if not 0 < steps <= min(layout.max_k, self._parts.max_k):
+        if not self._least_k <= steps <= min(layout.max_k, self._parts.max_k):
             return f"K is {steps}; at most {min(layout.max_k, self._parts.max_k)}"
         width = self._width(steps)
         if width * len(sequences) > HEAD_ROWS:
@@ -95,10 +99,9 @@ class Turns(ABC):
         for one in sequences:
             if not simple(one.decoding):
                 return "a sequence's tokens are not chosen by temperature and noise alone"
-            if one.committed_len < 2:
+            if one.committed_len < self._written:
                 return "a sequence has a single token"
-            # The draft's first row of a turn may write again what it has.
-            if one.committed_len - 2 < one.extent.prefix_len:
+            if one.committed_len - self._written < one.extent.prefix_len:
                 return "a turn would write to the prefix that a sequence shares"
             if one.limit + steps > one.extent.capacity:
                 return f"a sequence may reach {one.limit} of {one.extent.capacity} places"
@@ -110,6 +113,7 @@ class Turns(ABC):
     def start(self, grant: int, sequences: Sequence[TurnSequence]) -> None:
         """Brings the numbers that the first turn begins with; ``why_not`` had no objection."""
         self._grant, self._count = grant, len(sequences)
+        self._slots = self._slots_for(self._count)
         self._steps = max(one.k for one in sequences)
         self.turn = -1
         host = self._inputs.host
@@ -143,6 +147,11 @@ class Turns(ABC):
         """Whether no turn is queued that is not done."""
         return self._done is None or self._done.reached()
 
+    def wait(self) -> None:
+        """Until no turn is queued that is not done."""
+        if self._done is not None:
+            self._done.wait()
+
     def seconds(self) -> float:
         """Device time of the last turn, without the wait for the other side."""
         assert self._began is not None and self._done is not None
@@ -167,8 +176,12 @@ class Turns(ABC):
     @abstractmethod
     def _queue(self, turn: int) -> None: ...
 
+    def _slots_for(self, count: int) -> int:
+        """Sequences that a turn of ``count`` is launched for; the others are over."""
+        return count
+
     def _sizes(self) -> tuple[Hashable, ...]:
-        return self._count, self._steps
+        return self._slots, self._steps
 
     def _pinned(self, *shape: int) -> Tensor:
         pin = self._parts.device.type == "cuda"

@@ -1,0 +1,131 @@
+"""The verifier's turns without a draft, taken by the device.
+
+The device takes the next turn while the host keeps the books of the last one, and so is never
+idle for more than it takes to read the tokens. Between turns the engine is everybody's: what
+others ask of it runs in the order of the model's stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outrider.protos import speculation_pb2 as pb
+from outrider.shared.core import wire
+from outrider.shared.core.errors import SequenceRefused
+from outrider.shared.core.types import Verdict, VerifyItem
+from outrider.shared.link.doorbell import Doorbell
+from outrider.shared.model.cuda.turns.turns import TurnSequence
+from outrider.shared.rounds.grants import Control, End
+from outrider.verify_service.cuda_turns import AloneVerifyTurns
+from outrider.verify_service.granted import VerifyLane, VerifyRounds
+from outrider.verify_service.host_rounds import AloneTurns, VerifyTaker, VerifyTurn
+
+if TYPE_CHECKING:
+    from outrider.shared.rounds.session import Session
+
+
+def alone_turns(
+    session: Session[VerifyItem, Verdict],
+    message: pb.VerifyRequest,
+    doorbell: Doorbell | None,
+    control: Control,
+) -> VerifyTaker:
+    """Who takes the turns of a grant without a draft: the device where it can, else the host."""
+    runner: Any = session.engine.runner
+    if hasattr(runner, "turns"):
+        if session.alone is None:
+            session.alone = AloneVerifyTurns.of(runner)
+        taker = AloneDeviceTurns(session, session.alone, message, control)
+        if taker.possible():
+            return taker
+    return AloneTurns(session, message, doorbell, control)
+
+
+class AloneDeviceTurns(VerifyTaker):
+    """On the device: wait for a turn, queue the next, keep the books."""
+
+    def __init__(
+        self,
+        session: Session[VerifyItem, Verdict],
+        turns: AloneVerifyTurns,
+        message: pb.VerifyRequest,
+        control: Control,
+    ) -> None:
+        items = wire.read_verify_items(message)
+        super().__init__(VerifyRounds(session, items, message.grant.sequences), control)
+        self._session, self._turns, self._grant = session, turns, message.grant
+        self._queued = False
+
+    def possible(self) -> bool:
+        """Whether the device can take these turns."""
+        try:
+            return self._turns.why_not([self._sequence(one) for one in self._rounds.lanes]) is None
+        except SequenceRefused:
+            return False  # the host's first round says so
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """See ``TurnTaker``; none is left queued behind, for its sequences may be closed next."""
+        self._catch_up()
+        with self._session.engine.lock, torch.inference_mode():
+            self._turns.start(self._grant.id, [self._sequence(one) for one in self._rounds.lanes])
+        self._queue()
+        try:
+            yield
+        finally:
+            self._turns.wait()
+
+    def next(self, step: int) -> VerifyTurn:
+        """See ``TurnTaker``; nobody is waited for."""
+        turns = self._turns
+        turns.wait()
+        seconds, asked, done = turns.seconds(), self._asked, time.perf_counter_ns()
+        self._asked = done
+        found = [(accepted, token) for _, accepted, token in turns.result()]
+        self._queued = False
+        if not self._is_last([token for _, token in found]):
+            self._queue()
+        result = self._rounds.settle((), found)
+        result.model_seconds = seconds
+        began = max(asked, done - int(1e9 * seconds))
+        return VerifyTurn(step, self._rounds.items, result, began, done, asked, None)
+
+    def hand_over(self, turn: VerifyTurn, end: End | None) -> None:
+        """See ``TurnTaker``; nobody is told."""
+        if end is None and not self._queued:
+            self._queue()
+
+    def _queue(self) -> None:
+        with self._session.engine.lock, torch.inference_mode():
+            self._turns.queue()
+        self._queued = True
+
+    def _is_last(self, tokens: Sequence[int]) -> bool:
+        """Whether it is plain already that no turn follows."""
+        return self._control.interrupted or any(
+            token < 0 or token in lane.stops or lane.committed_len + 1 >= lane.limit
+            for token, lane in zip(tokens, self._rounds.lanes, strict=True)
+        )
+
+    def _sequence(self, lane: VerifyLane) -> TurnSequence:
+        held = self._session.held(lane.sequence_id)
+        return TurnSequence(
+            held.extent, held.decoding, 0, lane.append[-1], lane.committed_len, 0, lane.limit
+        )
+
+    def _catch_up(self) -> None:
+        """Takes in all but the pending token; what is refused, the books of a turn will say."""
+        behind = [
+            VerifyItem(one.sequence_id, one.epoch, one.base_len, one.append[:-1], extend_only=True)
+            for one in self._rounds.lanes
+            if len(one.append) > 1
+        ]
+        if behind:
+            self._session.round(behind)
+        for one in self._rounds.lanes:
+            one.base_len, one.append = one.committed_len - 1, one.append[-1:]
