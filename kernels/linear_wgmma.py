@@ -31,6 +31,17 @@ class WgmmaTile:
         """Rows of x."""
         return 64 * self.consumers
 
+    @property
+    def threads(self) -> int:
+        """Of a block: 128 a consumer, and those that fetch: a warp, or a group of four warps that
+        gives its registers to two consumers."""
+        return 160 if self.consumers == 1 else 384
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Those of the kernel's that say how the work is cut."""
+        return {"CONSUMERS": self.consumers, "STAGES": self.stages, "SPLIT": self.split}
+
 
 def shared_bytes(tile: WgmmaTile) -> int:
     """Shared memory of one block: the ring or the sums in its place, its barriers, and what its
@@ -74,13 +85,11 @@ class WgmmaLinear:
         gated = epilogue == Epilogue.GATED
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
-            "CONSUMERS": tile.consumers,
-            "STAGES": tile.stages,
-            "SPLIT": tile.split,
+            **tile.defines,
             "EPILOGUE": int(epilogue),
         }
         kernel = compiler.kernel(
-            "linear_wgmma", "linear_wgmma", defines, threads=tile.consumers * 128 + 32,
+            "linear_wgmma", "linear_wgmma", defines, threads=tile.threads,
             shared=shared_bytes(tile),
         )  # fmt: skip
         across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))

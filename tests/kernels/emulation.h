@@ -35,7 +35,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 template <typename V> static inline V max(V a, V b) { return a < b ? b : a; }
 template <typename V> static inline V min(V a, V b) { return b < a ? b : a; }
 
-const int MOST_THREADS = 2560, MOST_COPIES = 512;
+const int MOST_THREADS = 3072, MOST_COPIES = 512;
 struct Copy { void* to; const void* from; bool valid; int group; };
 struct Fiber {
   jmp_buf where;
@@ -367,15 +367,19 @@ static float4 load_remote(const float4* own, int rank) {
   return *(const float4*)(shared_memories[rank] + offset);
 }
 template <int THREADS> static void some_meet() { arrive(some_barriers[own_block()], THREADS); }
+template <int COUNT> static void spare_registers() {}
+template <int COUNT> static void more_registers() {}
 static void product_begin() {}
 static void product_commit() { ++begun[current]; }
-static void product(float (&d)[64], const void* a, const void* b, bool add) {
+static void product_any(float (&d)[64], const void* a, const void* b, bool add) {
   const int i = current;
   const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
   if (!late_copies) return finish(m);
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
+static void product_add(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, true); }
+static void product_set(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, false); }
 template <int PENDING> static void product_wait() {
   const int i = current;
   int done = 0;
@@ -383,3 +387,4 @@ template <int PENDING> static void product_wait() {
   unfinished[i] -= done;
   memmove(products[i], products[i] + done, unfinished[i] * sizeof(Multiplied));
 }
+template <int PENDING> static void product_wait(float (&)[64]) { product_wait<PENDING>(); }

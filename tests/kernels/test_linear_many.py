@@ -12,7 +12,7 @@ from torch import Tensor
 from outrider.kernels import linear
 from outrider.kernels.linear_many import BLOCK_TILES, BlockTile, ManyLinear, best_tile, depth_of
 from outrider.kernels.linear_shapes import Epilogue, shared_limit
-from outrider.kernels.linear_wgmma import WgmmaLinear
+from outrider.kernels.linear_wgmma import WgmmaLinear, WgmmaTile
 from outrider.kernels.operation import Tools
 
 CPU = torch.device("cpu")
@@ -174,6 +174,31 @@ def test_a_row_has_the_same_bits_from_every_kernel(emulated, arch):
         out = torch.empty_like(have)
         WgmmaLinear(tools)(x=x, w=w, out=out, rows=64, epilogue=Epilogue.STORE_FLOAT)
         assert torch.equal(out, have)
+
+
+WGMMA_TILES = [WgmmaTile(2, 6), WgmmaTile(1, 3), WgmmaTile(1, 4, split=4), WgmmaTile(1, 3, split=8)]
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["at once", "late"])
+@pytest.mark.parametrize("tile", WGMMA_TILES, ids=str)
+@pytest.mark.parametrize("epilogue", Epilogue)
+def test_hopper_tile_changes_no_bit(emulated, epilogue, tile, late):
+    """Several tiles a block, with fewer chunks of k than slices, as many, and more."""
+    torch.manual_seed(9)
+    compiler = emulated(90)
+    compiler.late = late
+    dtype = torch.bfloat16
+    for rows, columns, k in ((300, 144, 192), (130, 272, 1216), (70, 80, 1984)):
+        x, w = numbers(rows, k, dtype=dtype), numbers(columns, k, dtype=dtype) / 16
+        bias = numbers(columns, dtype=dtype)
+        residual = numbers(rows, columns, dtype=dtype) if epilogue == Epilogue.RESIDUAL else None
+        want = finished(sums(x, w, CONSECUTIVE), dtype, epilogue, bias, residual)
+        out = torch.full((rows + 3, want.shape[1]), float("nan"), dtype=want.dtype)
+        WgmmaLinear(Tools(CPU, compiler))(
+            x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual, tile=tile
+        )
+        assert torch.equal(out[:rows], want), (rows, columns, k)
+        assert out[rows:].isnan().all()
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
