@@ -150,6 +150,7 @@ static inline unsigned float_bits(float f) { unsigned u; memcpy(&u, &f, 4); retu
 #define __float_as_uint float_bits
 #define __int_as_float(i) bits_float((unsigned)(i))
 #define NEGATIVE_INFINITY (-INFINITY)
+#define INFINITE INFINITY
 
 static inline float to_float(elem_ v) {
 #if BF16
@@ -276,6 +277,7 @@ template <typename V> static V shuffle(V v, int lane) { return shuffle_with(v, l
 
 static inline float exp2_fast(float x) { return exp2f(x); }
 #define __expf expf
+static inline float reciprocal(float x) { return 1.f / x; }
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import reduce
 from itertools import pairwise
 
@@ -206,6 +207,29 @@ def test_hopper_tile_changes_no_bit(emulated, epilogue, tile, late):
         )
         assert torch.equal(out[:rows], want), (rows, columns, k)
         assert out[rows:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quotient_of_every_gate_has_the_bits_of_division(emulated, tmp_path, dtype):
+    compiler = emulated(90)
+    for header in ("prelude.cuh", "linear.cuh"):
+        shutil.copy(compiler.sources / header, tmp_path)
+    (tmp_path / "quotients.cu").write_text(
+        '#include "linear.cuh"\n'
+        "ENTRY void quotients(const float* a, const float* d, float* out, int count) {\n"
+        "  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = quotient(a[i], d[i]);\n"
+        "}\n"
+    )
+    compiler.sources = tmp_path
+    defines = {"BF16": 1, "EPILOGUE": int(Epilogue.GATED)}
+    kernel = compiler.kernel("quotients", "quotients", defines, threads=32, shared=0)
+    gates = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    divisors = 1 + gates.neg().exp()
+    want, have = gates / divisors, torch.empty_like(gates)
+    kernel.launch((1,), (gates, divisors, have, len(gates)), overlap=False)
+    known = ~want.isnan()
+    assert torch.equal(have.isnan(), ~known)
+    assert torch.equal(have[known].view(torch.int32), want[known].view(torch.int32))
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
