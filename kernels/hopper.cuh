@@ -16,6 +16,14 @@ DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.clus
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// At the barrier of the cluster's block `rank` that is where this one is.
+DEVICE void barrier_arrive_at(u64* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .u32 place;\nmapa.shared::cluster.u32 place, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [place];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 // Arrives, and has the phase wait for so many bytes of copies as well.
 DEVICE void barrier_expect(u64* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -43,6 +51,16 @@ DEVICE void copy_tile(void* to, const void* map, int column, int row, u64* barri
       : "memory");
 }
 
+// The same for all SIZE blocks of the cluster: to the same place of each one's shared memory, and each
+// one's barrier at that place is told.
+template <int SIZE> DEVICE void copy_tile_to_all(void* to, const void* map, int column, int row, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((unsigned short)((1 << SIZE) - 1))
+      : "memory");
+}
+
 // Blocks of a cluster see each other's shared memory. All threads that have not left meet here, and
 // what they wrote before can be seen after.
 DEVICE void cluster_meet() {
@@ -62,10 +80,26 @@ DEVICE float4 load_remote(const float4* own, int rank) {
 // The first `threads` threads of the block meet.
 template <int THREADS> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
+// A group of four warps gives registers back, or takes so many a thread of what others gave back.
+template <int COUNT> DEVICE void spare_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
 DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+#define EIGHT(how, d, i) \
+  how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), how(d[i + 6]), how(d[i + 7])
+#define SIXTY_FOUR(how, d)                                                                      \
+  EIGHT(how, d, 0), EIGHT(how, d, 8), EIGHT(how, d, 16), EIGHT(how, d, 24), EIGHT(how, d, 32), \
+      EIGHT(how, d, 40), EIGHT(how, d, 48), EIGHT(how, d, 56)
+
+// Waits until no more than the newest PENDING of the committed groups are under way.
 template <int PENDING> DEVICE void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// And then d, of a group that is done, may be read: the compiler moves no use of it ahead.
+template <int PENDING> DEVICE void product_wait(float (&d)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned %64;" : SIXTY_FOUR("+f", d) : "n"(PENDING) : "memory");
 }
 
 DEVICE u64 tile_descriptor(const void* tile) {
@@ -78,22 +112,23 @@ DEVICE u64 tile_descriptor(const void* tile) {
 #else
 #define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
 #endif
-#define EIGHT(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-
-// d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ, or = where `add` is not set. A thread's d[4 j + 2 h + i]
-// is row 16 w + 8 h + lane / 4, column 8 j + 2 (lane % 4) + i, in warp w of its four.
-DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT_NAME
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, add, 1, 1, 0, 0;\n}"
-      : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48),
-        EIGHT(d, 56)
-      : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+// d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ. A thread's d[4 j + 2 h + i] is row 16 w + 8 h + lane / 4,
+// column 8 j + 2 (lane % 4) + i, in warp w of its four.
+#define PRODUCT(add)                                                                            \
+  PRODUCT_NAME                                                                                  \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "            \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "            \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "           \
+  "%64, %65, " add ", 1, 1, 0, 0;"
+DEVICE void product_add(float (&d)[64], const void* a, const void* b) {
+  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT("add") "\n}"
+               : SIXTY_FOUR("+f", d) : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)));
+}
+// d = a bᵀ, whatever it was.
+DEVICE void product_set(float (&d)[64], const void* a, const void* b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, 0, 0;\n" PRODUCT("add") "\n}"
+               : SIXTY_FOUR("=f", d) : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)));
 }
 
 #endif  // HOST_EMULATION

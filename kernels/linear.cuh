@@ -21,10 +21,27 @@
 // The chunk at which a slice begins, and the one before it ends.
 [[maybe_unused]] DEVICE int slice_begin(int slice, int chunks) { return slice * chunks / SLICES; }
 
+// a / d with the bits of division, for d >= 1. What the compiler makes of division itself branches for
+// each, so that those of a thread wait for one another.
+[[maybe_unused]] DEVICE float quotient(float a, float d) {
+  // Above 2^64 divided by 2^64, the quotient after it: else the reciprocal could be subnormal.
+  const float scale = d > 0x1p64f ? 0x1p-64f : 1.f;
+  const float divisor = d * scale;
+  float r = reciprocal(divisor);
+  const float simple = a * r;
+  r = fmaf(fmaf(-divisor, r, 1.f), r, r);
+  float q = a * r;
+  q = fmaf(fmaf(-divisor, q, a), r, q);
+  q = fmaf(fmaf(-divisor, q, a), r, q);
+  // Of infinities the remainder is no number, of -0 it is +0.
+  const bool finite = fabsf(a) < INFINITE && d < INFINITE;
+  return finite ? copysignf(q * scale, a) : simple;
+}
+
 // Both round to elem wherever a chain of separate layers would, but for the result.
 [[maybe_unused]] DEVICE float gated(float gate, float up) {
   gate = round_elem(gate);
-  return round_elem(gate / (1.f + __expf(-gate))) * round_elem(up);
+  return round_elem(quotient(gate, 1.f + __expf(-gate))) * round_elem(up);
 }
 [[maybe_unused]] DEVICE float with_residual(elem residual, float y) {
   return to_float(residual) + round_elem(y);

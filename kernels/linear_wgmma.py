@@ -19,17 +19,35 @@ class WgmmaTile:
     """What thread blocks multiply at a time; it changes no bit.
 
     64 ``consumers`` rows of x with 128 rows of w. The eight slices of k of a tile are split over
-    a cluster of ``split`` blocks: 1, 4 or 8.
+    a cluster of ``split`` blocks: 1, 4 or 8. ``peers``: blocks of a cluster, 1 or 2, that fetch the
+    same rows of w once for all, each with its own rows of x; not along with ``split``.
     """
 
     consumers: int
     stages: int
     split: int = 1
+    peers: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of x."""
         return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Of a block: 128 a consumer, and those that fetch: a warp, or a group of four warps that
+        gives its registers to two consumers."""
+        return 160 if self.consumers == 1 else 384
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Those of the kernel's that say how the work is cut."""
+        return {
+            "CONSUMERS": self.consumers,
+            "STAGES": self.stages,
+            "SPLIT": self.split,
+            "PEERS": self.peers,
+        }
 
 
 def shared_bytes(tile: WgmmaTile) -> int:
@@ -106,22 +124,24 @@ class WgmmaLinear:
         gated = epilogue == Epilogue.GATED
         defines = {
             "BF16": int(w.dtype == torch.bfloat16),
-            "CONSUMERS": tile.consumers,
-            "STAGES": tile.stages,
-            "SPLIT": tile.split,
+            **tile.defines,
             "EPILOGUE": int(epilogue),
         }
         kernel = compiler.kernel(
-            "linear_wgmma", "linear_wgmma", defines, threads=tile.consumers * 128 + 32,
+            "linear_wgmma", "linear_wgmma", defines, threads=tile.threads,
             shared=shared_bytes(tile),
         )  # fmt: skip
         across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))
-        tiles = -(-rows // tile.rows) * across
+        blocks = tile.split * tile.peers  # of a cluster
+        clusters = -(-rows // (tile.rows * tile.peers)) * across
+        if tile.split == 1:
+            clusters = min(clusters, processors // blocks)
+        halves = gated or tile.peers > 1
         kernel.launch(
-            (min(tiles, processors) if tile.split == 1 else tiles * tile.split,),
+            (clusters * blocks,),
             (
                 compiler.tile_map(x, tile.rows),
-                compiler.tile_map(w, FEATURES // 2 if gated else FEATURES),
+                compiler.tile_map(w, FEATURES // 2 if halves else FEATURES),
                 bias, residual, out, rows, n, k,
             ),
             overlap=overlap,

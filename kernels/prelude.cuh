@@ -172,7 +172,15 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// Within one unit in the last place; subnormal numbers count as zero.
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#define INFINITE __int_as_float(0x7f800000)
 
 #endif  // HOST_EMULATION
 

@@ -35,7 +35,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 template <typename V> static inline V max(V a, V b) { return a < b ? b : a; }
 template <typename V> static inline V min(V a, V b) { return b < a ? b : a; }
 
-const int MOST_THREADS = 2560, MOST_COPIES = 512;
+const int MOST_THREADS = 3072, MOST_COPIES = 512;
 struct Copy { void* to; const void* from; bool valid; int group; };
 struct Fiber {
   jmp_buf where;
@@ -53,8 +53,8 @@ static Fiber* fibers[MOST_THREADS];
 static jmp_buf scheduler;
 static int current, started;
 // Blocks of a cluster run together; block b's threads are the fibers from b * blockDim.x on.
-#ifdef SPLIT
-const int CLUSTER_BLOCKS = SPLIT;
+#ifdef PEERS
+const int CLUSTER_BLOCKS = SPLIT * PEERS;
 #else
 const int CLUSTER_BLOCKS = 1;
 #endif
@@ -150,6 +150,7 @@ static inline unsigned float_bits(float f) { unsigned u; memcpy(&u, &f, 4); retu
 #define __float_as_uint float_bits
 #define __int_as_float(i) bits_float((unsigned)(i))
 #define NEGATIVE_INFINITY (-INFINITY)
+#define INFINITE INFINITY
 
 static inline float to_float(elem_ v) {
 #if BF16
@@ -276,6 +277,7 @@ template <typename V> static V shuffle(V v, int lane) { return shuffle_with(v, l
 
 static inline float exp2_fast(float x) { return exp2f(x); }
 #define __expf expf
+static inline float reciprocal(float x) { return 1.f / x; }
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
@@ -307,6 +309,11 @@ static void barrier_arrive(u64_* barrier) {
   --((Phase*)barrier)->left;
   barrier_turn(barrier);
 }
+// What is at the same place of another block's shared memory.
+template <typename V> static V* of_block(V* own, int rank) {
+  return (V*)(shared_memories[rank] + ((const unsigned char*)own - shared_memories[own_block()]));
+}
+static void barrier_arrive_at(u64_* barrier, int rank) { barrier_arrive(of_block(barrier, rank)); }
 static void barrier_expect(u64_* barrier, int bytes) {
   ((Phase*)barrier)->bytes += bytes;
   barrier_arrive(barrier);
@@ -333,6 +340,10 @@ static void copy_tile(void* to, const void* map, int column, int row, u64_* barr
   if (!late_copies) return land(f);
   if (flying == MOST_FLIGHTS) abort();
   flights[flying++] = f;
+}
+template <int SIZE> static void copy_tile_to_all(void* to, const void* map, int column, int row, u64_* barrier) {
+  for (int i = 0; i < SIZE; ++i)
+    copy_tile(of_block((unsigned char*)to, i), map, column, row, of_block(barrier, i));
 }
 
 static void finish(const Multiplied& m) {
@@ -363,19 +374,22 @@ static void cluster_meet() {
   ++cluster_barrier.generation;
 }
 static float4 load_remote(const float4* own, int rank) {
-  const size_t offset = (const unsigned char*)own - shared_memories[own_block()];
-  return *(const float4*)(shared_memories[rank] + offset);
+  return *of_block(own, rank);
 }
 template <int THREADS> static void some_meet() { arrive(some_barriers[own_block()], THREADS); }
+template <int COUNT> static void spare_registers() {}
+template <int COUNT> static void more_registers() {}
 static void product_begin() {}
 static void product_commit() { ++begun[current]; }
-static void product(float (&d)[64], const void* a, const void* b, bool add) {
+static void product_any(float (&d)[64], const void* a, const void* b, bool add) {
   const int i = current;
   const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
   if (!late_copies) return finish(m);
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
+static void product_add(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, true); }
+static void product_set(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, false); }
 template <int PENDING> static void product_wait() {
   const int i = current;
   int done = 0;
@@ -383,3 +397,4 @@ template <int PENDING> static void product_wait() {
   unfinished[i] -= done;
   memmove(products[i], products[i] + done, unfinished[i] * sizeof(Multiplied));
 }
+template <int PENDING> static void product_wait(float (&)[64]) { product_wait<PENDING>(); }

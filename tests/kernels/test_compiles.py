@@ -13,6 +13,7 @@ from outrider.kernels import attention_cuda, linear, reject
 from outrider.kernels.attention_shapes import HEAD_DIMS, Heads
 from outrider.kernels.linear_many import BLOCK_TILES, depth_of
 from outrider.kernels.linear_shapes import Epilogue, Tile
+from outrider.kernels.linear_wgmma import WgmmaTile, shared_bytes
 
 SOURCES = Path(linear.__file__).parent
 # Shared memory that one block may have, in bytes.
@@ -134,6 +135,29 @@ def test_linear_of_many_rows_uses_the_tensor_cores_and_registers_alone(arch, epi
         # Between the first product and the last nothing goes to memory and comes back.
         loop = text[text.index("HMMA") : text.rindex("HMMA")]
         assert "LDL" not in loop and "STL" not in loop
+
+
+@pytest.mark.parametrize("epilogue", Epilogue)
+@pytest.mark.parametrize(
+    "tile", [WgmmaTile(2, 6), WgmmaTile(2, 6, peers=2), WgmmaTile(1, 8)], ids=str
+)
+def test_products_on_hopper_stay_under_way_in_registers(tile, epilogue, tmp_path):
+    """The compiler says so where it waits for each; memory is no place for their sums."""
+    pytest.importorskip("cuda.bindings")
+    from outrider.kernels.cuda import compile_source
+
+    assert shared_bytes(tile) <= LIMITS[90]
+    code, log = compile_source(
+        "linear_wgmma", {"BF16": 1, **tile.defines, "EPILOGUE": int(epilogue)}, arch=90
+    )
+    assert log == ""
+    built = tmp_path / "linear_wgmma.cubin"
+    built.write_bytes(code)
+    text = subprocess.run(
+        [_disassembler(), "-sass", str(built)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "HGMMA.64x128x16" in text
+    assert "LDL" not in text and "STL" not in text
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import reduce
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from outrider.kernels import linear
 from outrider.kernels.linear_many import BLOCK_TILES, BlockTile, ManyLinear, best_tile, depth_of
 from outrider.kernels.linear_shapes import Epilogue, Tile, shared_limit
-from outrider.kernels.linear_wgmma import WgmmaLinear
+from outrider.kernels.linear_wgmma import WgmmaLinear, WgmmaTile
 from outrider.kernels.operation import Tools
 
 CPU = torch.device("cpu")
@@ -180,6 +181,61 @@ def test_a_row_has_the_same_bits_from_every_kernel(emulated, arch):
         out = torch.empty_like(have)
         WgmmaLinear(tools)(x=x, w=w, out=out, rows=64, epilogue=Epilogue.STORE_FLOAT)
         assert torch.equal(out, have)
+
+
+WGMMA_TILES = [
+    WgmmaTile(2, 6),
+    WgmmaTile(1, 3),
+    WgmmaTile(2, 6, peers=2),
+    WgmmaTile(1, 3, peers=2),
+    WgmmaTile(1, 4, split=4),
+    WgmmaTile(1, 3, split=8),
+]
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["at once", "late"])
+@pytest.mark.parametrize("tile", WGMMA_TILES, ids=str)
+@pytest.mark.parametrize("epilogue", Epilogue)
+def test_hopper_tile_changes_no_bit(emulated, epilogue, tile, late):
+    """Several tiles a block, with fewer chunks of k than slices, as many, and more."""
+    torch.manual_seed(9)
+    compiler = emulated(90)
+    compiler.late = late
+    dtype = torch.bfloat16
+    for rows, columns, k in ((300, 144, 192), (130, 272, 1216), (70, 80, 1984)):
+        x, w = numbers(rows, k, dtype=dtype), numbers(columns, k, dtype=dtype) / 16
+        bias = numbers(columns, dtype=dtype)
+        residual = numbers(rows, columns, dtype=dtype) if epilogue == Epilogue.RESIDUAL else None
+        want = finished(sums(x, w, CONSECUTIVE), dtype, epilogue, bias, residual)
+        out = torch.full((rows + 3, want.shape[1]), float("nan"), dtype=want.dtype)
+        WgmmaLinear(Tools(CPU, compiler))(
+            x=x, w=w, out=out, rows=rows, epilogue=epilogue, bias=bias, residual=residual, tile=tile
+        )
+        assert torch.equal(out[:rows], want), (rows, columns, k)
+        assert out[rows:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quotient_of_every_gate_has_the_bits_of_division(emulated, tmp_path, dtype):
+    compiler = emulated(90)
+    for header in ("prelude.cuh", "linear.cuh"):
+        shutil.copy(compiler.sources / header, tmp_path)
+    (tmp_path / "quotients.cu").write_text(
+        '#include "linear.cuh"\n'
+        "ENTRY void quotients(const float* a, const float* d, float* out, int count) {\n"
+        "  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = quotient(a[i], d[i]);\n"
+        "}\n"
+    )
+    compiler.sources = tmp_path
+    defines = {"BF16": 1, "EPILOGUE": int(Epilogue.GATED)}
+    kernel = compiler.kernel("quotients", "quotients", defines, threads=32, shared=0)
+    gates = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    divisors = 1 + gates.neg().exp()
+    want, have = gates / divisors, torch.empty_like(gates)
+    kernel.launch((1,), (gates, divisors, have, len(gates)), overlap=False)
+    known = ~want.isnan()
+    assert torch.equal(have.isnan(), ~known)
+    assert torch.equal(have[known].view(torch.int32), want[known].view(torch.int32))
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90])
