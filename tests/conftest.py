@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from outrider.shared.link import doorbell
 from outrider_testing.checkpoints import write_llama
 
 pytest_plugins = ["outrider_testing.alone"]
+# No deadline, since the cores are shared by workers; the same examples each time.
+settings.register_profile("outrider", deadline=None, derandomize=True)
+settings.load_profile("outrider")
 # Before torch is imported, here and in what tests start: the cores are shared by workers and
 # services, and threads that wait for each other on a busy core take many times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
