@@ -59,8 +59,18 @@ DEVICE float4 load_remote(const float4* own, int rank) {
       : "memory");
   return v;
 }
-// The first `threads` threads of the block meet.
-template <int THREADS> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// So many threads of the block meet: those that name the same place, 0 to 14.
+template <int COUNT> DEVICE void some_meet(int place = 0) {
+  asm volatile("bar.sync %0, %1;" ::"r"(place + 1), "n"(COUNT) : "memory");
+}
+
+// What this thread has written to shared memory can be read by the products of threads that meet it
+// after; by default they may miss it.
+DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A whole group of four warps takes so many registers a thread, or gives all but so many back.
+template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -74,9 +84,9 @@ DEVICE u64 tile_descriptor(const void* tile) {
 }
 
 #if BF16
-#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+#define PRODUCT_NAME(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16"
 #else
-#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
+#define PRODUCT_NAME(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16"
 #endif
 #define EIGHT(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -85,7 +95,7 @@ DEVICE u64 tile_descriptor(const void* tile) {
 // is row 16 w + 8 h + lane / 4, column 8 j + 2 (lane % 4) + i, in warp w of its four.
 DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT_NAME
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT_NAME(128)
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -94,6 +104,33 @@ DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
       : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48),
         EIGHT(d, 56)
       : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+}
+
+#define FOUR(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ALL_EIGHT(d) FOUR(d, 0), FOUR(d, 1), FOUR(d, 2), FOUR(d, 3), FOUR(d, 4), FOUR(d, 5), FOUR(d, 6), FOUR(d, 7)
+#define ALL_EIGHT_NAMES \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+
+// The same for 64 columns: d (64 x 64) += a (64 x 16) b (64 x 16)ᵀ, d[column / 8][2 h + i].
+[[maybe_unused]] DEVICE void product(float (&d)[8][4], const void* a, const void* b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
+               "%32, %33, add, 1, 1, 0, 0;\n}"
+               : ALL_EIGHT(d)
+               : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+}
+
+// From here on, after a wait, d is read: the compiler moves no use of it before.
+[[maybe_unused]] DEVICE void product_end(float (&d)[8][4]) { asm volatile("" : ALL_EIGHT(d)::"memory"); }
+
+// d (64 x 64) += a (64 x 16) b (16 x 64), b by rows of a tile, and a in registers as `mma` has it: rows
+// h, of them columns 0 to 7 in `low`, 8 to 15 in `high`. They stay untouched until the product is done.
+[[maybe_unused]] DEVICE void product_by_rows(float (&d)[8][4], const u32 (&low)[2], const u32 (&high)[2],
+                                             const void* b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
+               "{%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
+               : ALL_EIGHT(d)
+               : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "l"(tile_descriptor(b)), "r"((int)add));
 }
 
 #endif  // HOST_EMULATION

@@ -58,7 +58,8 @@ const int CLUSTER_BLOCKS = SPLIT;
 #else
 const int CLUSTER_BLOCKS = 1;
 #endif
-static Barrier block_barriers[CLUSTER_BLOCKS], some_barriers[CLUSTER_BLOCKS], cluster_barrier, warp_barriers[MOST_THREADS / 32];
+const int PLACES = 15;
+static Barrier block_barriers[CLUSTER_BLOCKS], some_barriers[CLUSTER_BLOCKS][PLACES], cluster_barrier, warp_barriers[MOST_THREADS / 32];
 static Lane lanes[2][MOST_THREADS];
 static unsigned char* shared_memories[CLUSTER_BLOCKS];
 static bool late_copies;
@@ -122,7 +123,8 @@ template <typename F> static void run_grid(int gx, int gy, int threads, size_t s
     for (int x = 0; x < gx; x += CLUSTER_BLOCKS) {
       for (auto& memory : shared_memories) memset(memory, 0xff, shared);
       for (auto& b : block_barriers) b = Barrier();
-      for (auto& b : some_barriers) b = Barrier();
+      for (auto& places : some_barriers)
+        for (auto& b : places) b = Barrier();
       cluster_barrier = Barrier();
       for (auto& b : warp_barriers) b = Barrier();
       for (int i = 0; i < all; ++i) {
@@ -258,6 +260,7 @@ template <int PENDING> static void copy_wait() {
 
 static uint4 load_constant(const void* p) { return *(const uint4*)p; }
 template <typename V> static V load_fresh(const V* p) { return *p; }
+static void keep_in_memory(void*) {}
 static void wait_for_previous() {}
 static void let_next_start() {}
 template <typename V> static V shuffle_with(V v, int from) {
@@ -288,7 +291,17 @@ typedef unsigned long long u64_;
 struct Phase { unsigned char arrivals, left, parity, unused; int bytes; };
 struct Tiles { const elem_* from; long long columns, rows, box_rows; };
 struct Flight { void* to; const Tiles* map; int column, row; u64_* barrier; };
-struct Multiplied { float* d; const unsigned char *a, *b; bool add; int group; };
+struct Multiplied {
+  float* d;
+  int columns;
+  const unsigned char *a, *b;    // tiles in shared memory; a is null where it is in registers
+  bool add, by_rows;
+  int group;
+  // Where it is: the thread's own registers, what was in them, and its two rows of a.
+  const unsigned* registers[4];
+  unsigned held[4];
+  float rows[2][16];
+};
 const int MOST_FLIGHTS = 64, MOST_PRODUCTS = 64;
 static Flight flights[MOST_FLIGHTS];
 static int flying;
@@ -341,10 +354,16 @@ static void finish(const Multiplied& m) {
     const uintptr_t place = (uintptr_t)tile + row * 128 + k * 2;
     return to_float(*(const elem_*)(place ^ ((place >> 7 & 7) << 4)));
   };
-  for (int i = 0; i < 64; ++i) {
-    const int row = threadIdx.x / 32 % 4 * 16 + (i / 2 % 2) * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
+  // What the tensor cores may still read has to stay.
+  for (int i = 0; i < 4; ++i)
+    if (!m.a && *m.registers[i] != m.held[i]) abort();
+  for (int i = 0; i < m.columns / 2; ++i) {
+    const int h = i / 2 % 2, row = threadIdx.x / 32 % 4 * 16 + h * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
     long double s = m.add ? m.d[i] : 0;
-    for (int k = 0; k < 16; ++k) s += (double)at(m.a, row, k) * at(m.b, column, k);
+    for (int k = 0; k < 16; ++k) {
+      const float x = m.a ? at(m.a, row, k) : m.rows[h][k];
+      s += (double)x * (m.by_rows ? at(m.b, k, column) : at(m.b, column, k));
+    }
     m.d[i] = (float)s;
   }
 }
@@ -366,16 +385,37 @@ static float4 load_remote(const float4* own, int rank) {
   const size_t offset = (const unsigned char*)own - shared_memories[own_block()];
   return *(const float4*)(shared_memories[rank] + offset);
 }
-template <int THREADS> static void some_meet() { arrive(some_barriers[own_block()], THREADS); }
+template <int COUNT> static void some_meet(int place = 0) { arrive(some_barriers[own_block()][place], COUNT); }
+static void show_to_products() {}
+template <int COUNT> static void take_registers() {}
+template <int COUNT> static void give_registers() {}
 static void product_begin() {}
 static void product_commit() { ++begun[current]; }
-static void product(float (&d)[64], const void* a, const void* b, bool add) {
+static void start(Multiplied m) {
   const int i = current;
-  const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
+  m.group = begun[i];
   if (!late_copies) return finish(m);
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
+static void product(float (&d)[64], const void* a, const void* b, bool add) {
+  start({d, 128, (const unsigned char*)a, (const unsigned char*)b, add, false});
+}
+static void product(float (&d)[8][4], const void* a, const void* b, bool add) {
+  start({d[0], 64, (const unsigned char*)a, (const unsigned char*)b, add, false});
+}
+static void product_by_rows(float (&d)[8][4], const unsigned (&low)[2], const unsigned (&high)[2], const void* b, bool add) {
+  Multiplied m = {d[0], 64, nullptr, (const unsigned char*)b, add, true, 0, {&low[0], &low[1], &high[0], &high[1]}};
+  const int lane = threadIdx.x % 32;
+  Lane* warp = warp_lanes();
+  for (int i = 0; i < 4; ++i) m.held[i] = *m.registers[i];
+  for (int i = 0; i < 8; ++i) warp[lane].a[i] = to_float((elem_)(m.held[i / 2] >> (16 * (i % 2))));
+  BARRIER_WARP();
+  for (int h = 0; h < 2; ++h)
+    for (int k = 0; k < 16; ++k) m.rows[h][k] = warp[lane / 4 * 4 + k % 8 / 2].a[2 * (h + 2 * (k / 8)) + k % 2];
+  start(m);
+}
+static void product_end(float (&)[8][4]) {}
 template <int PENDING> static void product_wait() {
   const int i = current;
   int done = 0;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.kernels import attention_cuda, linear, reject
+from outrider.kernels import attention_cuda, attention_wgmma, linear, reject
 from outrider.kernels.attention_shapes import HEAD_DIMS, Heads
 from outrider.kernels.linear_many import BLOCK_TILES, depth_of
 from outrider.kernels.linear_shapes import Epilogue, Tile
@@ -131,6 +131,28 @@ def test_linear_of_many_rows_uses_the_tensor_cores_and_registers_alone(arch, epi
         # Between the first product and the last nothing goes to memory and comes back.
         loop = text[text.index("HMMA") : text.rindex("HMMA")]
         assert "LDL" not in loop and "STL" not in loop
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_attention_on_hopper_keeps_products_in_flight_and_registers_alone(dim, bf16, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from outrider.kernels.cuda import compile_source
+
+    heads = Heads(8, 2, dim)
+    cut = attention_wgmma.defines()
+    assert attention_wgmma.takes(heads, 90, 90)
+    assert attention_wgmma.shared_bytes(heads, cut) <= LIMITS[90]
+    shape = {"BF16": bf16, "HEAD_DIM": dim, "TOKENS": heads.cut}
+    code, log = compile_source("attention_wgmma", shape | cut, arch=90)
+    assert "serialized" not in log
+    built = tmp_path / "attention_wgmma.cubin"
+    built.write_bytes(code)
+    usage = subprocess.run(
+        [_disassembler(), "-res-usage", str(built)], capture_output=True, text=True, check=True
+    ).stdout
+    # What waits for the end of a span, and nothing else, is outside the registers.
+    assert re.findall(r"STACK:(\d+)", usage) == [str(4 * (dim // 8 * 4 + 4))]
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
