@@ -114,13 +114,13 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     }
   };
   auto begin_scores = [&](float (&c)[NTILES][4], u32 turn) {
-    const unsigned char* k = stages + turn % STAGES * STAGE;
+    const Operand q = operand(query), k = operand(stages + turn % STAGES * STAGE);
     barrier_wait(full + turn % STAGES, turn / STAGES & 1);
     product_begin();
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
       const int at = step / 4 * TILE_BYTES + step % 4 * 32;
-      product(c, query + at, k + at, step > 0);
+      product(c, q + at, k + at, step > 0);
     }
     product_commit();
   };
@@ -158,6 +158,10 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     bool has_past = false;
     // Of the cut whose scores are in c.
     auto take = [&](float (&c)[NTILES][4], int cut) {
+      if (cut % SPAN == 0 && cut > own_first) {
+        begin_span(sums, past, has_past);
+        has_past = true;
+      }
       const int begin = cut * TOKENS;
       if (begin + TOKENS - 1 > warp_first || first_seen(warp_last, window) > begin) {
 #pragma unroll
@@ -168,7 +172,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
       weigh(c, scale, weights, sums, folds);
 
       float o[HALVES][8][4];
-      const unsigned char* v = stages + turn % STAGES * STAGE + HEAD_BYTES;
+      const Operand v = operand(stages + turn % STAGES * STAGE + HEAD_BYTES);
       product_begin();
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
@@ -187,35 +191,31 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
       release();
       fold_values(sums, (HALVES - 1) * 8, o[HALVES - 1], folds);
     };
+    // Of that cut, while the scores of the one behind it come into `next`.
     auto take_and_begin = [&](float (&c)[NTILES][4], float (&next)[NTILES][4], int cut) {
-      if (cut % SPAN == 0 && cut > own_first) {
-        begin_span(sums, past, has_past);
-        has_past = true;
-      }
       begin_scores(next, turn + 1);
       take(c, cut);
       product_end(next);
     };
 
     leave_out(own_first - first_cut);
-    float c[NTILES][4];
-    begin_scores(c, turn);
+    float even[NTILES][4], odd[NTILES][4];
+    begin_scores(even, turn);
     product_wait<0>();
-    product_end(c);
+    product_end(even);
 #pragma unroll 1
-    for (int cut = own_first; cut < own_last; ++cut) {
-      float next[NTILES][4];
-      take_and_begin(c, next, cut);
-#pragma unroll
-      for (int n = 0; n < NTILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[n][i] = next[n][i];
+    for (int cut = own_first;;) {
+      if (cut == own_last) {
+        take(even, cut);
+        break;
+      }
+      take_and_begin(even, odd, cut++);
+      if (cut == own_last) {
+        take(odd, cut);
+        break;
+      }
+      take_and_begin(odd, even, cut++);
     }
-    if (own_last % SPAN == 0 && own_last > own_first) {
-      begin_span(sums, past, has_past);
-      has_past = true;
-    }
-    take(c, own_last);
     leave_out(last_cut - own_last);
     if (has_past) join_past(sums, past);
 

@@ -78,10 +78,20 @@ template <int PENDING> DEVICE void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-DEVICE u64 tile_descriptor(const void* tile) {
-  // Address, distance of eight rows, and the placement of pieces, each in its field.
-  return (u64)((shared_address(tile) >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+// Where a product finds an operand in shared memory; the place must be the same for all lanes.
+struct Operand {
+  u32 low;    // the half of its descriptor that has the address
+};
+DEVICE Operand operand(const void* tile) {
+  const Operand made = {shuffle((shared_address(tile) >> 4 & 0x3fff) | (1u << 16), 0)};
+  return made;
 }
+DEVICE Operand operator+(Operand o, int bytes) {
+  const Operand moved = {o.low + bytes / 16};
+  return moved;
+}
+// With the distance of eight rows, and the placement of pieces, each in its field.
+DEVICE u64 descriptor(Operand o) { return (u64)o.low | (64ull << 32) | (1ull << 62); }
 
 #if BF16
 #define PRODUCT_NAME(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16"
@@ -93,7 +103,7 @@ DEVICE u64 tile_descriptor(const void* tile) {
 
 // d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ, or = where `add` is not set. A thread's d[4 j + 2 h + i]
 // is row 16 w + 8 h + lane / 4, column 8 j + 2 (lane % 4) + i, in warp w of its four.
-DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
+DEVICE void product(float (&d)[64], Operand a, Operand b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT_NAME(128)
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -103,7 +113,7 @@ DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
       "%64, %65, add, 1, 1, 0, 0;\n}"
       : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48),
         EIGHT(d, 56)
-      : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+      : "l"(descriptor(a)), "l"(descriptor(b)), "r"((int)add));
 }
 
 #define FOUR(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -113,11 +123,11 @@ DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 
 // The same for 64 columns: d (64 x 64) += a (64 x 16) b (64 x 16)ᵀ, d[column / 8][2 h + i].
-[[maybe_unused]] DEVICE void product(float (&d)[8][4], const void* a, const void* b, bool add) {
+[[maybe_unused]] DEVICE void product(float (&d)[8][4], Operand a, Operand b, bool add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
                "%32, %33, add, 1, 1, 0, 0;\n}"
                : ALL_EIGHT(d)
-               : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)), "r"((int)add));
+               : "l"(descriptor(a)), "l"(descriptor(b)), "r"((int)add));
 }
 
 // From here on, after a wait, d is read: the compiler moves no use of it before.
@@ -126,11 +136,11 @@ DEVICE void product(float (&d)[64], const void* a, const void* b, bool add) {
 // d (64 x 64) += a (64 x 16) b (16 x 64), b by rows of a tile, and a in registers as `mma` has it: rows
 // h, of them columns 0 to 7 in `low`, 8 to 15 in `high`. They stay untouched until the product is done.
 [[maybe_unused]] DEVICE void product_by_rows(float (&d)[8][4], const u32 (&low)[2], const u32 (&high)[2],
-                                             const void* b, bool add) {
+                                             Operand b, bool add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
                "{%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
                : ALL_EIGHT(d)
-               : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "l"(tile_descriptor(b)), "r"((int)add));
+               : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "l"(descriptor(b)), "r"((int)add));
 }
 
 #endif  // HOST_EMULATION

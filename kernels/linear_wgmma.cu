@@ -108,8 +108,8 @@ ENTRY void CLUSTER(SPLIT) __launch_bounds__(CONSUMERS * 128 + 32, 1)
       int before = slot;
 #pragma unroll 1
       for (int c = begin; c < end; ++c) {
-        const unsigned char* a = ring + slot * STAGE + own * ROW_BYTES;
-        const unsigned char* b = ring + slot * STAGE + ROWS * ROW_BYTES;
+        const Operand a = operand(ring + slot * STAGE + own * ROW_BYTES);
+        const Operand b = operand(ring + slot * STAGE + ROWS * ROW_BYTES);
         barrier_wait(full + slot, phase);
         product_begin();
 #pragma unroll

@@ -291,10 +291,11 @@ typedef unsigned long long u64_;
 struct Phase { unsigned char arrivals, left, parity, unused; int bytes; };
 struct Tiles { const elem_* from; long long columns, rows, box_rows; };
 struct Flight { void* to; const Tiles* map; int column, row; u64_* barrier; };
+typedef const unsigned char* Operand;
 struct Multiplied {
   float* d;
   int columns;
-  const unsigned char *a, *b;    // tiles in shared memory; a is null where it is in registers
+  Operand a, b;    // tiles in shared memory; a is null where it is in registers
   bool add, by_rows;
   int group;
   // Where it is: the thread's own registers, what was in them, and its two rows of a.
@@ -391,6 +392,7 @@ template <int COUNT> static void take_registers() {}
 template <int COUNT> static void give_registers() {}
 static void product_begin() {}
 static void product_commit() { ++begun[current]; }
+static Operand operand(const void* tile) { return (Operand)tile; }
 static void start(Multiplied m) {
   const int i = current;
   m.group = begun[i];
@@ -398,14 +400,14 @@ static void start(Multiplied m) {
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
-static void product(float (&d)[64], const void* a, const void* b, bool add) {
-  start({d, 128, (const unsigned char*)a, (const unsigned char*)b, add, false});
+static void product(float (&d)[64], Operand a, Operand b, bool add) {
+  start({d, 128, a, b, add, false});
 }
-static void product(float (&d)[8][4], const void* a, const void* b, bool add) {
-  start({d[0], 64, (const unsigned char*)a, (const unsigned char*)b, add, false});
+static void product(float (&d)[8][4], Operand a, Operand b, bool add) {
+  start({d[0], 64, a, b, add, false});
 }
-static void product_by_rows(float (&d)[8][4], const unsigned (&low)[2], const unsigned (&high)[2], const void* b, bool add) {
-  Multiplied m = {d[0], 64, nullptr, (const unsigned char*)b, add, true, 0, {&low[0], &low[1], &high[0], &high[1]}};
+static void product_by_rows(float (&d)[8][4], const unsigned (&low)[2], const unsigned (&high)[2], Operand b, bool add) {
+  Multiplied m = {d[0], 64, nullptr, b, add, true, 0, {&low[0], &low[1], &high[0], &high[1]}};
   const int lane = threadIdx.x % 32;
   Lane* warp = warp_lanes();
   for (int i = 0; i < 4; ++i) m.held[i] = *m.registers[i];
