@@ -1,9 +1,10 @@
 // `attend` (attention_many.cu) with Hopper's products, for heads of 64 and 128 columns.
 //
 // One work item = (sequence, TILE packed queries of a KV head, query = row * group + head in the
-// group). Each of CONSUMERS groups of four warps takes 64 of them, and one warp fetches for all: the
-// copy engine fills a ring of STAGES cuts, keys and values. While a group weighs the scores of a cut
-// the tensor cores make those of the next, and while one group weighs they multiply for the others.
+// group). Each of CONSUMERS teams of four warps takes 64 of them. One warp fetches cuts for all: the
+// copy engine fills a ring of STAGES, keys and values; and for each team one warp fetches queries, the
+// next ones as soon as the last scores are made. While a team weighs the scores of a cut the tensor
+// cores make those of the next, and while one team weighs they multiply for the others.
 //
 // A row's bits are those of attention.cu: see attention.cuh.
 //
@@ -17,8 +18,8 @@
 #define HEAD_BYTES (HALVES * TILE_BYTES)
 #define STAGE (2 * HEAD_BYTES)          // keys, then values
 // Registers of a thread; the launch gives all the same.
-#define FETCHING (CONSUMERS == 2 ? 24 : 32)
-#define MULTIPLYING (CONSUMERS == 2 ? 240 : 160)
+#define FETCHING (CONSUMERS == 3 ? 32 : HEAD_DIM == 64 ? 56 : 40)
+#define MULTIPLYING (CONSUMERS == 3 ? 160 : HEAD_DIM == 64 ? 224 : 232)
 
 // Where the copy engine puts 16-byte piece `piece` of a head's row.
 DEVICE int byte_of(int row, int piece) {
@@ -36,14 +37,20 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
   unsigned char* queries = stages + STAGES * STAGE;                 // [CONSUMERS]
   u64* full = (u64*)(queries + CONSUMERS * HEAD_BYTES);
   u64* empty = full + STAGES;
-  Sequence* about = (Sequence*)(empty + STAGES);                    // [MAX_BATCH], units: tiles
+  u64* asked = empty + STAGES;            // of each team: its queries are there
+  u64* answered = asked + CONSUMERS;      // and are no more needed
+  Sequence* about = (Sequence*)(answered + CONSUMERS);              // [MAX_BATCH], units: tiles
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const int group = heads / kv_heads;
+  const int group = heads / kv_heads, stride = (heads + 2 * kv_heads) * HEAD_DIM;
   let_next_start();
   if (tid == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, CONSUMERS * 4);
+    }
+    for (int i = 0; i < CONSUMERS; ++i) {
+      barrier_init(asked + i, 1);
+      barrier_init(answered + i, 4);
     }
     barrier_init_done();
   }
@@ -54,9 +61,8 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
   Items items = {about, batch, group, kv_heads, TILE, 0, 0, 0};
   Item item;
   u32 turn = 0;    // cuts before this one, over all items
-  if (warp >= CONSUMERS * 4) {
-    give_registers<FETCHING>();
-    if (warp > CONSUMERS * 4) return;
+  u32 asking = 0;  // items before this one, in which the team has queries
+  auto fetch_cuts = [&] {
     while (next_item(items, item)) {
       const int first_cut = first_seen(position_of(item, item.q0), window) / TOKENS;
       const int last_cut = position_of(item, item.q0 + TILE - 1) / TOKENS;
@@ -78,7 +84,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
         } else {
           // Tokens beyond the written ones are zero: what weighs nothing must be a number too.
           const int left = where.position + where.rows - begin;
-#pragma unroll 4
+#pragma unroll 1
           for (int e = lane; e < TOKENS * PIECES; e += 32) {
             const int token = e / PIECES, to = byte_of(token, e % PIECES);
             const int from = slot_of(where, ring, begin + min(token, left - 1));
@@ -94,12 +100,36 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
         }
       }
     }
+  };
+  auto fetch_queries = [&](int team) {
+    unsigned char* query = queries + team * HEAD_BYTES;
+    while (next_item(items, item)) {
+      const int q0 = item.q0 + team * 64;
+      if (q0 >= item.queries) continue;
+      barrier_wait(answered + team, (asking++ & 1) ^ 1);
+#pragma unroll 4
+      for (int e = lane; e < 64 * PIECES; e += 32) {
+        const int q = q0 + e / PIECES;
+        copy16(query + byte_of(e / PIECES, e % PIECES),
+               qkv + (q < item.queries ? row_of(item, q, stride) + e % PIECES * 8 : 0), q < item.queries);
+      }
+      copy_commit();
+      copy_wait<0>();
+      show_to_products();
+      BARRIER_WARP();
+      if (lane == 0) barrier_arrive(asked + team);
+    }
+  };
+  if (warp >= CONSUMERS * 4) {
+    give_registers<FETCHING>();
+    const int fetcher = warp - CONSUMERS * 4;
+    if (fetcher == 0) fetch_cuts();
+    else if (fetcher <= CONSUMERS) fetch_queries(fetcher - 1);
     return;
   }
 
   take_registers<MULTIPLYING>();
   const int team = warp / 4, g = lane >> 2, t = lane & 3;
-  const int stride = (heads + 2 * kv_heads) * HEAD_DIM;
   unsigned char* query = queries + team * HEAD_BYTES;
   auto release = [&] {
     if (lane == 0) barrier_arrive(empty + turn % STAGES);
@@ -138,18 +168,6 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     const int row = q0 + warp % 4 * 16;    // of the warp
     const int warp_first = position_of(item, row), warp_last = position_of(item, row + 15);
     const int at[2] = {position_of(item, row + g), position_of(item, row + 8 + g)};
-
-    some_meet<128>(team);    // all have multiplied the queries before
-#pragma unroll 4
-    for (int e = tid % 128; e < 64 * PIECES; e += 128) {
-      const int q = q0 + e / PIECES;
-      copy16(query + byte_of(e / PIECES, e % PIECES),
-             qkv + (q < item.queries ? row_of(item, q, stride) + e % PIECES * 8 : 0), q < item.queries);
-    }
-    copy_commit();
-    copy_wait<0>();
-    show_to_products();
-    some_meet<128>(team);
 
     Sums sums;
     clear(sums);
@@ -198,7 +216,13 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
       product_end(next);
     };
 
+    // All scores are made.
+    auto answer = [&] {
+      if (lane == 0) barrier_arrive(answered + team);
+    };
+
     leave_out(own_first - first_cut);
+    barrier_wait(asked + team, asking++ & 1);
     float even[NTILES][4], odd[NTILES][4];
     begin_scores(even, turn);
     product_wait<0>();
@@ -206,11 +230,13 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
 #pragma unroll 1
     for (int cut = own_first;;) {
       if (cut == own_last) {
+        answer();
         take(even, cut);
         break;
       }
       take_and_begin(even, odd, cut++);
       if (cut == own_last) {
+        answer();
         take(odd, cut);
         break;
       }

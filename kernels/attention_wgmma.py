@@ -25,7 +25,7 @@ def tile(cut: dict[str, int]) -> int:
 
 
 def threads(cut: dict[str, int]) -> int:
-    """Threads of a block: those that multiply and a group of four warps of which one fetches."""
+    """Threads of a block: those that multiply, and a group of four warps that fetch."""
     return 128 * (cut["CONSUMERS"] + 1)
 
 
@@ -33,4 +33,4 @@ def shared_bytes(heads: Heads, cut: dict[str, int]) -> int:
     """Shared memory of one block: the ring, the queries, the barriers, the table of sequences, and
     what its alignment may take."""
     rows = 2 * cut["STAGES"] * heads.cut + tile(cut)
-    return 2 * rows * heads.head_dim + 16 * cut["STAGES"] + _TABLE + 1024
+    return 2 * rows * heads.head_dim + 16 * (cut["STAGES"] + cut["CONSUMERS"]) + _TABLE + 1024

@@ -59,10 +59,8 @@ DEVICE float4 load_remote(const float4* own, int rank) {
       : "memory");
   return v;
 }
-// So many threads of the block meet: those that name the same place, 0 to 14.
-template <int COUNT> DEVICE void some_meet(int place = 0) {
-  asm volatile("bar.sync %0, %1;" ::"r"(place + 1), "n"(COUNT) : "memory");
-}
+// The first COUNT threads of the block meet.
+template <int COUNT> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
 // What this thread has written to shared memory can be read by the products of threads that meet it
 // after; by default they may miss it.

@@ -58,8 +58,7 @@ const int CLUSTER_BLOCKS = SPLIT;
 #else
 const int CLUSTER_BLOCKS = 1;
 #endif
-const int PLACES = 15;
-static Barrier block_barriers[CLUSTER_BLOCKS], some_barriers[CLUSTER_BLOCKS][PLACES], cluster_barrier, warp_barriers[MOST_THREADS / 32];
+static Barrier block_barriers[CLUSTER_BLOCKS], some_barriers[CLUSTER_BLOCKS], cluster_barrier, warp_barriers[MOST_THREADS / 32];
 static Lane lanes[2][MOST_THREADS];
 static unsigned char* shared_memories[CLUSTER_BLOCKS];
 static bool late_copies;
@@ -123,8 +122,7 @@ template <typename F> static void run_grid(int gx, int gy, int threads, size_t s
     for (int x = 0; x < gx; x += CLUSTER_BLOCKS) {
       for (auto& memory : shared_memories) memset(memory, 0xff, shared);
       for (auto& b : block_barriers) b = Barrier();
-      for (auto& places : some_barriers)
-        for (auto& b : places) b = Barrier();
+      for (auto& b : some_barriers) b = Barrier();
       cluster_barrier = Barrier();
       for (auto& b : warp_barriers) b = Barrier();
       for (int i = 0; i < all; ++i) {
@@ -386,7 +384,7 @@ static float4 load_remote(const float4* own, int rank) {
   const size_t offset = (const unsigned char*)own - shared_memories[own_block()];
   return *(const float4*)(shared_memories[rank] + offset);
 }
-template <int COUNT> static void some_meet(int place = 0) { arrive(some_barriers[own_block()][place], COUNT); }
+template <int COUNT> static void some_meet() { arrive(some_barriers[own_block()], COUNT); }
 static void show_to_products() {}
 template <int COUNT> static void take_registers() {}
 template <int COUNT> static void give_registers() {}
