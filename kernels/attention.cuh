@@ -1,5 +1,5 @@
-// What both kernels of attention stand on: attention.cu (few rows a sequence) and
-// attention_many.cu (many). They give a row the same bits, because everything that rounds is
+// What all kernels of attention stand on: attention.cu (few rows a sequence), attention_many.cu and
+// attention_wgmma.cu (many). They give a row the same bits, because everything that rounds is
 // either here or done in the order that is told here:
 //
 // 1. q and k are normalised, rotated and rounded by `embedded`.

@@ -1,6 +1,6 @@
 """Attention over the arena in CUDA: one launch where a sequence brings few rows, two for many.
 
-Both give a row the same bits; see ``attention.cuh``.
+All kernels give a row the same bits; see ``attention.cuh``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from outrider.kernels import attention_wgmma
 from outrider.kernels.attention_shapes import MAX_BATCH, Heads, Work, many
 from outrider.kernels.operation import Call, Tools
 
@@ -103,19 +104,28 @@ def launcher(tools: Tools) -> Call:
         )  # fmt: skip
         grid = min(tools.processors * _APPENDING_BLOCKS, sequences * rows)
         append.launch((grid,), appended, overlap=overlap)
-        attend = tools.compiler.kernel(
-            "attention_many",
-            "attend",
-            defines | cut,
-            threads=_THREADS,
-            shared=many_rows_shared(heads, cut),
-        )
-        attended = (
-            qkv, keys, values, out, *where, sequences, heads.heads, heads.kv_heads,
-            heads.window, heads.ring, scale,
-        )  # fmt: skip
-        items = sequences * heads.kv_heads * -(-rows * heads.group // many_rows_tile(cut))
-        grid = min(tools.processors * cut["BLOCKS"], items)
-        attend.launch((grid,), attended, overlap=overlap)
+        seen = (sequences, heads.heads, heads.kv_heads, heads.window, heads.ring, scale)
+        if attention_wgmma.takes(heads, tools.compiler.arch, tools.compiler.chip):
+            own = attention_wgmma.defines()
+            attend = tools.compiler.kernel(
+                "attention_wgmma", "attend", defines | own,
+                threads=attention_wgmma.threads(own),
+                shared=attention_wgmma.shared_bytes(heads, own),
+            )  # fmt: skip
+            maps = [
+                tools.compiler.tile_map(part.view(len(part), -1), heads.cut)
+                for part in (keys, values)
+            ]
+            tile, most = attention_wgmma.tile(own), tools.processors
+            attended = (qkv, keys, values, *maps, out, *where, *seen)
+        else:
+            attend = tools.compiler.kernel(
+                "attention_many", "attend", defines | cut, threads=_THREADS,
+                shared=many_rows_shared(heads, cut),
+            )  # fmt: skip
+            tile, most = many_rows_tile(cut), tools.processors * cut["BLOCKS"]
+            attended = (qkv, keys, values, out, *where, *seen)
+        items = sequences * heads.kv_heads * -(-rows * heads.group // tile)
+        attend.launch((min(most, items),), attended, overlap=overlap)
 
     return run

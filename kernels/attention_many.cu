@@ -6,15 +6,15 @@
 // ascending order while the next one is on its way to shared memory. The cut's values are summed
 // up CHUNK columns at a time, so that the registers hold one result and not two.
 //
-// A row's bits are those of attention.cu: see attention.cuh.
+// A row's bits are those of attention.cu: see attention.cuh. On Hopper attention_wgmma.cu takes the
+// place of `attend` for most heads.
 //
 // -D: see attention.cuh; ROW_TILES (1, 2), STAGES (cuts in shared memory: 1, 2), BLOCKS (of
 // `attend`, a multiprocessor).
-#include "attention.cuh"
+#include "attention_many.cuh"
 
 #define ROWS (16 * ROW_TILES)           // queries of a warp
 #define TILE (ROWS * WARPS)
-#define NTILES (TOKENS / 8)             // 8-token score tiles
 #define CHUNK 4                         // 8-column tiles of values
 #define HEADS_AT_ONCE 4
 
@@ -86,38 +86,17 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
   let_next_start();
   wait_for_previous();
   const Sequences from = {starts, prefix_starts, prefix_lens, first_rows, row_counts, positions, position_offset};
-  // What takes longest comes first: the sequences that reach farthest, and of each its last rows.
-  // Every other round over the blocks goes backwards, so that who had most has least next.
-  int* ends = (int*)(about + MAX_BATCH);
-  Sequence mine;
-  if (tid < batch) {
-    mine = load_sequence(from, tid);
-    mine.units = (mine.rows * group + TILE - 1) / TILE;
-    ends[tid] = mine.position + mine.rows;
-  }
-  BARRIER_BLOCK();
-  if (tid < batch) {
-    int farther = 0;
-    for (int s = 0; s < batch; ++s) farther += ends[s] > ends[tid] || (ends[s] == ends[tid] && s < tid);
-    about[farther] = mine;
-  }
-  BARRIER_BLOCK();
+  order_sequences(about, from, batch, group, TILE);
 
-  int before = 0, s = 0;     // items of the sequences before s
-  for (int round = 0;; ++round) {
-    const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    while (s < batch && item >= before + about[s].units * kv_heads) before += about[s++].units * kv_heads;
-    if (s >= batch) break;
-    const Sequence& own = about[s];
-    const int head = (item - before) % kv_heads, q0 = (own.units - 1 - (item - before) / kv_heads) * TILE;
-    const int queries = own.rows * group, position = own.position, first = own.first;
-    auto at_of = [&](int q) { return position + min(q, queries - 1) / group; };
-    // Where a query's row begins, in a matrix of `columns` columns.
-    auto row_of = [&](int q, int columns) {
-      return (size_t)(first + q / group) * columns + (head * group + q % group) * HEAD_DIM;
-    };
-    const int warp_first = at_of(q0 + warp * ROWS), warp_last = at_of(q0 + warp * ROWS + ROWS - 1);
-    const int first_cut = first_seen(at_of(q0), window) / TOKENS, last_cut = at_of(q0 + TILE - 1) / TOKENS;
+  Items items = {about, batch, group, kv_heads, TILE, 0, 0, 0};
+  Item item;
+  while (next_item(items, item)) {
+    const Sequence& own = *item.own;
+    const int head = item.head, q0 = item.q0, queries = item.queries;
+    const int warp_first = position_of(item, q0 + warp * ROWS);
+    const int warp_last = position_of(item, q0 + warp * ROWS + ROWS - 1);
+    const int first_cut = first_seen(position_of(item, q0), window) / TOKENS;
+    const int last_cut = position_of(item, q0 + TILE - 1) / TOKENS;
 
     auto fill = [&](int cut) {
       const Sequence where = own;
@@ -128,9 +107,8 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
         copy16(place(k_tiles + stage, token, tid % PIECES, PIECES), keys + at, written);
         copy16(place(v_tiles + stage, token, tid % PIECES, PIECES), values + at, written);
       };
-      const int slot = slot_of(where, ring, begin);
-      const bool parted = begin < where.prefix_len && begin + TOKENS > where.prefix_len;
-      if (!parted && left >= TOKENS && slot_of(where, ring, begin + TOKENS - 1) == slot + TOKENS - 1) {
+      const int slot = slot_of_whole(where, ring, begin);
+      if (slot >= 0) {
 #pragma unroll
         for (int i = 0; i < TOKENS * PIECES / THREADS; ++i) {
           const int token = tid / PIECES + i * (THREADS / PIECES);
@@ -146,57 +124,25 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     for (int e = tid; e < TILE * PIECES; e += THREADS) {
       const int q = q0 + e / PIECES;
       copy16(place(q_tile, e / PIECES, e % PIECES, PIECES),
-             qkv + (q < queries ? row_of(q, stride) + e % PIECES * 8 : 0), q < queries);
+             qkv + (q < queries ? row_of(item, q, stride) + e % PIECES * 8 : 0), q < queries);
     }
     if (STAGES > 1) fill(first_cut);
 
-    float y[ROW_TILES][PIECES][4], top[ROW_TILES][2], total[ROW_TILES][2];
+    Sums sums[ROW_TILES];
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-      for (int n = 0; n < PIECES; ++n) y[m][n][0] = y[m][n][1] = y[m][n][2] = y[m][n][3] = 0.f;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) top[m][h] = NEGATIVE_INFINITY, total[m][h] = 0.f;
-    }
+    for (int m = 0; m < ROW_TILES; ++m) clear(sums[m]);
     const int query = place_of(warp * ROWS + (mi & 1) * 8 + l8, mi >> 1, PIECES);
 
-    // What the spans before came to waits outside the registers: it is needed once a span.
-    volatile float past[ROW_TILES][PIECES][4], past_top[ROW_TILES][2], past_total[ROW_TILES][2];
+    Sums past[ROW_TILES];
+    keep_in_memory(past);
     bool has_past = false;
-    auto join_past = [&] {
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float highest = past_top[m][h];
-          const Fold f = fold(highest, top[m][h]);
-          top[m][h] = highest;
-          total[m][h] = folded(past_total[m][h], total[m][h], f);
-#pragma unroll
-          for (int n = 0; n < PIECES; ++n)
-#pragma unroll
-            for (int i = h * 2; i < h * 2 + 2; ++i) y[m][n][i] = folded(past[m][n][i], y[m][n][i], f);
-        }
-    };
-    auto begin_span = [&] {
-      if (has_past) join_past();
-      has_past = true;
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-        for (int n = 0; n < PIECES; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) past[m][n][i] = y[m][n][i], y[m][n][i] = 0.f;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          past_top[m][h] = top[m][h], past_total[m][h] = total[m][h];
-          top[m][h] = NEGATIVE_INFINITY, total[m][h] = 0.f;
-        }
-      }
-    };
 
     for (int cut = first_cut; cut <= last_cut; ++cut) {
-      if (cut % SPAN == 0 && cut > first_cut) begin_span();
+      if (cut % SPAN == 0 && cut > first_cut) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) begin_span(sums[m], past[m], has_past);
+        has_past = true;
+      }
       if (STAGES == 1) {
         if (cut > first_cut) BARRIER_BLOCK();    // all have read the cut before
         fill(cut);
@@ -238,46 +184,14 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int at = at_of(q0 + warp * ROWS + m * 16 + h * 8 + g);
-#pragma unroll
-            for (int n = 0; n < NTILES; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (!sees(at, begin + n * 8 + 2 * t + i, window)) c[m][n][h * 2 + i] = NEGATIVE_INFINITY;
-          }
+          for (int h = 0; h < 2; ++h)
+            hide(c[m], h, position_of(item, q0 + warp * ROWS + m * 16 + h * 8 + g), begin, t, window);
       }
 
       u32 weights[ROW_TILES][NTILES][2];
       Fold folds[ROW_TILES][2];
 #pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float highest = NEGATIVE_INFINITY;
-#pragma unroll
-          for (int n = 0; n < NTILES; ++n) highest = fmaxf(highest, fmaxf(c[m][n][h * 2], c[m][n][h * 2 + 1]));
-          highest = fmaxf(highest, shuffle_xor(highest, 1));
-          highest = fmaxf(highest, shuffle_xor(highest, 2));
-          const float peak = peak_of(highest, scale), base = base_of(peak);
-          float sum = 0.f;
-#pragma unroll
-          for (int slice = 0; slice < SLICES; ++slice) {
-            float own_sum = 0.f;
-#pragma unroll
-            for (int n = slice * (NTILES / SLICES); n < (slice + 1) * (NTILES / SLICES); ++n) {
-              const float x = weight_of(c[m][n][h * 2], scale, base);
-              const float z = weight_of(c[m][n][h * 2 + 1], scale, base);
-              own_sum += x + z;
-              weights[m][n][h] = pack(x, z);
-            }
-            sum += own_sum;
-          }
-          sum += shuffle_xor(sum, 1);
-          sum += shuffle_xor(sum, 2);
-          folds[m][h] = fold(top[m][h], peak);
-          total[m][h] = folded(total[m][h], sum, folds[m][h]);
-        }
+      for (int m = 0; m < ROW_TILES; ++m) weigh(c[m], scale, weights[m], sums[m], folds[m]);
 
 #pragma unroll
       for (int d = 0; d < PIECES; d += CHUNK) {
@@ -301,15 +215,13 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
             }
           }
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-          for (int n = 0; n < CHUNK; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) y[m][d + n][i] = folded(y[m][d + n][i], o[m][n][i], folds[m][i >> 1]);
+        for (int m = 0; m < ROW_TILES; ++m) fold_values(sums[m], d, o[m], folds[m]);
       }
     }
 
-    if (has_past) join_past();
+    if (has_past)
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) join_past(sums[m], past[m]);
 
     // Through the place of the warp's own queries, so that whole rows are written.
     BARRIER_WARP();
@@ -317,17 +229,17 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float share = 1.f / total[m][h];
+        const float share = 1.f / sums[m].total[h];
 #pragma unroll
         for (int n = 0; n < PIECES; ++n)
           *(u32*)(place(q_tile, warp * ROWS + m * 16 + h * 8 + g, n, PIECES) + 2 * t) =
-              pack(y[m][n][h * 2] * share, y[m][n][h * 2 + 1] * share);
+              pack(sums[m].y[n][h * 2] * share, sums[m].y[n][h * 2 + 1] * share);
       }
     BARRIER_WARP();
     for (int e = lane; e < ROWS * PIECES; e += 32) {
       const int row = warp * ROWS + e / PIECES, q = q0 + row;
       if (q < queries)
-        *(uint4*)(out + row_of(q, heads * HEAD_DIM) + e % PIECES * 8) =
+        *(uint4*)(out + row_of(item, q, heads * HEAD_DIM) + e % PIECES * 8) =
             *(const uint4*)place(q_tile, row, e % PIECES, PIECES);
     }
     BARRIER_BLOCK();    // all have read the last cut

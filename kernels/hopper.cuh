@@ -77,12 +77,16 @@ DEVICE float4 load_remote(const float4* own, int rank) {
       : "memory");
   return v;
 }
-// The first `threads` threads of the block meet.
-template <int THREADS> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// The first COUNT threads of the block meet.
+template <int COUNT> DEVICE void some_meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
-// A group of four warps gives registers back, or takes so many a thread of what others gave back.
-template <int COUNT> DEVICE void spare_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+// What this thread has written to shared memory can be read by the products of threads that meet it
+// after; by default they may miss it.
+DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A whole group of four warps takes so many registers a thread, or gives all but so many back.
+template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -102,20 +106,35 @@ template <int PENDING> DEVICE void product_wait(float (&d)[64]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;" : SIXTY_FOUR("+f", d) : "n"(PENDING) : "memory");
 }
 
+// Where a product finds an operand in shared memory; the place must be the same for all lanes.
+struct Operand {
+  u32 low;    // the half of its descriptor that has the address
+};
+DEVICE Operand operand(const void* tile) {
+  const Operand made = {shuffle((shared_address(tile) >> 4 & 0x3fff) | (1u << 16), 0)};
+  return made;
+}
+DEVICE Operand operator+(Operand o, int bytes) {
+  const Operand moved = {o.low + bytes / 16};
+  return moved;
+}
+// With the distance of eight rows, and the placement of pieces, each in its field.
+DEVICE u64 descriptor(Operand o) { return (u64)o.low | (64ull << 32) | (1ull << 62); }
 DEVICE u64 tile_descriptor(const void* tile) {
-  // Address, distance of eight rows, and the placement of pieces, each in its field.
-  return (u64)((shared_address(tile) >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+  const Operand here = {(shared_address(tile) >> 4 & 0x3fff) | (1u << 16)};
+  return descriptor(here);
 }
 
 #if BF16
-#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+#define PRODUCT_NAME(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16"
 #else
-#define PRODUCT_NAME "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
+#define PRODUCT_NAME(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16"
 #endif
+
 // d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ. A thread's d[4 j + 2 h + i] is row 16 w + 8 h + lane / 4,
 // column 8 j + 2 (lane % 4) + i, in warp w of its four.
 #define PRODUCT(add)                                                                            \
-  PRODUCT_NAME                                                                                  \
+  PRODUCT_NAME(128)                                                                             \
   " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "            \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "            \
@@ -129,6 +148,33 @@ DEVICE void product_add(float (&d)[64], const void* a, const void* b) {
 DEVICE void product_set(float (&d)[64], const void* a, const void* b) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, 0, 0;\n" PRODUCT("add") "\n}"
                : SIXTY_FOUR("=f", d) : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)));
+}
+
+#define FOUR(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ALL_EIGHT(d) FOUR(d, 0), FOUR(d, 1), FOUR(d, 2), FOUR(d, 3), FOUR(d, 4), FOUR(d, 5), FOUR(d, 6), FOUR(d, 7)
+#define ALL_EIGHT_NAMES \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+
+// The same for 64 columns: d (64 x 64) += a (64 x 16) b (64 x 16)ᵀ, d[column / 8][2 h + i].
+[[maybe_unused]] DEVICE void product(float (&d)[8][4], Operand a, Operand b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
+               "%32, %33, add, 1, 1, 0, 0;\n}"
+               : ALL_EIGHT(d)
+               : "l"(descriptor(a)), "l"(descriptor(b)), "r"((int)add));
+}
+
+// From here on, after a wait, d is read: the compiler moves no use of it before.
+[[maybe_unused]] DEVICE void product_end(float (&d)[8][4]) { asm volatile("" : ALL_EIGHT(d)::"memory"); }
+
+// d (64 x 64) += a (64 x 16) b (16 x 64), b by rows of a tile, and a in registers as `mma` has it: rows
+// h, of them columns 0 to 7 in `low`, 8 to 15 in `high`. They stay untouched until the product is done.
+[[maybe_unused]] DEVICE void product_by_rows(float (&d)[8][4], const u32 (&low)[2], const u32 (&high)[2],
+                                             Operand b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
+               "{%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
+               : ALL_EIGHT(d)
+               : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "l"(descriptor(b)), "r"((int)add));
 }
 
 #endif  // HOST_EMULATION

@@ -47,21 +47,6 @@
   return to_float(residual) + round_elem(y);
 }
 
-// Word i of lane t becomes word t of lane i, among four lanes that stand together.
-[[maybe_unused]] DEVICE void transpose(u32 (&p)[4], int t) {
-#pragma unroll
-  for (int m = 1; m < 4; m *= 2) {
-    const bool high = t & m;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (!(i & m)) {
-        const u32 other = shuffle_xor(high ? p[i] : p[i + m], m);
-        if (high) p[i] = other;
-        else p[i + m] = other;
-      }
-  }
-}
-
 // The residual of eight outputs of a row of `columns`, from index `at` of the matrix on; zeros where
 // rows are not aligned to 16 bytes and `store` fetches it itself.
 [[maybe_unused]] DEVICE uint4 load_residual(const elem* residual, size_t at, int columns) {

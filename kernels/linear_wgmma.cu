@@ -74,7 +74,7 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
   else BARRIER_BLOCK();
 
   if (warp >= CONSUMERS * 4) {
-    if (CONSUMERS == 2) spare_registers<40>();
+    if (CONSUMERS == 2) give_registers<40>();
     if (tid > CONSUMERS * 128) return;
     auto fetch_x = [&](int slot, int row, int k) {
       copy_tile(ring + slot * STAGE, x_map, k, row, full + slot);
@@ -115,7 +115,7 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
     return;
   }
 
-  if (CONSUMERS == 2) more_registers<232>();
+  if (CONSUMERS == 2) take_registers<232>();
   wait_for_previous();
   const int own = warp / 4 * 64, g = lane >> 2, t = lane & 3;
   int slot = 0, phase = 0, oldest = 0;   // of the slots whose products may be under way

@@ -178,6 +178,8 @@ DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// What p points at, of this thread's own, stays out of the registers.
+DEVICE void keep_in_memory(void* p) { asm volatile("" ::"l"(p) : "memory"); }
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 #define INFINITE __int_as_float(0x7f800000)
@@ -187,3 +189,18 @@ DEVICE float reciprocal(float x) {
 DEVICE float low_float(u32 v) { return to_float((elem)(v & 0xffffu)); }
 DEVICE float high_float(u32 v) { return to_float((elem)(v >> 16)); }
 DEVICE float round_elem(float f) { return to_float(from_float(f)); }
+
+// Word i of lane t becomes word t of lane i, among four lanes that stand together.
+[[maybe_unused]] DEVICE void transpose(u32 (&p)[4], int t) {
+#pragma unroll
+  for (int m = 1; m < 4; m *= 2) {
+    const bool high = t & m;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(i & m)) {
+        const u32 other = shuffle_xor(high ? p[i] : p[i + m], m);
+        if (high) p[i] = other;
+        else p[i + m] = other;
+      }
+  }
+}

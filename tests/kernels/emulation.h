@@ -259,6 +259,7 @@ template <int PENDING> static void copy_wait() {
 
 static uint4 load_constant(const void* p) { return *(const uint4*)p; }
 template <typename V> static V load_fresh(const V* p) { return *p; }
+static void keep_in_memory(void*) {}
 static void wait_for_previous() {}
 static void let_next_start() {}
 template <typename V> static V shuffle_with(V v, int from) {
@@ -290,7 +291,18 @@ typedef unsigned long long u64_;
 struct Phase { unsigned char arrivals, left, parity, unused; int bytes; };
 struct Tiles { const elem_* from; long long columns, rows, box_rows; };
 struct Flight { void* to; const Tiles* map; int column, row; u64_* barrier; };
-struct Multiplied { float* d; const unsigned char *a, *b; bool add; int group; };
+typedef const unsigned char* Operand;
+struct Multiplied {
+  float* d;
+  int columns;
+  Operand a, b;    // tiles in shared memory; a is null where it is in registers
+  bool add, by_rows;
+  int group;
+  // Where it is: the thread's own registers, what was in them, and its two rows of a.
+  const unsigned* registers[4];
+  unsigned held[4];
+  float rows[2][16];
+};
 const int MOST_FLIGHTS = 64, MOST_PRODUCTS = 64;
 static Flight flights[MOST_FLIGHTS];
 static int flying;
@@ -352,10 +364,16 @@ static void finish(const Multiplied& m) {
     const uintptr_t place = (uintptr_t)tile + row * 128 + k * 2;
     return to_float(*(const elem_*)(place ^ ((place >> 7 & 7) << 4)));
   };
-  for (int i = 0; i < 64; ++i) {
-    const int row = threadIdx.x / 32 % 4 * 16 + (i / 2 % 2) * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
+  // What the tensor cores may still read has to stay.
+  for (int i = 0; i < 4; ++i)
+    if (!m.a && *m.registers[i] != m.held[i]) abort();
+  for (int i = 0; i < m.columns / 2; ++i) {
+    const int h = i / 2 % 2, row = threadIdx.x / 32 % 4 * 16 + h * 8 + g, column = i / 4 * 8 + 2 * t + i % 2;
     long double s = m.add ? m.d[i] : 0;
-    for (int k = 0; k < 16; ++k) s += (double)at(m.a, row, k) * at(m.b, column, k);
+    for (int k = 0; k < 16; ++k) {
+      const float x = m.a ? at(m.a, row, k) : m.rows[h][k];
+      s += (double)x * (m.by_rows ? at(m.b, k, column) : at(m.b, column, k));
+    }
     m.d[i] = (float)s;
   }
 }
@@ -376,20 +394,37 @@ static void cluster_meet() {
 static float4 load_remote(const float4* own, int rank) {
   return *of_block(own, rank);
 }
-template <int THREADS> static void some_meet() { arrive(some_barriers[own_block()], THREADS); }
-template <int COUNT> static void spare_registers() {}
-template <int COUNT> static void more_registers() {}
+template <int COUNT> static void some_meet() { arrive(some_barriers[own_block()], COUNT); }
+static void show_to_products() {}
+template <int COUNT> static void take_registers() {}
+template <int COUNT> static void give_registers() {}
 static void product_begin() {}
 static void product_commit() { ++begun[current]; }
-static void product_any(float (&d)[64], const void* a, const void* b, bool add) {
+static Operand operand(const void* tile) { return (Operand)tile; }
+static void start(Multiplied m) {
   const int i = current;
-  const Multiplied m = {d, (const unsigned char*)a, (const unsigned char*)b, add, begun[i]};
+  m.group = begun[i];
   if (!late_copies) return finish(m);
   if (unfinished[i] == MOST_PRODUCTS) abort();
   products[i][unfinished[i]++] = m;
 }
-static void product_add(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, true); }
-static void product_set(float (&d)[64], const void* a, const void* b) { product_any(d, a, b, false); }
+static void product_add(float (&d)[64], const void* a, const void* b) { start({d, 128, (Operand)a, (Operand)b, true, false}); }
+static void product_set(float (&d)[64], const void* a, const void* b) { start({d, 128, (Operand)a, (Operand)b, false, false}); }
+static void product(float (&d)[8][4], Operand a, Operand b, bool add) {
+  start({d[0], 64, a, b, add, false});
+}
+static void product_by_rows(float (&d)[8][4], const unsigned (&low)[2], const unsigned (&high)[2], Operand b, bool add) {
+  Multiplied m = {d[0], 64, nullptr, b, add, true, 0, {&low[0], &low[1], &high[0], &high[1]}};
+  const int lane = threadIdx.x % 32;
+  Lane* warp = warp_lanes();
+  for (int i = 0; i < 4; ++i) m.held[i] = *m.registers[i];
+  for (int i = 0; i < 8; ++i) warp[lane].a[i] = to_float((elem_)(m.held[i / 2] >> (16 * (i % 2))));
+  BARRIER_WARP();
+  for (int h = 0; h < 2; ++h)
+    for (int k = 0; k < 16; ++k) m.rows[h][k] = warp[lane / 4 * 4 + k % 8 / 2].a[2 * (h + 2 * (k / 8)) + k % 2];
+  start(m);
+}
+static void product_end(float (&)[8][4]) {}
 template <int PENDING> static void product_wait() {
   const int i = current;
   int done = 0;

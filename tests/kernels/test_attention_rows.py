@@ -106,12 +106,21 @@ def check(layer: Layer, ways: list[list[list[int]]]) -> None:
         assert torch.equal(expected[1], found[1]) and torch.equal(expected[2], found[2])
 
 
-@pytest.fixture(params=[(75, 1), (90, 0), (90, 1)], ids=["sm_75", "sm_90 early", "sm_90 late"])
+CHIPS = {
+    "sm_75": (75, 75, 1),
+    "sm_90 early": (90, 90, 0),
+    "sm_90 late": (90, 90, 1),
+    "sm_90 on a newer chip": (90, 100, 1),
+}
+"""What code is for, the chip, and when copies land. Only on its own chip is it Hopper's kernel."""
+
+
+@pytest.fixture(params=CHIPS.values(), ids=CHIPS)
 def chip(request, emulated):
     """(attention on the host, its element type); early or late: when copies land."""
-    arch, late = request.param
+    arch, own, late = request.param
     compiler = emulated(arch)
-    compiler.late = late
+    compiler.chip, compiler.late = own, late
     return attention_cuda.launcher(Tools(CPU, compiler)), DRAWS[arch]
 
 
@@ -125,14 +134,43 @@ def chip(request, emulated):
         (Heads(4, 2, 64, 70, 120), 100, 50, False),
         (Heads(3, 1, 64), 1150, 33, False),
         (Heads(1, 1, 128), 2030, 35, False),
+        (Heads(6, 6, 64), 3, 200, False),
+        (Heads(3, 1, 128, 100, 190), 230, 75, False),
     ],
-    ids=["alone", "groups of 3", "groups of 4", "normed", "ring", "late", "over two spans"],
+    ids=[
+        "alone",
+        "groups of 3",
+        "groups of 4",
+        "normed",
+        "ring",
+        "late",
+        "over two spans",
+        "more tiles than blocks",
+        "large ring",
+    ],
 )
 def test_many_rows_have_the_bits_of_few(chip, heads, position, rows, norms):
     run, dtype = chip
     torch.manual_seed(rows)
     layer = Layer(run, heads, [prompt(heads, position, rows, dtype)], norms=norms)
     check(layer, [[every(FEW_ROWS, rows)], [[0, rows]], [[0, 1, rows - 2, rows]]])
+
+
+@pytest.mark.parametrize("heads", [Heads(2, 1, 64), Heads(1, 1, 128, 40, 110)], ids=["all", "ring"])
+def test_what_was_never_written_is_not_read(chip, heads):
+    run, dtype = chip
+    torch.manual_seed(4)
+    layer = Layer(run, heads, [prompt(heads, at, 45, dtype) for at in (70, 11)], norms=False)
+    for one in layer.prompts:
+        for stored in (layer.keys, layer.values):
+            stored[one.start + one.position : one.start + (heads.ring or one.position + 45)] = (
+                float("nan")
+            )
+    ways = [[[0, 45], [0, 45]], [every(15, 45), every(15, 45)]]
+    expected, found = (layer.whole(way)[0] for way in ways)
+    for want, have in zip(expected, found, strict=True):
+        assert not want.isnan().any()
+        assert torch.equal(want.view(torch.int16), have.view(torch.int16))
 
 
 def test_a_row_does_not_depend_on_the_batch(chip):
@@ -196,24 +234,44 @@ def test_a_branch_has_the_bits_of_a_copy(chip):
         assert torch.equal(found[1][:93], prefix)  # what is lent is only read
 
 
+@pytest.mark.parametrize("own", [90, 100], ids=["Hopper", "a newer chip"])
 @pytest.mark.parametrize(
     ("line", "other"),
     [
-        ("base = base_of(peak);", "base = base_of(fmaxf(peak, top[m][h]));"),
+        ("base = base_of(peak);", "base = base_of(fmaxf(peak, sums.top[h]));"),
         ("own_sum += x + z;", "own_sum = (own_sum + x) + z;"),
         ("sum += shuffle_xor(sum, 1);", "sum += shuffle_xor(sum, 3);"),
     ],
     ids=["the running peak, not the cut's own", "columns one by one", "other lanes first"],
 )
-def test_another_order_in_one_kernel_is_found(emulated, tmp_path, line, other):
+def test_another_order_for_many_rows_is_found(emulated, tmp_path, line, other, own):
+    _check_changed(emulated, tmp_path, "attention_many.cuh", line, other, own)
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("step / 4 * TILE_BYTES + step % 4 * 32;", "step / 4 * TILE_BYTES + (3 - step % 4) * 32;"),
+        (
+            "for (int k = 0; k < TOKENS / 16; ++k)",
+            "for (int i = 0, k = 0; i < 4; ++i, k = i < 3 ? 3 - i : i)",
+        ),
+    ],
+    ids=["scores", "values"],
+)
+def test_another_order_of_products_is_found(emulated, tmp_path, line, other):
+    _check_changed(emulated, tmp_path, "attention_wgmma.cu", line, other, 90)
+
+
+def _check_changed(emulated, tmp_path, changed, line, other, own):
     for source in (*SOURCES.glob("attention*.cu"), *SOURCES.glob("*.cuh")):
         text = source.read_text()
-        if source.name == "attention_many.cu":
+        if source.name == changed:
             assert text.count(line) == 1
             text = text.replace(line, other)
         (tmp_path / source.name).write_text(text)
     compiler = emulated(90)
-    compiler.sources = tmp_path
+    compiler.sources, compiler.chip = tmp_path, own
     torch.manual_seed(3)
     # Most differences get lost in the rounding of the results: many columns and the finer type.
     heads = Heads(4, 1, 128)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.kernels import attention_cuda, linear, reject
+from outrider.kernels import attention_cuda, attention_wgmma, linear, reject
 from outrider.kernels.attention_shapes import HEAD_DIMS, Heads
 from outrider.kernels.linear_many import BLOCK_TILES, depth_of
 from outrider.kernels.linear_shapes import Epilogue, Tile
@@ -158,6 +158,30 @@ def test_products_on_hopper_stay_under_way_in_registers(tile, epilogue, tmp_path
     ).stdout
     assert "HGMMA.64x128x16" in text
     assert "LDL" not in text and "STL" not in text
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_attention_on_hopper_keeps_products_in_flight_and_registers_alone(dim, bf16, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from outrider.kernels.cuda import compile_source
+
+    heads = Heads(8, 2, dim)
+    cut = attention_wgmma.defines()
+    assert attention_wgmma.takes(heads, 90, 90)
+    assert attention_wgmma.shared_bytes(heads, cut) <= LIMITS[90]
+    shape = {"BF16": bf16, "HEAD_DIM": dim, "TOKENS": heads.cut}
+    code, log = compile_source("attention_wgmma", shape | cut, arch=90)
+    assert "serialized" not in log
+    built = tmp_path / "attention_wgmma.cubin"
+    built.write_bytes(code)
+    usage = subprocess.run(
+        [_disassembler(), "-res-usage", str(built)], capture_output=True, text=True, check=True
+    ).stdout
+    # Outside the registers waits what the end of a span needs, and a word that an item reads once.
+    past = 4 * (dim // 8 * 4 + 4)
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    assert past <= int(stack) <= past + 8
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
