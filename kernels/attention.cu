@@ -201,13 +201,19 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     };
     fill(k_tile, keys, first_cut);
     fill(v_tile, values, first_cut);
-    Turn q_turn[QUERIES_PER_WARP];
+    const bool one_tile = queries <= 16;    // then queries stay where they are from cut to cut
+    Turn q_turn[QUERIES_PER_WARP], k_turn[NEW_AT_ONCE];
     auto load_q_turns = [&](int m0) {
 #pragma unroll
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         load_turn(q_turn[j], rope, position + min(m0 + warp + j * WARPS, queries - 1) / group, lane);
     };
+    auto load_k_turns = [&](int p0) {
+#pragma unroll
+      for (int j = 0; j < NEW_AT_ONCE; ++j) load_turn(k_turn[j], rope, min(p0 + j * WARPS, end - 1), lane);
+    };
     load_q_turns(0);
+    load_k_turns(max((low_cut + first_cut) * TOKENS, position) + warp);
     if (!waited) wait_for_previous();
     waited = true;
 
@@ -224,27 +230,20 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         place_row(embedded(q_raw[j], q_turn[j], q_norm, eps, lane), q_tile, warp + j * WARPS, lane);
     };
-    // Queries of one tile stay where they are from cut to cut.
-    const bool one_tile = queries <= 16;
-    load_queries(0);
-    if (one_tile) place_queries();
-
-    for (int cut = first_cut; cut < end_cut; ++cut) {
+    // New tokens of a cut: embed, keep for this item, store in the arena.
+    auto take_new = [&](int cut, bool have_turns) {
       const int begin = (low_cut + cut) * TOKENS;
       const int new_begin = max(begin, position), new_end = min(begin + TOKENS, end);
-
-      // New tokens of this cut: embed, keep for this item, store in the arena.
       for (int p0 = new_begin + warp; p0 < new_end; p0 += WARPS * NEW_AT_ONCE) {
         HeadRow k_raw[NEW_AT_ONCE], v_raw[NEW_AT_ONCE];
-        Turn k_turn[NEW_AT_ONCE];
 #pragma unroll
         for (int j = 0; j < NEW_AT_ONCE; ++j) {
-          const int p = min(p0 + j * WARPS, new_end - 1);
-          const elem* row = qkv + (size_t)(first + p - position) * stride;
+          const elem* row = qkv + (size_t)(first + min(p0 + j * WARPS, new_end - 1) - position) * stride;
           load_row(k_raw[j], row + (heads + head) * HEAD_DIM, lane);
           load_row(v_raw[j], row + (heads + kv_heads + head) * HEAD_DIM, lane);
-          load_turn(k_turn[j], rope, p, lane);
         }
+        if (!have_turns) load_k_turns(p0);
+        have_turns = false;
 #pragma unroll
         for (int j = 0; j < NEW_AT_ONCE; ++j) {
           const int p = p0 + j * WARPS, token = p - begin;
@@ -257,9 +256,17 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
           store_row(v_raw[j], values + at, lane);
         }
       }
+    };
+    load_queries(0);
+    take_new(first_cut, true);
+    place_queries();
+
+    for (int cut = first_cut; cut < end_cut; ++cut) {
+      const int begin = (low_cut + cut) * TOKENS;
+      if (cut > first_cut) take_new(cut, false);
 
       for (int m0 = 0; m0 < queries; m0 += 16) {
-        if (!one_tile) {
+        if (!one_tile && (m0 > 0 || cut > first_cut)) {
           load_q_turns(m0);
           load_queries(m0);
           place_queries();
