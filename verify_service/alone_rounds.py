@@ -10,7 +10,7 @@ order of the model's stream.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class AloneDeviceTurns(VerifyTaker):
         found, seconds = self._turns.take()
         asked, done = self._asked, time.perf_counter_ns()
         self._asked = done
-        if not self._is_last([token for _, token in found]):
+        if not self._foreseen(found, [()] * len(found)):
             self._queue(self._ahead, taken=1)
         result = self._rounds.settle((), found)
         result.model_seconds = seconds
@@ -117,13 +117,6 @@ class AloneDeviceTurns(VerifyTaker):
         while self._turns.under_way < min(count, max(left, 1)):
             with self._session.engine.lock, torch.inference_mode():
                 self._turns.queue()
-
-    def _is_last(self, tokens: Sequence[int]) -> bool:
-        """Whether it is plain already that no turn follows."""
-        return self._control.interrupted or any(
-            token < 0 or token in lane.stops or lane.committed_len + 1 >= lane.limit
-            for token, lane in zip(tokens, self._rounds.lanes, strict=True)
-        )
 
     def _sequence(self, lane: VerifyLane) -> TurnSequence:
         held = self._session.held(lane.sequence_id)

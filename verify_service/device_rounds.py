@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class VerifyDeviceTurns(VerifyTaker):
-    """On the device: look on until its turn is done, settle its numbers, queue the next."""
+    """On the device: look on until its turn is done, queue the next, settle its numbers.
+
+    In this order, since the draft may be done with its turn before the books are kept.
+    """
 
     _turns: VerifyTurns
     _watch: Watch
@@ -42,6 +45,7 @@ class VerifyDeviceTurns(VerifyTaker):
         items, self._granted = device_turns.in_order(wire.read_verify_items(message), grant)
         super().__init__(VerifyRounds(session, items, self._granted), control)
         self._session, self._grant, self._doorbell = session, grant, doorbell
+        self._queued = True
         self._proposals: int | None = None  # how many there are of them, once the last is known
 
     @contextmanager
@@ -67,12 +71,15 @@ class VerifyDeviceTurns(VerifyTaker):
         if any(token < 0 and tokens for tokens, _, token in found):
             # The device stands still there, whatever the rows before have decided.
             raise NotOnDevice("a proposed row's logits are not finite")
+        verdicts = [(accepted, token) for _, accepted, token in found]
+        self._queued = not self._foreseen(verdicts, [tokens for tokens, _, _ in found])
+        if self._queued:
+            self._turns.queue()
         proposals = [
             Proposal(lane.sequence_id, lane.epoch, lane.committed_len, tuple(tokens))
             for lane, (tokens, _, _) in zip(self._rounds.lanes, found, strict=True)
             if tokens
         ]
-        verdicts = [(accepted, token) for _, accepted, token in found]
         result = self._rounds.settle(proposals, verdicts)
         result.model_seconds = seconds
         # What the device did not spend on its own turn it waited for the draft's.
@@ -83,7 +90,8 @@ class VerifyDeviceTurns(VerifyTaker):
     def hand_over(self, turn: VerifyTurn, end: End | None) -> None:
         """See ``TurnTaker``: the device has done so; the draft's host is told of the end."""
         if end is None:
-            self._turns.queue()
+            if not self._queued:
+                self._turns.queue()
         else:
             leave(self._doorbell, self._grant.id, turn.step + 1)
 

@@ -73,6 +73,21 @@ class VerifyTaker(ABC):
         self._rounds.change(ks)
         return None
 
+    def _foreseen(
+        self, found: Sequence[tuple[int, int]], proposals: Sequence[Sequence[int]]
+    ) -> bool:
+        """Whether a turn that found (accepted, next token) is plainly the last one, before anything
+        of it is in the books."""
+        return self._control.ending or any(
+            token < 0
+            or lane.committed_len + accepted + 1 >= lane.limit
+            or token in lane.stops
+            or not lane.stops.isdisjoint(proposal[:accepted])
+            for (accepted, token), proposal, lane in zip(
+                found, proposals, self._rounds.lanes, strict=True
+            )
+        )
+
     def _judge(
         self, step: int, head: ProposalHead | None, proposals: Sequence[Proposal]
     ) -> VerifyTurn:

@@ -68,6 +68,14 @@ class Control:
         self.interrupted = True
         return False
 
+    @property
+    def ending(self) -> bool:
+        """Whether it is plain that the grant ends with the round that runs, or has new Ks then."""
+        change = self._change
+        if change is None:
+            return self.interrupted or self._rounds <= 1
+        return self.interrupted or bool(change[1])
+
     def step(self) -> tuple[int, list[int]]:
         """Counts one round: how many are left, and new Ks where they were changed."""
         self._rounds -= 1
