@@ -16,14 +16,6 @@ DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.clus
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier of the cluster's block `rank` that is where this one is.
-DEVICE void barrier_arrive_at(u64* barrier, int rank) {
-  asm volatile(
-      "{\n.reg .u32 place;\nmapa.shared::cluster.u32 place, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [place];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
 // Arrives, and has the phase wait for so many bytes of copies as well.
 DEVICE void barrier_expect(u64* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -48,16 +40,6 @@ DEVICE void copy_tile(void* to, const void* map, int column, int row, u64* barri
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-
-// The same for all SIZE blocks of the cluster: to the same place of each one's shared memory, and each
-// one's barrier at that place is told.
-template <int SIZE> DEVICE void copy_tile_to_all(void* to, const void* map, int column, int row, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((unsigned short)((1 << SIZE) - 1))
       : "memory");
 }
 
