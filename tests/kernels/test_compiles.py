@@ -165,11 +165,10 @@ def test_attention_on_hopper_keeps_products_in_flight_and_registers_alone(dim, b
     from outrider.kernels.cuda import compile_source
 
     heads = Heads(8, 2, dim)
-    cut = attention_wgmma.defines()
     assert attention_wgmma.takes(heads, 90, 90)
-    assert attention_wgmma.shared_bytes(heads, cut) <= LIMITS[90]
+    assert attention_wgmma.shared_bytes(heads) <= LIMITS[90]
     shape = {"BF16": bf16, "HEAD_DIM": dim, "TOKENS": heads.cut}
-    code, log = compile_source("attention_wgmma", shape | cut, arch=90)
+    code, log = compile_source("attention_wgmma", shape, arch=90)
     assert "serialized" not in log
     built = tmp_path / "attention_wgmma.cubin"
     built.write_bytes(code)
