@@ -3,11 +3,10 @@
 //
 // Each sequence brings `rows` query rows at positions position .. position + rows - 1; their
 // q, k, v come raw from the projection. KV is cut at fixed multiples of TOKENS positions. One
-// work item = (sequence, some cuts in a row, KV head): for each of its cuts it embeds and stores
-// the new keys and values that fall into it and attends all query rows of its head group to it.
-// The next cut's keys are on their way as soon as nobody reads this one's, and so are its values.
-// The last item of a span of cuts to finish
-// folds them together; so does the last span with the spans. A cut that a row may not see adds exactly nothing (weight 0), so a row's bits depend
+// work item = (sequence, TOKENS positions, KV head): it embeds and stores the new keys and
+// values that fall into its cut, attends all query rows of its head group to the cut, and the
+// last item of a span of cuts to finish folds them together; so does the last span with the spans.
+// A cut that a row may not see adds exactly nothing (weight 0), so a row's bits depend
 // neither on the rows beside it nor on the batch.
 // `position_offset` is added to every position: the steps of a draft loop share one buffer.
 //
@@ -37,11 +36,11 @@ struct Cuts {
 #define BATCH 4                         // cuts that are folded at a time
 #define QUERIES_A_WARP (COLUMNS < 32 ? 32 / COLUMNS : 1)
 
-// Folds cuts, or spans, in ascending order. While WORKERS threads fold, as many cuts as the room of
-// values holds are on their way to each one's own part of it, also from one query to its next;
+// Folds cuts, or spans, in ascending order. While WORKERS threads fold, as many cuts as the room of keys
+// and values holds are on their way to each one's own part of it, also from one query to its next;
 // what their weights are relative to, and add up to, goes to `stat_room`, once a warp and query.
 template <int WORKERS> DEVICE void combine(const Cuts& c, uint4* room, float4* stat_room, int tid) {
-  constexpr int BATCHES = TOKENS * HEAD_DIM * 2 / (WORKERS * 16) / BATCH;
+  constexpr int BATCHES = TOKENS * HEAD_DIM * 4 / (WORKERS * 16) / BATCH;
   if (tid >= WORKERS) return;
   const int all = c.queries * COLUMNS, lane = tid % 32, column = tid % COLUMNS * 4;
   const bool leads = lane % COLUMNS == 0;
@@ -140,80 +139,44 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
     about[s] = a;
   }
   BARRIER_BLOCK();
-  // As few cuts in a row as leave every block one item.
-  int all_cuts = 0;
-  for (int s = 0; s < batch; ++s) all_cuts += about[s].units * kv_heads;
-  const int at_once = max(1, (all_cuts + (int)gridDim.x - 1) / (int)gridDim.x);
-
-  // Whether with `more` of `all` this block is the last; then it sees what the others have written.
-  auto arrives_last = [&](int* counter, int more, int all) {
-    __threadfence();
-    BARRIER_BLOCK();
-    if (tid == 0) {
-      *flag = atomicAdd(counter, more) == all - more;
-      if (*flag) *counter = 0;
-    }
-    BARRIER_BLOCK();
-    if (*flag) __threadfence();
-    return *flag != 0;
-  };
 
   bool waited = false;
-  int before = 0, items = 0, s = 0;     // cuts, and items, of the sequences before s
+  int before = 0, s = 0;     // items of the sequences before s
   for (int item = blockIdx.x;; item += gridDim.x) {
-    for (; s < batch; ++s) {
-      const int more = (about[s].units + at_once - 1) / at_once * kv_heads;
-      if (item < items + more) break;
-      items += more, before += about[s].units * kv_heads;
-    }
+    while (s < batch && item >= before + about[s].units * kv_heads) before += about[s++].units * kv_heads;
     if (s >= batch) break;
-    const Sequence& own = about[s];
-    const int cuts = own.units, head = (item - items) % kv_heads;
-    const int first_cut = (item - items) / kv_heads * at_once, end_cut = min(first_cut + at_once, cuts);
-    const int rows = own.rows, position = own.position, first = own.first, end = position + rows;
-    const int low_cut = first_seen(position, window) / TOKENS, queries = rows * group;
+    const Sequence own = about[s];
+    const int cuts = own.units, head = (item - before) % kv_heads, cut = (item - before) / kv_heads;
+    const int rows = own.rows, position = own.position, first = own.first;
+    const int begin = (first_seen(position, window) / TOKENS + cut) * TOKENS, end = position + rows;
+    const int queries = rows * group;
     auto arena_at = [&](int p) { return ((size_t)slot_of(own, ring, p) * kv_heads + head) * HEAD_DIM; };
     auto query_at = [&](int q) {
       return qkv + (size_t)(first + q / group) * stride + (head * group + q % group) * HEAD_DIM;
     };
-    // Tokens of earlier steps: nothing in flight writes them. Those beyond the last row are zero.
-    auto fill = [&](elem* tile, const elem* from, int cut) {
-      if (cut < end_cut) {
-        const int begin = (low_cut + cut) * TOKENS, piece = tid % PIECES;
-        const elem* at = from + arena_at(begin) + piece * 8;
-        auto copy = [&](int token, const elem* source) {
-          const bool old = begin + token < position;
-          if (old || begin + token >= end) copy16(place(tile, token, piece, PIECES), old ? source : from, old);
-        };
-        if (slots_in_row(own, ring, begin, TOKENS)) {
-#pragma unroll
-          for (int i = 0; i < TOKENS * PIECES / THREADS; ++i) {
-            const int token = tid / PIECES + i * (THREADS / PIECES);
-            copy(token, at + token * kv_heads * HEAD_DIM);
-          }
-        } else {
-#pragma unroll 1
-          for (int token = tid / PIECES; token < TOKENS; token += THREADS / PIECES)
-            copy(token, from + arena_at(begin + token) + piece * 8);
-        }
+
+    // Tokens of earlier steps: nothing in flight writes them.
+    for (int e = tid; e < TOKENS * PIECES; e += THREADS) {
+      const int token = e / PIECES, piece = e % PIECES, p = begin + token;
+      const bool old = p < position;
+      if (old || p >= end) {
+        const size_t at = old ? arena_at(p) + piece * 8 : 0;
+        copy16(place(k_tile, token, piece, PIECES), keys + at, old);
+        copy16(place(v_tile, token, piece, PIECES), values + at, old);
       }
-      copy_commit();
-    };
-    fill(k_tile, keys, first_cut);
-    fill(v_tile, values, first_cut);
-    const bool one_tile = queries <= 16;    // then queries stay where they are from cut to cut
+    }
+    copy_commit();
+    const int new_begin = max(begin, position), new_end = min(begin + TOKENS, end);
     Turn q_turn[QUERIES_PER_WARP], k_turn[NEW_AT_ONCE];
     auto load_q_turns = [&](int m0) {
 #pragma unroll
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         load_turn(q_turn[j], rope, position + min(m0 + warp + j * WARPS, queries - 1) / group, lane);
     };
-    auto load_k_turns = [&](int p0) {
-#pragma unroll
-      for (int j = 0; j < NEW_AT_ONCE; ++j) load_turn(k_turn[j], rope, min(p0 + j * WARPS, end - 1), lane);
-    };
     load_q_turns(0);
-    load_k_turns(max((low_cut + first_cut) * TOKENS, position) + warp);
+#pragma unroll
+    for (int j = 0; j < NEW_AT_ONCE; ++j)
+      load_turn(k_turn[j], rope, min(new_begin + warp + j * WARPS, end - 1), lane);
     if (!waited) wait_for_previous();
     waited = true;
 
@@ -224,187 +187,178 @@ ENTRY void __launch_bounds__(THREADS, HEAD_DIM <= 128 && TOKENS <= 64 ? 4 : 1)
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         load_row(q_raw[j], query_at(min(m0 + warp + j * WARPS, queries - 1)), lane);
     };
-    auto place_queries = [&] {
+    load_queries(0);
+
+    // New tokens of this cut: embed, keep for this item, store in the arena.
+    for (int p0 = new_begin + warp; p0 < new_end; p0 += WARPS * NEW_AT_ONCE) {
+      HeadRow k_raw[NEW_AT_ONCE], v_raw[NEW_AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < NEW_AT_ONCE; ++j) {
+        const int p = min(p0 + j * WARPS, new_end - 1);
+        const elem* row = qkv + (size_t)(first + p - position) * stride;
+        load_row(k_raw[j], row + (heads + head) * HEAD_DIM, lane);
+        load_row(v_raw[j], row + (heads + kv_heads + head) * HEAD_DIM, lane);
+        if (p0 != new_begin + warp) load_turn(k_turn[j], rope, p, lane);
+      }
+#pragma unroll
+      for (int j = 0; j < NEW_AT_ONCE; ++j) {
+        const int p = p0 + j * WARPS, token = p - begin;
+        if (p >= new_end) continue;
+        const size_t at = arena_at(p);
+        const HeadRow key = embedded(k_raw[j], k_turn[j], k_norm, eps, lane);
+        place_row(key, k_tile, token, lane);
+        store_row(key, keys + at, lane);
+        place_row(v_raw[j], v_tile, token, lane);
+        store_row(v_raw[j], values + at, lane);
+      }
+    }
+
+    for (int m0 = 0; m0 < queries; m0 += 16) {
+      if (m0 > 0) {
+        load_q_turns(m0);
+        load_queries(m0);
+      }
       // Rows beyond the last query repeat it; their results are dropped.
 #pragma unroll
       for (int j = 0; j < QUERIES_PER_WARP; ++j)
         place_row(embedded(q_raw[j], q_turn[j], q_norm, eps, lane), q_tile, warp + j * WARPS, lane);
-    };
-    // New tokens of a cut: embed, keep for this item, store in the arena.
-    auto take_new = [&](int cut, bool have_turns) {
-      const int begin = (low_cut + cut) * TOKENS;
-      const int new_begin = max(begin, position), new_end = min(begin + TOKENS, end);
-      for (int p0 = new_begin + warp; p0 < new_end; p0 += WARPS * NEW_AT_ONCE) {
-        HeadRow k_raw[NEW_AT_ONCE], v_raw[NEW_AT_ONCE];
+      copy_wait<0>();
+      BARRIER_BLOCK();
+
+      // Scores: each warp TOKENS / WARPS tokens.
+      const int mi = lane >> 3, l8 = lane & 7;
+      float c[NTILES][4];
 #pragma unroll
-        for (int j = 0; j < NEW_AT_ONCE; ++j) {
-          const elem* row = qkv + (size_t)(first + min(p0 + j * WARPS, new_end - 1) - position) * stride;
-          load_row(k_raw[j], row + (heads + head) * HEAD_DIM, lane);
-          load_row(v_raw[j], row + (heads + kv_heads + head) * HEAD_DIM, lane);
-        }
-        if (!have_turns) load_k_turns(p0);
-        have_turns = false;
+      for (int n = 0; n < NTILES; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
 #pragma unroll
-        for (int j = 0; j < NEW_AT_ONCE; ++j) {
-          const int p = p0 + j * WARPS, token = p - begin;
-          if (p >= new_end) continue;
-          const size_t at = arena_at(p);
-          const HeadRow key = embedded(k_raw[j], k_turn[j], k_norm, eps, lane);
-          place_row(key, k_tile, token, lane);
-          store_row(key, keys + at, lane);
-          place_row(v_raw[j], v_tile, token, lane);
-          store_row(v_raw[j], values + at, lane);
+      for (int k = 0; k < HEAD_DIM / 16; ++k) {
+        u32 a0, a1, a2, a3;
+        ldmatrix(a0, a1, a2, a3, place(q_tile, (mi & 1) * 8 + l8, 2 * k + (mi >> 1), PIECES));
+#pragma unroll
+        for (int n = 0; n < NTILES; n += 2) {
+          u32 b0, b1, b2, b3;
+          ldmatrix(b0, b1, b2, b3,
+                   place(k_tile, warp * (TOKENS / WARPS) + n * 8 + (mi >> 1) * 8 + l8, 2 * k + (mi & 1), PIECES));
+          mma(c[n][0], c[n][1], c[n][2], c[n][3], a0, a1, a2, a3, b0, b1);
+          mma(c[n + 1][0], c[n + 1][1], c[n + 1][2], c[n + 1][3], a0, a1, a2, a3, b2, b3);
         }
       }
-    };
-    load_queries(0);
-    take_new(first_cut, true);
-    place_queries();
-
-    for (int cut = first_cut; cut < end_cut; ++cut) {
-      const int begin = (low_cut + cut) * TOKENS;
-      if (cut > first_cut) take_new(cut, false);
-
-      for (int m0 = 0; m0 < queries; m0 += 16) {
-        if (!one_tile && (m0 > 0 || cut > first_cut)) {
-          load_q_turns(m0);
-          load_queries(m0);
-          place_queries();
-        }
-        copy_wait<1>();    // the values may still be on their way
-        BARRIER_BLOCK();
-
-        // Scores: each warp TOKENS / WARPS tokens.
-        const int mi = lane >> 3, l8 = lane & 7;
-        float c[NTILES][4];
+      float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
 #pragma unroll
-        for (int n = 0; n < NTILES; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+      for (int n = 0; n < NTILES; ++n)
 #pragma unroll
-        for (int k = 0; k < HEAD_DIM / 16; ++k) {
-          u32 a0, a1, a2, a3;
-          ldmatrix(a0, a1, a2, a3, place(q_tile, (mi & 1) * 8 + l8, 2 * k + (mi >> 1), PIECES));
-#pragma unroll
-          for (int n = 0; n < NTILES; n += 2) {
-            u32 b0, b1, b2, b3;
-            ldmatrix(b0, b1, b2, b3,
-                     place(k_tile, warp * (TOKENS / WARPS) + n * 8 + (mi >> 1) * 8 + l8, 2 * k + (mi & 1), PIECES));
-            mma(c[n][0], c[n][1], c[n][2], c[n][3], a0, a1, a2, a3, b0, b1);
-            mma(c[n + 1][0], c[n + 1][1], c[n + 1][2], c[n + 1][3], a0, a1, a2, a3, b2, b3);
-          }
-        }
-        float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
-#pragma unroll
-        for (int n = 0; n < NTILES; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int q = m0 + g + (i >> 1) * 8, at = position + q / group;
-            const int p = begin + warp * (TOKENS / WARPS) + n * 8 + 2 * t + (i & 1);
-            if (!sees(at, p, window)) c[n][i] = NEGATIVE_INFINITY;
-            top[i >> 1] = fmaxf(top[i >> 1], c[n][i]);
-          }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
-          top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
-          if (t == 0) tile_max[warp * 16 + h * 8 + g] = top[h];
-        }
-        BARRIER_BLOCK();
-        const bool last_tile = m0 + 16 >= queries;
-        if (last_tile) fill(k_tile, keys, cut + 1);
-        float sum[2] = {0.f, 0.f}, peak[2], base[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          top[h] = tile_max[h * 8 + g];
-#pragma unroll
-          for (int i = 1; i < WARPS; ++i) top[h] = fmaxf(top[h], tile_max[i * 16 + h * 8 + g]);
-          peak[h] = peak_of(top[h], scale);
-          base[h] = base_of(peak[h]);
+        for (int i = 0; i < 4; ++i) {
+          const int q = m0 + g + (i >> 1) * 8, at = position + q / group;
+          const int p = begin + warp * (TOKENS / WARPS) + n * 8 + 2 * t + (i & 1);
+          if (!sees(at, p, window)) c[n][i] = NEGATIVE_INFINITY;
+          top[i >> 1] = fmaxf(top[i >> 1], c[n][i]);
         }
 #pragma unroll
-        for (int n = 0; n < NTILES; ++n)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float x = weight_of(c[n][h * 2], scale, base[h]);
-            const float y = weight_of(c[n][h * 2 + 1], scale, base[h]);
-            sum[h] += x + y;
-            const int column = warp * (TOKENS / WARPS) + n * 8 + 2 * t;
-            *(u32*)(place(p_tile, h * 8 + g, column / 8, TOKENS / 8) + column % 8) = pack(x, y);
-          }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) ((float*)(tile_sum + warp * 16 + h * 8 + g))[t] = sum[h];
-        if (last_tile) copy_wait<1>();
-        else copy_wait<0>();
-        BARRIER_BLOCK();
-
-        // Values: each warp HEAD_DIM / WARPS columns of all tokens.
-        float o[OUT_PIECES][4];
-#pragma unroll
-        for (int n = 0; n < OUT_PIECES; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
-#pragma unroll
-        for (int k = 0; k < TOKENS / 16; ++k) {
-          u32 a0, a1, a2, a3;
-          ldmatrix(a0, a1, a2, a3, place(p_tile, (mi & 1) * 8 + l8, 2 * k + (mi >> 1), TOKENS / 8));
-#pragma unroll
-          for (int n = 0; n < OUT_PIECES; n += 2) {
-            u32 b0, b1, b2, b3;
-            ldmatrix_transposed(b0, b1, b2, b3,
-                                place(v_tile, k * 16 + (mi & 1) * 8 + l8, warp * OUT_PIECES + n + (mi >> 1), PIECES));
-            mma(o[n][0], o[n][1], o[n][2], o[n][3], a0, a1, a2, a3, b0, b1);
-            mma(o[n + 1][0], o[n + 1][1], o[n + 1][2], o[n + 1][3], a0, a1, a2, a3, b2, b3);
-          }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int q = m0 + h * 8 + g;
-          if (q >= queries) continue;
-          float4 sums = tile_sum[h * 8 + g];
-#pragma unroll
-          for (int i = 1; i < WARPS; ++i) {
-            const float4 next = tile_sum[i * 16 + h * 8 + g];
-            sums.x += next.x, sums.y += next.y, sums.z += next.z, sums.w += next.w;
-          }
-          const float total = (sums.x + sums.y) + (sums.z + sums.w);
-          if (cuts == 1) {
-            const float share = 1.f / total;
-            elem* to = out + (size_t)(first + q / group) * heads * HEAD_DIM + (head * group + q % group) * HEAD_DIM;
-#pragma unroll
-            for (int n = 0; n < OUT_PIECES; ++n)
-              *(u32*)(to + (warp * OUT_PIECES + n) * 8 + 2 * t) = pack(o[n][h * 2] * share, o[n][h * 2 + 1] * share);
-          } else {
-            const size_t at = (size_t)(before + cut * kv_heads + head) * row_capacity + q;
-            if (warp == 0 && t == 0) partial_stats[at] = make_float4(peak[h], total, 0.f, 0.f);
-#pragma unroll
-            for (int n = 0; n < OUT_PIECES; ++n)
-              *(float2*)(partial + at * HEAD_DIM + (warp * OUT_PIECES + n) * 8 + 2 * t) =
-                  make_float2(o[n][h * 2], o[n][h * 2 + 1]);
-          }
-        }
-      }
-
-      if (cuts > 1) {
-        const int skipped = low_cut % SPAN;    // cuts that the first span lacks
-        const int span = (skipped + cut) / SPAN, spans = (skipped + cuts - 1) / SPAN + 1;
-        const int from = max(0, span * SPAN - skipped), until = min(cuts, (span + 1) * SPAN - skipped);
-        auto fold_cuts = [&](int from, int stride, int count, bool of_spans, bool last) {
-          const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
-                           row_capacity, from, stride, count, queries, first, group, head, heads, of_spans, last};
-          uint4* room = (uint4*)v_tile;
-          if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, room, (float4*)p_tile, tid);
-          else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, room, (float4*)p_tile, tid);
-          else combine<THREADS / 4>(at, room, (float4*)p_tile, tid);
-        };
-        int* of_span = counters + MAX_BATCH * kv_heads + before + from * kv_heads + head;
-        // All of the item's cuts of a span arrive together.
-        if ((cut + 1 == until || cut + 1 == end_cut) &&
-            arrives_last(of_span, cut + 1 - max(first_cut, from), until - from)) {
-          fold_cuts(from, 1, until - from, false, spans == 1);
-          if (spans > 1 && arrives_last(counters + s * kv_heads + head, 1, spans))
-            fold_cuts(-skipped, SPAN, spans, true, true);
-        }
+      for (int h = 0; h < 2; ++h) {
+        top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
+        top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
+        if (t == 0) tile_max[warp * 16 + h * 8 + g] = top[h];
       }
       BARRIER_BLOCK();
-      fill(v_tile, values, cut + 1);
+      float sum[2] = {0.f, 0.f}, peak[2], base[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[h] = tile_max[h * 8 + g];
+#pragma unroll
+        for (int i = 1; i < WARPS; ++i) top[h] = fmaxf(top[h], tile_max[i * 16 + h * 8 + g]);
+        peak[h] = peak_of(top[h], scale);
+        base[h] = base_of(peak[h]);
+      }
+#pragma unroll
+      for (int n = 0; n < NTILES; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = weight_of(c[n][h * 2], scale, base[h]);
+          const float y = weight_of(c[n][h * 2 + 1], scale, base[h]);
+          sum[h] += x + y;
+          const int column = warp * (TOKENS / WARPS) + n * 8 + 2 * t;
+          *(u32*)(place(p_tile, h * 8 + g, column / 8, TOKENS / 8) + column % 8) = pack(x, y);
+        }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) ((float*)(tile_sum + warp * 16 + h * 8 + g))[t] = sum[h];
+      BARRIER_BLOCK();
+
+      // Values: each warp HEAD_DIM / WARPS columns of all tokens.
+      float o[OUT_PIECES][4];
+#pragma unroll
+      for (int n = 0; n < OUT_PIECES; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
+#pragma unroll
+      for (int k = 0; k < TOKENS / 16; ++k) {
+        u32 a0, a1, a2, a3;
+        ldmatrix(a0, a1, a2, a3, place(p_tile, (mi & 1) * 8 + l8, 2 * k + (mi >> 1), TOKENS / 8));
+#pragma unroll
+        for (int n = 0; n < OUT_PIECES; n += 2) {
+          u32 b0, b1, b2, b3;
+          ldmatrix_transposed(b0, b1, b2, b3,
+                              place(v_tile, k * 16 + (mi & 1) * 8 + l8, warp * OUT_PIECES + n + (mi >> 1), PIECES));
+          mma(o[n][0], o[n][1], o[n][2], o[n][3], a0, a1, a2, a3, b0, b1);
+          mma(o[n + 1][0], o[n + 1][1], o[n + 1][2], o[n + 1][3], a0, a1, a2, a3, b2, b3);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int q = m0 + h * 8 + g;
+        if (q >= queries) continue;
+        float4 sums = tile_sum[h * 8 + g];
+#pragma unroll
+        for (int i = 1; i < WARPS; ++i) {
+          const float4 next = tile_sum[i * 16 + h * 8 + g];
+          sums.x += next.x, sums.y += next.y, sums.z += next.z, sums.w += next.w;
+        }
+        const float total = (sums.x + sums.y) + (sums.z + sums.w);
+        if (cuts == 1) {
+          const float share = 1.f / total;
+          elem* to = out + (size_t)(first + q / group) * heads * HEAD_DIM + (head * group + q % group) * HEAD_DIM;
+#pragma unroll
+          for (int n = 0; n < OUT_PIECES; ++n)
+            *(u32*)(to + (warp * OUT_PIECES + n) * 8 + 2 * t) = pack(o[n][h * 2] * share, o[n][h * 2 + 1] * share);
+        } else {
+          const size_t at = (size_t)item * row_capacity + q;
+          if (warp == 0 && t == 0) partial_stats[at] = make_float4(peak[h], total, 0.f, 0.f);
+#pragma unroll
+          for (int n = 0; n < OUT_PIECES; ++n)
+            *(float2*)(partial + at * HEAD_DIM + (warp * OUT_PIECES + n) * 8 + 2 * t) =
+                make_float2(o[n][h * 2], o[n][h * 2 + 1]);
+        }
+      }
     }
+
+    // Whether this block is the last of `all`; then it sees what the others have written.
+    auto arrives_last = [&](int* counter, int all) {
+      __threadfence();
+      BARRIER_BLOCK();
+      if (tid == 0) {
+        *flag = atomicAdd(counter, 1) == all - 1;
+        if (*flag) *counter = 0;
+      }
+      BARRIER_BLOCK();
+      if (*flag) __threadfence();
+      return *flag != 0;
+    };
+    auto fold_cuts = [&](int from, int stride, int count, bool of_spans, bool last) {
+      const Cuts at = {partial, partial_stats, out, before + head, (size_t)kv_heads * row_capacity,
+                       row_capacity, from, stride, count, queries, first, group, head, heads, of_spans, last};
+      if (queries * COLUMNS > THREADS / 2) combine<THREADS>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+      else if (queries * COLUMNS > THREADS / 4) combine<THREADS / 2>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+      else combine<THREADS / 4>(at, (uint4*)k_tile, (float4*)q_tile, tid);
+    };
+    if (cuts > 1) {
+      const int skipped = first_seen(position, window) / TOKENS % SPAN;    // cuts that the first span lacks
+      const int span = (skipped + cut) / SPAN, spans = (skipped + cuts - 1) / SPAN + 1;
+      const int from = max(0, span * SPAN - skipped), until = min(cuts, (span + 1) * SPAN - skipped);
+      int* of_span = counters + MAX_BATCH * kv_heads + before + from * kv_heads + head;
+      if (arrives_last(of_span, until - from)) {
+        fold_cuts(from, 1, until - from, false, spans == 1);
+        if (spans > 1 && arrives_last(counters + s * kv_heads + head, spans))
+          fold_cuts(-skipped, SPAN, spans, true, true);
+      }
+    }
+    BARRIER_BLOCK();
   }
   if (!waited) wait_for_previous();
 }

@@ -66,12 +66,6 @@ DEVICE int slot_of(const Sequence& a, int ring, int p) {
   return (prefix ? a.prefix_start : a.start) + place;
 }
 
-// Whether the slots of `count` positions from p on follow each other.
-DEVICE bool slots_in_row(const Sequence& a, int ring, int p, int count) {
-  const bool parted = p < a.prefix_len && p + count > a.prefix_len;
-  return !parted && (ring <= 0 || slot_of(a, ring, p + count - 1) == slot_of(a, ring, p) + count - 1);
-}
-
 // The first position that a row at `at` sees, and whether it sees position p.
 DEVICE int first_seen(int at, int window) { return window > 0 ? max(0, at - window + 1) : 0; }
 DEVICE bool sees(int at, int p, int window) { return p <= at && (window <= 0 || p > at - window); }

@@ -1,8 +1,10 @@
 """The verifier's turns without a draft, taken by the device.
 
-The device takes the next turn while the host keeps the books of the last one, and so is never
-idle for more than it takes to read the tokens. Between turns the engine is everybody's: what
-others ask of it runs in the order of the model's stream.
+The device takes the next turn while the host keeps the books of the last one. With few sequences
+the next turn is queued before the last one is done, and the device is never idle. Where many run,
+some sequence stops every few rounds, and a turn that was queued ahead is in vain then: there the
+tokens are read first. Between turns the engine is everybody's: what others ask of it runs in the
+order of the model's stream.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from outrider.shared.core.errors import SequenceRefused
 from outrider.shared.core.types import Verdict, VerifyItem
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.model.cuda.turns.turns import TurnSequence
-from outrider.shared.rounds.grants import Control, End
+from outrider.shared.rounds.grants import Control, End, EndReason
 from outrider.verify_service.cuda_turns import AloneVerifyTurns
 from outrider.verify_service.granted import VerifyLane, VerifyRounds
 from outrider.verify_service.host_rounds import AloneTurns, VerifyTaker, VerifyTurn
 
 if TYPE_CHECKING:
     from outrider.shared.rounds.session import Session
+
+FEW = 8
+"""Sequences up to which a turn is queued before the one before it is done."""
 
 
 def alone_turns(
@@ -59,7 +64,7 @@ class AloneDeviceTurns(VerifyTaker):
         items = wire.read_verify_items(message)
         super().__init__(VerifyRounds(session, items, message.grant.sequences), control)
         self._session, self._turns, self._grant = session, turns, message.grant
-        self._queued = False
+        self._ahead = turns.MOST_UNDER_WAY if len(items) <= FEW else 1
 
     def possible(self) -> bool:
         """Whether the device can take these turns."""
@@ -74,36 +79,44 @@ class AloneDeviceTurns(VerifyTaker):
         self._catch_up()
         with self._session.engine.lock, torch.inference_mode():
             self._turns.start(self._grant.id, [self._sequence(one) for one in self._rounds.lanes])
-        self._queue()
         try:
+            self._queue(self._ahead)
             yield
         finally:
-            self._turns.wait()
+            self._turns.drop()
 
     def next(self, step: int) -> VerifyTurn:
         """See ``TurnTaker``; nobody is waited for."""
-        turns = self._turns
-        turns.wait()
-        seconds, asked, done = turns.seconds(), self._asked, time.perf_counter_ns()
+        self._queue(1)  # where the host had foreseen an end that did not come
+        found, seconds = self._turns.take()
+        asked, done = self._asked, time.perf_counter_ns()
         self._asked = done
-        found = [(accepted, token) for _, accepted, token in turns.result()]
-        self._queued = False
         if not self._is_last([token for _, token in found]):
-            self._queue()
+            self._queue(self._ahead, taken=1)
         result = self._rounds.settle((), found)
         result.model_seconds = seconds
         began = max(asked, done - int(1e9 * seconds))
         return VerifyTurn(step, self._rounds.items, result, began, done, asked, None)
 
+    def end_of(self, turn: VerifyTurn) -> End | None:
+        """See ``TurnTaker``; a turn that is under way when the grant is revoked still counts."""
+        end = super().end_of(turn)
+        if end is not None and end.reason is EndReason.REVOKED and self._turns.under_way:
+            return None
+        return end
+
     def hand_over(self, turn: VerifyTurn, end: End | None) -> None:
         """See ``TurnTaker``; nobody is told."""
-        if end is None and not self._queued:
-            self._queue()
 
-    def _queue(self) -> None:
-        with self._session.engine.lock, torch.inference_mode():
-            self._turns.queue()
-        self._queued = True
+    def _queue(self, count: int, taken: int = 0) -> None:
+        """Sees to it that so many turns are under way, but none behind one that ends a sequence.
+
+        ``taken``: turns that are not in the books yet.
+        """
+        left = min(lane.limit - lane.committed_len for lane in self._rounds.lanes) - taken
+        while self._turns.under_way < min(count, max(left, 1)):
+            with self._session.engine.lock, torch.inference_mode():
+                self._turns.queue()
 
     def _is_last(self, tokens: Sequence[int]) -> bool:
         """Whether it is plain already that no turn follows."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, DeviceRegion, bell
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
-from outrider.shared.model.cuda.turns.stream import DeviceStream
+from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
 
 
@@ -79,16 +82,38 @@ class VerifyTurns(Turns):
             row_counts=own["row_counts"], limits=own["limits"], slots=box.verdicts, count=count,
             overlap=overlap,
         )  # fmt: skip
+        self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Queues what ``result`` reads."""
         self._verdicts_host.copy_(self._verdicts, non_blocking=True)
-        self._tokens_host.copy_(own["tokens"], non_blocking=True)
-        self._proposed_host.copy_(own["proposed"], non_blocking=True)
+        self._tokens_host.copy_(self._inputs.device["tokens"], non_blocking=True)
+        self._proposed_host.copy_(self._inputs.device["proposed"], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A turn that was queued, and where its verdicts will be."""
+
+    began: Mark
+    done: Mark
+    verdicts: Tensor
 
 
 class AloneVerifyTurns(VerifyTurns):
-    """The verifier's turns without a draft: nobody is waited for, and nobody told."""
+    """The verifier's turns without a draft: nobody is waited for, and nobody told.
 
+    Up to ``MOST_UNDER_WAY`` may be queued, one behind the other; ``take`` takes the first.
+    """
+
+    MOST_UNDER_WAY = 2
     _least_k = 0
     _written = 1
+
+    def __init__(self, parts: Parts, mailbox: DeviceMailbox, stream: DeviceStream) -> None:
+        super().__init__(parts, mailbox, stream)
+        self._rooms = [self._pinned(MAX_SEQUENCES, 2) for _ in range(self.MOST_UNDER_WAY)]
+        self._under_way: deque[_UnderWay] = deque()
 
     @classmethod
     def of(cls, runner: Any) -> AloneVerifyTurns:
@@ -101,9 +126,46 @@ class AloneVerifyTurns(VerifyTurns):
         made: AloneVerifyTurns = runner.turns(cls, DeviceMailbox(own, other, "verify"))
         return made
 
+    @property
+    def under_way(self) -> int:
+        """Turns that were queued and not taken."""
+        return len(self._under_way)
+
+    def queue(self) -> None:
+        """Queues the next turn; there is room for it."""
+        self.turn += 1
+        began = self._stream.mark()
+        self._queue(self.turn)
+        done = self._stream.mark()
+        self._under_way.append(_UnderWay(began, done, self._room(self.turn)))
+
+    def take(self) -> tuple[list[tuple[int, int]], float]:
+        """Waits for the first turn under way: accepted (none) and the base's token of each
+        sequence, -1 where its logits were not finite; and the turn's device time in seconds."""
+        turn = self._under_way.popleft()
+        turn.done.wait()
+        found = [(accepted, token) for accepted, token in turn.verdicts[: self._count].tolist()]
+        return found, turn.done.seconds_after(turn.began)
+
+    def drop(self) -> None:
+        """Waits until no turn is under way; nobody asks for what they found."""
+        while self._under_way:
+            self._under_way.popleft().done.wait()
+
     def _queue(self, turn: int) -> None:
-        self._began = self._stream.mark()
         self._stream.run(self._sizes(), self._chain)
+        room = self._room(turn)
+
+        def bring_back() -> None:
+            room.copy_(self._verdicts, non_blocking=True)
+
+        self._stream.run(turn % self.MOST_UNDER_WAY, bring_back)
+
+    def _room(self, turn: int) -> Tensor:
+        return self._rooms[turn % self.MOST_UNDER_WAY]
+
+    def _bring_back(self) -> None:
+        pass  # the next turn may be done before this one's verdicts are read: each has its room
 
     def _slots_for(self, count: int) -> int:
         # Sequences come and go all the time: there is a chain for each of few numbers.

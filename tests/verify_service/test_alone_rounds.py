@@ -120,7 +120,7 @@ def test_alone_turns_end_at_a_stop_a_limit_or_the_coordinators_word(runner: Any)
     for asked, reason, rounds in (
         ({"stops": (stop,)}, pb.GRANT_END_REASON_STOPPED, first + 1),
         ({"limits": 7}, pb.GRANT_END_REASON_STOPPED, 7),
-        ({"revoke": 5}, pb.GRANT_END_REASON_REVOKED, 6),
+        ({"revoke": 5}, pb.GRANT_END_REASON_REVOKED, 7),
     ):
         stream = Stream(runner, PROMPTS[:2], Decoding())
         stream.grant(**asked)  # type: ignore[arg-type]
@@ -131,8 +131,12 @@ def test_alone_turns_end_at_a_stop_a_limit_or_the_coordinators_word(runner: Any)
         stream.session.release()
 
 
-def test_alone_turns_go_on_while_the_host_keeps_the_books(runner: Any) -> None:
-    stream = Stream(runner, PROMPTS[:3], Decoding())
+@pytest.mark.parametrize(("count", "ahead"), [(3, 2), (11, 1)], ids=["few", "many"])
+def test_alone_turns_go_on_while_the_host_keeps_the_books(
+    runner: Any, count: int, ahead: int
+) -> None:
+    """Of few sequences two turns are under way, the first turn being number 0."""
+    stream = Stream(runner, PROMPTS[:count], Decoding())
     settle, queued = stream.session.settle, []
 
     def looking(*rest: Any) -> Any:
@@ -140,8 +144,9 @@ def test_alone_turns_go_on_while_the_host_keeps_the_books(runner: Any) -> None:
         return settle(*rest)
 
     stream.session.settle = looking  # type: ignore[method-assign]
-    stream.grant(rounds=5)
-    assert queued == [1, 2, 3, 4, 5]
+    stream.grant(limits=5)
+    assert queued == [min(turn + ahead, 4) for turn in range(5)]
+    assert stream.rounds == 5
     stream.session.release()
 
 

@@ -21,7 +21,7 @@ from outrider.kernels.linear_shapes import Epilogue, Tile
 from outrider.kernels.operation import Call, Tools
 from outrider.kernels.registry import Choice
 from outrider.shared.model.cuda.passes import HEAD_ROWS, PassLimits
-from outrider.shared.model.cuda.tuning import Tuning
+from outrider.shared.model.cuda.tuning import Tuning, attention_blocks
 from outrider.shared.model.cuda.weights import Weights
 
 
@@ -147,7 +147,7 @@ class Forward:
             q_norm=w.q_norm,
             k_norm=w.k_norm,
             eps=self.weights.eps,
-            blocks=self.tuning.attention_blocks,
+            blocks=attention_blocks(sequences),
             overlap=self.tuning.overlap,
         )
 

@@ -11,8 +11,7 @@ from outrider.kernels.linear_shapes import Tile
 class Tuning:
     """The cut of every linear layer, and whether launches overlap. Changes no result.
 
-    ``attention_blocks``: thread blocks of attention per multiprocessor. ``wider``: instead of
-    this one for more than 8 rows, and its own ``wider`` for more than 16.
+    ``wider``: instead of this one for more than 8 rows, and its own ``wider`` for more than 16.
     """
 
     qkv: Tile
@@ -20,7 +19,6 @@ class Tuning:
     gate_up: Tile
     down: Tile
     head: Tile
-    attention_blocks: int = 4
     overlap: bool = True
     wider: Tuning | None = None
 
@@ -31,6 +29,15 @@ class Tuning:
         if rows <= 16 or self.wider.wider is None:
             return self.wider
         return self.wider.wider
+
+
+def attention_blocks(sequences: int) -> int:
+    """Thread blocks of attention per multiprocessor that measured best on an H100.
+
+    Of few sequences a long one counts most: more blocks than run at once, so that whoever is done
+    finds another. Of many, as many as run at once.
+    """
+    return 8 if sequences <= 8 else 4
 
 
 def tuning_for(hidden: int) -> Tuning:

@@ -147,11 +147,6 @@ class Turns(ABC):
         """Whether no turn is queued that is not done."""
         return self._done is None or self._done.reached()
 
-    def wait(self) -> None:
-        """Until no turn is queued that is not done."""
-        if self._done is not None:
-            self._done.wait()
-
     def seconds(self) -> float:
         """Device time of the last turn, without the wait for the other side."""
         assert self._began is not None and self._done is not None
