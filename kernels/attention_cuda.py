@@ -106,17 +106,15 @@ def launcher(tools: Tools) -> Call:
         append.launch((grid,), appended, overlap=overlap)
         seen = (sequences, heads.heads, heads.kv_heads, heads.window, heads.ring, scale)
         if attention_wgmma.takes(heads, tools.compiler.arch, tools.compiler.chip):
-            own = attention_wgmma.defines()
             attend = tools.compiler.kernel(
-                "attention_wgmma", "attend", defines | own,
-                threads=attention_wgmma.threads(own),
-                shared=attention_wgmma.shared_bytes(heads, own),
+                "attention_wgmma", "attend", defines, threads=attention_wgmma.THREADS,
+                shared=attention_wgmma.shared_bytes(heads),
             )  # fmt: skip
             maps = [
                 tools.compiler.tile_map(part.view(len(part), -1), heads.cut)
                 for part in (keys, values)
             ]
-            tile, most = attention_wgmma.tile(own), tools.processors
+            tile, most = attention_wgmma.TILE, tools.processors
             attended = (qkv, keys, values, *maps, out, *where, *seen)
         else:
             attend = tools.compiler.kernel(

@@ -95,12 +95,11 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     const int head = item.head, q0 = item.q0, queries = item.queries;
     const int warp_first = position_of(item, q0 + warp * ROWS);
     const int warp_last = position_of(item, q0 + warp * ROWS + ROWS - 1);
-    const int first_cut = first_seen(position_of(item, q0), window) / TOKENS;
-    const int last_cut = position_of(item, q0 + TILE - 1) / TOKENS;
+    const Cuts cuts = cuts_of(item, q0, TILE, window);
 
     auto fill = [&](int cut) {
       const Sequence where = own;
-      const int stage = (cut - first_cut) % STAGES * TOKENS * HEAD_DIM, begin = cut * TOKENS;
+      const int stage = (cut - cuts.first) % STAGES * TOKENS * HEAD_DIM, begin = cut * TOKENS;
       const int left = where.position + where.rows - begin;    // tokens that are written
       auto copy = [&](int token, size_t slot, bool written) {
         const size_t at = (slot * kv_heads + head) * HEAD_DIM + tid % PIECES * 8;
@@ -126,7 +125,7 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
       copy16(place(q_tile, e / PIECES, e % PIECES, PIECES),
              qkv + (q < queries ? row_of(item, q, stride) + e % PIECES * 8 : 0), q < queries);
     }
-    if (STAGES > 1) fill(first_cut);
+    if (STAGES > 1) fill(cuts.first);
 
     Sums sums[ROW_TILES];
 #pragma unroll
@@ -137,23 +136,23 @@ ENTRY void __launch_bounds__(THREADS, BLOCKS)
     keep_in_memory(past);
     bool has_past = false;
 
-    for (int cut = first_cut; cut <= last_cut; ++cut) {
-      if (cut % SPAN == 0 && cut > first_cut) {
+    for (int cut = cuts.first; cut <= cuts.last; ++cut) {
+      if (cut % SPAN == 0 && cut > cuts.first) {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) begin_span(sums[m], past[m], has_past);
         has_past = true;
       }
       if (STAGES == 1) {
-        if (cut > first_cut) BARRIER_BLOCK();    // all have read the cut before
+        if (cut > cuts.first) BARRIER_BLOCK();    // all have read the cut before
         fill(cut);
       }
       copy_wait<0>();
       BARRIER_BLOCK();
-      if (STAGES > 1 && cut < last_cut) fill(cut + 1);
+      if (STAGES > 1 && cut < cuts.last) fill(cut + 1);
       const int begin = cut * TOKENS;
       const bool idle = q0 + warp * ROWS >= queries;
       if (idle || begin > warp_last || first_seen(warp_first, window) >= begin + TOKENS) continue;
-      const int stage = (cut - first_cut) % STAGES * TOKENS * HEAD_DIM;
+      const int stage = (cut - cuts.first) % STAGES * TOKENS * HEAD_DIM;
       const int key = stage + place_of((mi >> 1) * 8 + l8, mi & 1, PIECES);
       const int value = stage + place_of((mi & 1) * 8 + l8, mi >> 1, PIECES);
 

@@ -62,6 +62,16 @@ DEVICE size_t row_of(const Item& item, int q, int columns) {
          (item.head * item.group + q % item.group) * HEAD_DIM;
 }
 
+// The first and the last cut that `count` queries from q on see.
+struct Cuts {
+  int first, last;
+};
+DEVICE Cuts cuts_of(const Item& item, int q, int count, int window) {
+  const Cuts seen = {first_seen(position_of(item, q), window) / TOKENS,
+                     position_of(item, q + count - 1) / TOKENS};
+  return seen;
+}
+
 // The slot of the first token of a cut that is written to its end and lies in one piece, else -1.
 DEVICE int slot_of_whole(const Sequence& where, int ring, int begin) {
   const bool parted = begin < where.prefix_len && begin + TOKENS > where.prefix_len;

@@ -8,18 +8,20 @@
 //
 // A row's bits are those of attention.cu: see attention.cuh.
 //
-// -D: see attention.cuh, TOKENS 64; CONSUMERS, STAGES.
+// -D: see attention.cuh, TOKENS 64.
 #include "attention_many.cuh"
 #include "hopper.cuh"
 
+#define CONSUMERS 2
+#define STAGES 4
 #define TILE (CONSUMERS * 64)
 #define HALVES (HEAD_DIM / 64)          // tiles of 64 columns that a head has
 #define TILE_BYTES (64 * 128)
 #define HEAD_BYTES (HALVES * TILE_BYTES)
 #define STAGE (2 * HEAD_BYTES)          // keys, then values
 // Registers of a thread; the launch gives all the same.
-#define FETCHING (CONSUMERS == 3 ? 32 : HEAD_DIM == 64 ? 56 : 40)
-#define MULTIPLYING (CONSUMERS == 3 ? 160 : HEAD_DIM == 64 ? 224 : 232)
+#define FETCHING (HEAD_DIM == 64 ? 56 : 40)
+#define MULTIPLYING (HEAD_DIM == 64 ? 224 : 232)
 
 // Where the copy engine puts 16-byte piece `piece` of a head's row.
 DEVICE int byte_of(int row, int piece) {
@@ -62,12 +64,19 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
   Item item;
   u32 turn = 0;    // cuts before this one, over all items
   u32 asking = 0;  // items before this one, in which the team has queries
+  // Products can read what the warp has copied.
+  auto landed = [&](u64* barrier) {
+    copy_commit();
+    copy_wait<0>();
+    show_to_products();
+    BARRIER_WARP();
+    if (lane == 0) barrier_arrive(barrier);
+  };
   auto fetch_cuts = [&] {
     while (next_item(items, item)) {
-      const int first_cut = first_seen(position_of(item, item.q0), window) / TOKENS;
-      const int last_cut = position_of(item, item.q0 + TILE - 1) / TOKENS;
+      const Cuts cuts = cuts_of(item, item.q0, TILE, window);
 #pragma unroll 1
-      for (int cut = first_cut; cut <= last_cut; ++cut, ++turn) {
+      for (int cut = cuts.first; cut <= cuts.last; ++cut, ++turn) {
         const Sequence where = *item.own;
         unsigned char* k = stages + turn % STAGES * STAGE;
         unsigned char* v = k + HEAD_BYTES;
@@ -92,11 +101,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
             copy16(k + to, keys + at, token < left);
             copy16(v + to, values + at, token < left);
           }
-          copy_commit();
-          copy_wait<0>();
-          show_to_products();
-          BARRIER_WARP();
-          if (lane == 0) barrier_arrive(filled);
+          landed(filled);
         }
       }
     }
@@ -113,11 +118,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
         copy16(query + byte_of(e / PIECES, e % PIECES),
                qkv + (q < item.queries ? row_of(item, q, stride) + e % PIECES * 8 : 0), q < item.queries);
       }
-      copy_commit();
-      copy_wait<0>();
-      show_to_products();
-      BARRIER_WARP();
-      if (lane == 0) barrier_arrive(asked + team);
+      landed(asked + team);
     }
   };
   if (warp >= CONSUMERS * 4) {
@@ -157,14 +158,12 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
 #pragma unroll 1
   while (next_item(items, item)) {
     const int q0 = item.q0 + team * 64;
-    const int first_cut = first_seen(position_of(item, item.q0), window) / TOKENS;
-    const int last_cut = position_of(item, item.q0 + TILE - 1) / TOKENS;
+    const Cuts cuts = cuts_of(item, item.q0, TILE, window);
     if (q0 >= item.queries) {
-      leave_out(last_cut + 1 - first_cut);
+      leave_out(cuts.last + 1 - cuts.first);
       continue;
     }
-    const int own_first = first_seen(position_of(item, q0), window) / TOKENS;
-    const int own_last = position_of(item, q0 + 63) / TOKENS;
+    const Cuts own = cuts_of(item, q0, 64, window);
     const int row = q0 + warp % 4 * 16;    // of the warp
     const int warp_first = position_of(item, row), warp_last = position_of(item, row + 15);
     const int at[2] = {position_of(item, row + g), position_of(item, row + 8 + g)};
@@ -176,7 +175,7 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     bool has_past = false;
     // Of the cut whose scores are in c.
     auto take = [&](float (&c)[NTILES][4], int cut) {
-      if (cut % SPAN == 0 && cut > own_first) {
+      if (cut % SPAN == 0 && cut > own.first) {
         begin_span(sums, past, has_past);
         has_past = true;
       }
@@ -221,28 +220,28 @@ ENTRY void __launch_bounds__(CONSUMERS * 128 + 128, 1)
       if (lane == 0) barrier_arrive(answered + team);
     };
 
-    leave_out(own_first - first_cut);
+    leave_out(own.first - cuts.first);
     barrier_wait(asked + team, asking++ & 1);
     float even[NTILES][4], odd[NTILES][4];
     begin_scores(even, turn);
     product_wait<0>();
     product_end(even);
 #pragma unroll 1
-    for (int cut = own_first;;) {
-      if (cut == own_last) {
+    for (int cut = own.first;;) {
+      if (cut == own.last) {
         answer();
         take(even, cut);
         break;
       }
       take_and_begin(even, odd, cut++);
-      if (cut == own_last) {
+      if (cut == own.last) {
         answer();
         take(odd, cut);
         break;
       }
       take_and_begin(odd, even, cut++);
     }
-    leave_out(last_cut - own_last);
+    leave_out(cuts.last - own.last);
     if (has_past) join_past(sums, past);
 
 #pragma unroll

@@ -5,6 +5,12 @@ from __future__ import annotations
 from outrider.kernels.attention_shapes import MAX_BATCH, Heads
 
 _CUT = 64
+_CONSUMERS = 2
+_STAGES = 4
+TILE = 64 * _CONSUMERS
+"""Queries of a KV head that a block takes at a time."""
+THREADS = 128 * (_CONSUMERS + 1)
+"""Of a block: those that multiply, and a group of four warps that fetch."""
 _TABLE = 32 * MAX_BATCH
 """Bytes of what the kernel knows of the sequences, and of the ints by which it orders them."""
 
@@ -14,23 +20,8 @@ def takes(heads: Heads, arch: int, chip: int) -> bool:
     return arch == chip == 90 and heads.head_dim in (64, 128) and heads.cut == _CUT
 
 
-def defines() -> dict[str, int]:
-    """How the kernel is cut, for what the registers and the shared memory hold."""
-    return {"CONSUMERS": 2, "STAGES": 4}
-
-
-def tile(cut: dict[str, int]) -> int:
-    """Queries of a KV head that a block takes at a time."""
-    return 64 * cut["CONSUMERS"]
-
-
-def threads(cut: dict[str, int]) -> int:
-    """Threads of a block: those that multiply, and a group of four warps that fetch."""
-    return 128 * (cut["CONSUMERS"] + 1)
-
-
-def shared_bytes(heads: Heads, cut: dict[str, int]) -> int:
+def shared_bytes(heads: Heads) -> int:
     """Shared memory of one block: the ring, the queries, the barriers, the table of sequences, and
     what its alignment may take."""
-    rows = 2 * cut["STAGES"] * heads.cut + tile(cut)
-    return 2 * rows * heads.head_dim + 16 * (cut["STAGES"] + cut["CONSUMERS"]) + _TABLE + 1024
+    rows = 2 * _STAGES * _CUT + TILE
+    return 2 * rows * heads.head_dim + 16 * (_STAGES + _CONSUMERS) + _TABLE + 1024

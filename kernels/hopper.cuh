@@ -16,14 +16,6 @@ DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.clus
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier of the cluster's block `rank` that is where this one is.
-DEVICE void barrier_arrive_at(u64* barrier, int rank) {
-  asm volatile(
-      "{\n.reg .u32 place;\nmapa.shared::cluster.u32 place, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [place];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
 // Arrives, and has the phase wait for so many bytes of copies as well.
 DEVICE void barrier_expect(u64* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -48,16 +40,6 @@ DEVICE void copy_tile(void* to, const void* map, int column, int row, u64* barri
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-
-// The same for all SIZE blocks of the cluster: to the same place of each one's shared memory, and each
-// one's barrier at that place is told.
-template <int SIZE> DEVICE void copy_tile_to_all(void* to, const void* map, int column, int row, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((unsigned short)((1 << SIZE) - 1))
       : "memory");
 }
 
@@ -106,12 +88,14 @@ template <int PENDING> DEVICE void product_wait(float (&d)[64]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;" : SIXTY_FOUR("+f", d) : "n"(PENDING) : "memory");
 }
 
+// The half of a descriptor that has the address.
+DEVICE u32 descriptor_low(const void* tile) { return (shared_address(tile) >> 4 & 0x3fff) | (1u << 16); }
 // Where a product finds an operand in shared memory; the place must be the same for all lanes.
 struct Operand {
-  u32 low;    // the half of its descriptor that has the address
+  u32 low;    // of its descriptor
 };
 DEVICE Operand operand(const void* tile) {
-  const Operand made = {shuffle((shared_address(tile) >> 4 & 0x3fff) | (1u << 16), 0)};
+  const Operand made = {shuffle(descriptor_low(tile), 0)};
   return made;
 }
 DEVICE Operand operator+(Operand o, int bytes) {
@@ -121,7 +105,7 @@ DEVICE Operand operator+(Operand o, int bytes) {
 // With the distance of eight rows, and the placement of pieces, each in its field.
 DEVICE u64 descriptor(Operand o) { return (u64)o.low | (64ull << 32) | (1ull << 62); }
 DEVICE u64 tile_descriptor(const void* tile) {
-  const Operand here = {(shared_address(tile) >> 4 & 0x3fff) | (1u << 16)};
+  const Operand here = {descriptor_low(tile)};
   return descriptor(here);
 }
 
@@ -133,20 +117,20 @@ DEVICE u64 tile_descriptor(const void* tile) {
 
 // d (64 x 128) += a (64 x 16) b (128 x 16)ᵀ. A thread's d[4 j + 2 h + i] is row 16 w + 8 h + lane / 4,
 // column 8 j + 2 (lane % 4) + i, in warp w of its four.
-#define PRODUCT(add)                                                                            \
+#define PRODUCT                                                                                 \
   PRODUCT_NAME(128)                                                                             \
   " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "            \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "            \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "           \
-  "%64, %65, " add ", 1, 1, 0, 0;"
+  "%64, %65, add, 1, 1, 0, 0;"
 DEVICE void product_add(float (&d)[64], const void* a, const void* b) {
-  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT("add") "\n}"
+  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT "\n}"
                : SIXTY_FOUR("+f", d) : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)));
 }
 // d = a bᵀ, whatever it was.
 DEVICE void product_set(float (&d)[64], const void* a, const void* b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, 0, 0;\n" PRODUCT("add") "\n}"
+  asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, 0, 0;\n" PRODUCT "\n}"
                : SIXTY_FOUR("=f", d) : "l"(tile_descriptor(a)), "l"(tile_descriptor(b)));
 }
 
@@ -156,7 +140,8 @@ DEVICE void product_set(float (&d)[64], const void* a, const void* b) {
   " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 
-// The same for 64 columns: d (64 x 64) += a (64 x 16) b (64 x 16)ᵀ, d[column / 8][2 h + i].
+// The same for 64 columns: d (64 x 64) = a (64 x 16) b (64 x 16)ᵀ, added to what it was where `add`;
+// d[column / 8][2 h + i].
 [[maybe_unused]] DEVICE void product(float (&d)[8][4], Operand a, Operand b, bool add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES
                "%32, %33, add, 1, 1, 0, 0;\n}"
@@ -167,8 +152,9 @@ DEVICE void product_set(float (&d)[64], const void* a, const void* b) {
 // From here on, after a wait, d is read: the compiler moves no use of it before.
 [[maybe_unused]] DEVICE void product_end(float (&d)[8][4]) { asm volatile("" : ALL_EIGHT(d)::"memory"); }
 
-// d (64 x 64) += a (64 x 16) b (16 x 64), b by rows of a tile, and a in registers as `mma` has it: rows
-// h, of them columns 0 to 7 in `low`, 8 to 15 in `high`. They stay untouched until the product is done.
+// d (64 x 64) = a (64 x 16) b (16 x 64), added likewise; b by rows of a tile, and a in registers as `mma`
+// has it: rows h, of them columns 0 to 7 in `low`, 8 to 15 in `high`. They stay untouched until the
+// product is done.
 [[maybe_unused]] DEVICE void product_by_rows(float (&d)[8][4], const u32 (&low)[2], const u32 (&high)[2],
                                              Operand b, bool add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" PRODUCT_NAME(64) ALL_EIGHT_NAMES

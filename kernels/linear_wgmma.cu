@@ -10,11 +10,7 @@
 // slices are split over a cluster of SPLIT blocks; each sums its slices by themselves, and then every
 // block adds all slices of its part of the tile, out of the others' shared memory.
 //
-// Where rows are many, the PEERS blocks of a cluster work at the same rows of w, below one another:
-// each fetches its part of them for all, so that less is asked of L2.
-//
-// N >= 16, K a multiple of 64. -D: CONSUMERS (1, 2), STAGES, SPLIT (1, 4, 8), PEERS (1, 2; with SPLIT
-// 1 alone), EPILOGUE.
+// N >= 16, K a multiple of 64. -D: CONSUMERS (1, 2), STAGES, SPLIT (1, 4, 8), EPILOGUE.
 #include "hopper.cuh"
 #include "linear.cuh"
 
@@ -30,7 +26,7 @@
 #define SUMS (SPLIT == 1 ? 0 : OWN_SLICES * ROWS * SUM_STRIDE * 4)
 #define RING (STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS)   // sums follow where operands were
 
-ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 1)
+ENTRY void CLUSTER(SPLIT) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 1)
     linear_wgmma(const void* x_map, const void* w_map, const elem* __restrict__ bias,
                  const elem* residual, void* out, int M, int N, int K) {
   DYNAMIC_SHARED(memory);
@@ -41,11 +37,9 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
 
   let_next_start();
   const int half = N / PAIR;                 // output columns
-  // A tile stands here for those of all peers; rows beyond the last are computed and not stored.
-  const int down = (M + ROWS * PEERS - 1) / (ROWS * PEERS), across = (half + COLUMNS - 1) / COLUMNS;
+  const int down = (M + ROWS - 1) / ROWS, across = (half + COLUMNS - 1) / COLUMNS;
   const int tiles = down * across;
-  const int rank = blockIdx.x % SPLIT, peer = blockIdx.x % PEERS;
-  const int start = blockIdx.x / (SPLIT * PEERS), stride = gridDim.x / (SPLIT * PEERS);
+  const int rank = blockIdx.x % SPLIT, start = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
   // Each slice has two chunks at least, so that what is under way depends on nothing but the place in
   // the program; those that k is too short for are zeros, from beyond the matrix.
   const int real = K / 64, chunks = max(real, 2 * SLICES);
@@ -61,17 +55,16 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
     const int band = tile / (BAND * down), in = tile % (BAND * down);
     const int width = min(across - band * BAND, BAND);
     column = (band * BAND + in % width) * COLUMNS;
-    row = (in / width * PEERS + peer) * ROWS;
+    row = in / width * ROWS;
   };
   if (tid == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + i, 1);
-      barrier_init(empty + i, CONSUMERS * 4 * PEERS);
+      barrier_init(empty + i, CONSUMERS * 4);
     }
     barrier_init_done();
   }
-  if (PEERS > 1) cluster_meet();
-  else BARRIER_BLOCK();
+  BARRIER_BLOCK();
 
   if (warp >= CONSUMERS * 4) {
     if (CONSUMERS == 2) give_registers<40>();
@@ -82,15 +75,9 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
     auto fetch_w = [&](int slot, int column, int k) {
       unsigned char* to = ring + slot * STAGE + ROWS * ROW_BYTES;
       barrier_expect(full + slot, STAGE);
-#if PEERS > 1
-      // Of 128 rows every peer fetches 64; what it fetches and what the others do comes to all.
-      const int from = EPILOGUE == GATED ? peer * half + column : column + peer * 64;
-      copy_tile_to_all<PEERS>(to + peer * 64 * ROW_BYTES, w_map, k, from, full + slot);
-#else
       copy_tile(to, w_map, k, column, full + slot);
       if (EPILOGUE == GATED)
         copy_tile(to + FEATURES / 2 * ROW_BYTES, w_map, k, half + column, full + slot);
-#endif
     };
     int row, column, slot = 0, phase = 1;
     // w needs nothing that another kernel makes.
@@ -135,8 +122,7 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
     if (++slot == STAGES) slot = 0, phase ^= 1;
   };
   auto leave = [&] {
-    if (PEERS == 1 && lane == 0) barrier_arrive(empty + oldest);
-    if (PEERS > 1 && lane < PEERS) barrier_arrive_at(empty + oldest, lane);
+    if (lane == 0) barrier_arrive(empty + oldest);
     if (++oldest == STAGES) oldest = 0;
   };
   // All chunks of a slice but the first, with one under way before and after. The last stands by
@@ -322,6 +308,5 @@ ENTRY void CLUSTER(SPLIT * PEERS) __launch_bounds__(CONSUMERS == 1 ? 160 : 384, 
     finish(row, column);
   }
   product_wait<0>();
-  if (PEERS > 1) cluster_meet();   // nobody leaves while others fetch for it, or arrive at its barriers
 #endif
 }

@@ -19,14 +19,12 @@ class WgmmaTile:
     """What thread blocks multiply at a time; it changes no bit.
 
     64 ``consumers`` rows of x with 128 rows of w. The eight slices of k of a tile are split over
-    a cluster of ``split`` blocks: 1, 4 or 8. ``peers``: blocks of a cluster, 1 or 2, that fetch the
-    same rows of w once for all, each with its own rows of x; not along with ``split``.
+    a cluster of ``split`` blocks: 1, 4 or 8.
     """
 
     consumers: int
     stages: int
     split: int = 1
-    peers: int = 1
 
     @property
     def rows(self) -> int:
@@ -42,12 +40,7 @@ class WgmmaTile:
     @property
     def defines(self) -> dict[str, int]:
         """Those of the kernel's that say how the work is cut."""
-        return {
-            "CONSUMERS": self.consumers,
-            "STAGES": self.stages,
-            "SPLIT": self.split,
-            "PEERS": self.peers,
-        }
+        return {"CONSUMERS": self.consumers, "STAGES": self.stages, "SPLIT": self.split}
 
 
 def shared_bytes(tile: WgmmaTile) -> int:
@@ -131,17 +124,12 @@ class WgmmaLinear:
             "linear_wgmma", "linear_wgmma", defines, threads=tile.threads,
             shared=shared_bytes(tile),
         )  # fmt: skip
-        across = -(-n // FEATURES) if not gated else -(-n // 2 // (FEATURES // 2))
-        blocks = tile.split * tile.peers  # of a cluster
-        clusters = -(-rows // (tile.rows * tile.peers)) * across
-        if tile.split == 1:
-            clusters = min(clusters, processors // blocks)
-        halves = gated or tile.peers > 1
+        tiles = -(-rows // tile.rows) * _across(n)
         kernel.launch(
-            (clusters * blocks,),
+            (min(tiles, processors) if tile.split == 1 else tiles * tile.split,),
             (
                 compiler.tile_map(x, tile.rows),
-                compiler.tile_map(w, FEATURES // 2 if halves else FEATURES),
+                compiler.tile_map(w, FEATURES // 2 if gated else FEATURES),
                 bias, residual, out, rows, n, k,
             ),
             overlap=overlap,

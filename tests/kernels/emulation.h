@@ -53,8 +53,8 @@ static Fiber* fibers[MOST_THREADS];
 static jmp_buf scheduler;
 static int current, started;
 // Blocks of a cluster run together; block b's threads are the fibers from b * blockDim.x on.
-#ifdef PEERS
-const int CLUSTER_BLOCKS = SPLIT * PEERS;
+#ifdef SPLIT
+const int CLUSTER_BLOCKS = SPLIT;
 #else
 const int CLUSTER_BLOCKS = 1;
 #endif
@@ -321,11 +321,6 @@ static void barrier_arrive(u64_* barrier) {
   --((Phase*)barrier)->left;
   barrier_turn(barrier);
 }
-// What is at the same place of another block's shared memory.
-template <typename V> static V* of_block(V* own, int rank) {
-  return (V*)(shared_memories[rank] + ((const unsigned char*)own - shared_memories[own_block()]));
-}
-static void barrier_arrive_at(u64_* barrier, int rank) { barrier_arrive(of_block(barrier, rank)); }
 static void barrier_expect(u64_* barrier, int bytes) {
   ((Phase*)barrier)->bytes += bytes;
   barrier_arrive(barrier);
@@ -352,10 +347,6 @@ static void copy_tile(void* to, const void* map, int column, int row, u64_* barr
   if (!late_copies) return land(f);
   if (flying == MOST_FLIGHTS) abort();
   flights[flying++] = f;
-}
-template <int SIZE> static void copy_tile_to_all(void* to, const void* map, int column, int row, u64_* barrier) {
-  for (int i = 0; i < SIZE; ++i)
-    copy_tile(of_block((unsigned char*)to, i), map, column, row, of_block(barrier, i));
 }
 
 static void finish(const Multiplied& m) {
@@ -392,7 +383,8 @@ static void cluster_meet() {
   ++cluster_barrier.generation;
 }
 static float4 load_remote(const float4* own, int rank) {
-  return *of_block(own, rank);
+  const size_t offset = (const unsigned char*)own - shared_memories[own_block()];
+  return *(const float4*)(shared_memories[rank] + offset);
 }
 template <int COUNT> static void some_meet() { arrive(some_barriers[own_block()], COUNT); }
 static void show_to_products() {}
