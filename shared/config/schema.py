@@ -69,7 +69,6 @@ class ModelConfig(Checked):
         None, help="longest sequence in tokens; none takes the model's own context", low=2
     )
     max_sequences: int = setting(256, help="most live sequences", low=1)
-    numerics: str = setting("auto", help="numeric path", choices=("auto", "exact", "fast"))
     threads: int | None = setting(None, help="CPU threads of the model; none: shared out", low=1)
     runner: str = setting(
         "auto", help="implementation of the forward", choices=("auto", "generic", "llama", "cpu")

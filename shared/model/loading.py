@@ -158,8 +158,7 @@ def _cuda_runner(
 ) -> Runner:
     from outrider.shared.model.cuda.runner import CudaRunner
 
-    exact = config.numerics != "fast"
-    runner = CudaRunner(model, facts, storage, max_k=config.max_k, exact=exact)
+    runner = CudaRunner(model, facts, storage, max_k=config.max_k)
     for choice in runner.choices:
         log.info("operation %s", choice)
     runner.warm_up(progress)

@@ -61,7 +61,7 @@ def _round(entry: dict[str, Any]) -> str:
 
 
 def _operations(figures: dict[str, Any], name: str) -> Any:
-    parts = figures["parts"]
+    parts = [part for part in figures["parts"] if part.get("sequences", 1) == 1]
     figure, axes = drawing.panels(
         f"Operations of one step, one row: {name}",
         _note(figures),

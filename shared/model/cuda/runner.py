@@ -66,19 +66,17 @@ class CudaRunner(LlamaRunner):
         storage: Storage,
         *,
         max_k: int,
-        exact: bool = True,
         tuning: Tuning | None = None,
         calls: dict[str, Call] | None = None,
         graphs: bool = True,
     ) -> None:
         """Takes over the weights of ``model``.
 
-        ``max_k``: most tokens of a proposal. ``exact`` False lets spans of more than 64 rows
-        take the library's matrix products: a prompt is taken in faster, and its KV then
-        depends on how it was cut. ``calls``: instead of the best operations that work here.
+        ``max_k``: most tokens of a proposal. ``calls``: instead of the best operations that work
+        here.
         """
         super().__init__(model, facts, storage)
-        self._exact, self._max_k = exact, max_k
+        self._max_k = max_k
         self.choices: list[Choice] = []
         if calls is None:
             calls, self.choices = resolve_all(Tools(storage.device), storage.dtype)
@@ -118,9 +116,6 @@ class CudaRunner(LlamaRunner):
     # -- forwards ----------------------------------------------------------------------------
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
-        long = not self._exact and any(len(span.tokens) > FEW_LINEAR_ROWS for span in spans)
-        if long:
-            return super()._forward(spans)
         parts: list[Tensor] = []
         order: list[tuple[int, int]] = []
         with self._on_device():

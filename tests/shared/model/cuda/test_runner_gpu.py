@@ -59,15 +59,6 @@ def logits_of(own: Runner, tokens: list[int], pieces: list[int]) -> torch.Tensor
     return torch.cat(rows)
 
 
-@torch.inference_mode()
-def test_long_spans_may_take_the_librarys_products() -> None:
-    tokens = torch.randint(0, VOCAB, (200,)).tolist()
-    expected = model("Llama", torch.bfloat16)(torch.tensor([tokens], device="cuda")).logits[0]
-    own = runner(model("Llama", torch.bfloat16), numerics="fast")
-    found = logits_of(own, tokens, [150, 50])
-    assert float((found - expected.float()).norm() / expected.float().norm()) < 0.02
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("family", "changes"),
