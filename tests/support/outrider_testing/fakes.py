@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from outrider.draft_service import service as draft_service
@@ -115,6 +116,8 @@ class _Held:
 
 
 class _Session:
+    engine = SimpleNamespace(runner=None)  # no device that takes turns by itself
+
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
         self.held: dict[int, _Held] = {}
