@@ -34,15 +34,20 @@ class VerifyLane:
         """Tokens of the log that are final."""
         return self.base_len + len(self.append)
 
+    def ends(self, accepted: int, token: int, proposal: Sequence[int]) -> bool:
+        """Whether the sequence comes to its end with so many of a proposal, and ``token``."""
+        return (
+            self.committed_len + accepted + 1 >= self.limit
+            or token in self.stops
+            or not self.stops.isdisjoint(proposal[:accepted])
+        )
+
     def judged(self, verdict: Verdict, proposal: Sequence[int]) -> bool:
         """Goes on from the verdict; whether the sequence has come to its end."""
         assert verdict.next_token is not None
+        over = self.ends(verdict.num_accepted, verdict.next_token, proposal)
         self.base_len, self.append = verdict.committed_len - 1, (verdict.next_token,)
-        return (
-            verdict.committed_len >= self.limit
-            or verdict.next_token in self.stops
-            or not self.stops.isdisjoint(proposal[: verdict.num_accepted])
-        )
+        return over
 
 
 class VerifyRounds:

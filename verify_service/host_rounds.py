@@ -79,10 +79,7 @@ class VerifyTaker(ABC):
         """Whether a turn that found (accepted, next token) is plainly the last one, before anything
         of it is in the books."""
         return self._control.ending or any(
-            token < 0
-            or lane.committed_len + accepted + 1 >= lane.limit
-            or token in lane.stops
-            or not lane.stops.isdisjoint(proposal[:accepted])
+            token < 0 or lane.ends(accepted, token, proposal)
             for (accepted, token), proposal, lane in zip(
                 found, proposals, self._rounds.lanes, strict=True
             )

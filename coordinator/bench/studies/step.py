@@ -21,6 +21,7 @@ from outrider.coordinator.bench.studies.step_prompts import (
     PromptFigure,
     measure_prompts,
     product_speed,
+    prompt,
     sizes,
     table,
 )
@@ -143,12 +144,11 @@ class _StepRounds:
         from outrider.shared.model.runner import Span
 
         self._runner, self._span, self._greedy = runner, Span, Decoding()
-        vocabulary = runner.facts.vocab_size
         self._extents = [runner.arena.admit(context + room) for _ in range(count)]
-        prompt = [(7919 * i + 13) % vocabulary for i in range(context)]
+        tokens = prompt(context, runner.facts.vocab_size)
         self._last = [1] * count
         for extent in self._extents:
-            runner.forward([Span(extent, 0, prompt, 0)])
+            runner.forward([Span(extent, 0, tokens, 0)])
 
     def decode(self, steps: int) -> float:
         """Median seconds of a step of one row a sequence, positions moving on."""

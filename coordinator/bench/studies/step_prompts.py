@@ -81,18 +81,19 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / _median(lambda: a @ b, device)
 
 
-def _prompt(rows: int, vocabulary: int) -> list[int]:
+def prompt(rows: int, vocabulary: int) -> list[int]:
+    """Token ids that do not repeat soon, always the same."""
     return [(7919 * i + 13) % vocabulary for i in range(rows)]
 
 
 def _own(runner: Any, count: int, rows: int) -> Callable[[], None]:
     from outrider.shared.model.runner import Span
 
-    prompt = _prompt(rows, runner.facts.vocab_size)
+    tokens = prompt(rows, runner.facts.vocab_size)
 
     def run() -> None:
         extents = [runner.arena.admit(rows + 1) for _ in range(count)]
-        runner.forward([Span(extent, 0, prompt, 1) for extent in extents]).argmax(-1).tolist()
+        runner.forward([Span(extent, 0, tokens, 1) for extent in extents]).argmax(-1).tolist()
         runner.finish()
         for extent in extents:
             runner.arena.free(extent)
@@ -103,7 +104,7 @@ def _own(runner: Any, count: int, rows: int) -> Callable[[], None]:
 def _peer(model: Any, count: int, rows: int) -> Callable[[], None]:
     import torch
 
-    ids = torch.tensor([_prompt(rows, model.config.vocab_size)] * count, device=model.device)
+    ids = torch.tensor([prompt(rows, model.config.vocab_size)] * count, device=model.device)
 
     def run() -> None:
         model(ids, logits_to_keep=1).logits.argmax(-1).tolist()
