@@ -72,8 +72,9 @@ class RoundRunner:
         verdicts = await self._verify(plan, proposals, prepared, meanwhile, traceparent)
         outcome = self._commit.apply(verdicts, started_ns)
         done = DoneRound(
-            number, traceparent, plan, ks, proposals, verdicts, started_ns, self._clock(), waiting
-        )
+            number, traceparent, plan, ks, proposals, verdicts, started_ns, self._clock(), waiting,
+            self._speculation.choice,
+        )  # fmt: skip
         self._commit.account(done)
         self._reflect()  # where the verifier was lost before anybody had time to
         self._last = done
@@ -251,7 +252,7 @@ class RoundRunner:
             self._observer.follow(self._round, _request_ids(run.plan), traceparent)
         return DoneRound(
             self._round, traceparent, run.plan, run.ks, told.proposals, told.verdicts,
-            told.started_ns, told.finished_ns, waiting, run.grant.link,
+            told.started_ns, told.finished_ns, waiting, self._speculation.choice, run.grant.link,
         )  # fmt: skip
 
     # --- parts -------------------------------------------------------------------------------

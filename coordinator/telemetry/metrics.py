@@ -56,12 +56,14 @@ class Metering:
         self._up: dict[str, bool] = {}
         # Of each round that decoded: seconds, sequences, K summed, proposed, accepted, emitted.
         self._window: deque[tuple[float, int, int, int, int, int]] = deque(maxlen=WINDOW)
+        self._last_choice: tuple[float, float] | None = None
         observe = instruments.observe
         observe("outrider.requests.running", lambda: [(self._now().running, {})])
         observe("outrider.requests.waiting", lambda: [(self._now().waiting, {})])
         observe("outrider.link.in_use", lambda: [(1, {"outrider.link": self._now().link})])
         observe("outrider.service.up", self._services)
         observe("outrider.speculation.length", lambda: self._over_window(2, 1))
+        observe("outrider.speculation.foreseen.rate", self._foreseen)
         observe("outrider.acceptance.rate", lambda: self._over_window(4, 3))
         observe("outrider.accepted.length.mean", lambda: self._over_window(5, 1))
         observe("outrider.ceiling.share", self._ceiling_share)
@@ -97,6 +99,8 @@ class Metering:
             self._emitted.add(accepted, "accepted")
         if proposed > accepted:
             self._wasted.add(proposed - accepted)
+        if record.k_reason:
+            self._last_choice = record.foreseen_rate, record.foreseen_plain_rate
         if decoded:
             self._window.append((parts.total, decoded, ks, proposed, accepted, emitted))
 
@@ -137,6 +141,15 @@ class Metering:
 
     def _services(self) -> Points:
         return [(int(up), {"outrider.service": name}) for name, up in self._up.items()]
+
+    def _foreseen(self) -> Points:
+        if self._last_choice is None:
+            return []
+        ways = ("chosen", "plain")
+        return [
+            (rate, {"outrider.choice": way})
+            for way, rate in zip(ways, self._last_choice, strict=True)
+        ]
 
     def _over_window(self, numerator: int, denominator: int) -> Points:
         window = tuple(self._window)

@@ -67,7 +67,7 @@ class Speculable:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenKs:
     """Ks for one batch, and what they promise."""
 
     ks: tuple[int, ...]
@@ -76,6 +76,17 @@ class Choice:
     plain: float
     """The same at K = 0."""
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What one K for all of a batch promises."""
+
+    k: int
+    draft_seconds: float
+    rest_seconds: float
+    rate: float
+    """Tokens a second of all sequences together."""
 
 
 @dataclass(slots=True)
@@ -120,7 +131,7 @@ class Speculation:
         """Whether a batch is drafted for as a whole: each sequence has a K above 0, or none has."""
         self.everyone = Everyone()
         self.costs = Costs()
-        self.choice = Choice((), 0.0, 0.0, "nothing has run")
+        self.choice = ChosenKs((), 0.0, 0.0, "has not run")
         """The choice in force."""
         self._round = 0
         self._who: list[Acceptance] = []
@@ -162,6 +173,22 @@ class Speculation:
         if who != self._who or self._round >= self._decide_at:
             self._decide(sequences, adaptive, who)
         return self._in_force(sequences)
+
+    def outlook(self) -> list[Outlook]:
+        """K = 0, 1, … for a batch of the size that ran last, with what all sequences show."""
+        count = len(self.choice.ks)
+        if not count:
+            return []
+        draft, rest = self.costs.factors(count, self.max_k)
+        chances = survival(self.everyone.rate, self.everyone.shape(self.max_k))
+        made, tokens = [], 1.0
+        for k in range(self.max_k + 1):
+            tokens += chances[k - 1] if k else 0.0
+            drafting = draft[k] * self.costs.draft_seconds(count, k)
+            others = rest[k] * self.costs.rest_seconds(count, count * (k + 1))
+            seconds = drafting + others
+            made.append(Outlook(k, drafting, others, count * tokens / seconds if seconds else 0.0))
+        return made
 
     def observe(
         self, batch: int, drafted: int, k: int, rows: int, draft: float, rest: float
@@ -218,7 +245,7 @@ class Speculation:
             ks, rate, why = self._unsure(batch, plain)
         if not any(ks) and self._probes(sequences, batch, plain):
             return
-        self._put(Choice(ks, rate, plain, why), who)
+        self._put(ChosenKs(ks, rate, plain, why), who)
 
     def _unsure(self, batch: _Batch, plain: float) -> tuple[tuple[int, ...], float, str]:
         """What to do where speculation seems not to pay: go on while that may be bad luck."""
@@ -234,7 +261,7 @@ class Speculation:
             return ks, rate, "may pay"
         return self._nothing(batch), plain, "does not pay"
 
-    def _put(self, choice: Choice, who: list[Acceptance]) -> None:
+    def _put(self, choice: ChosenKs, who: list[Acceptance]) -> None:
         self.choice = choice
         self._settled = {id(one) for one in who}
         self._drafted = {id(one) for one, k in zip(who, choice.ks, strict=True) if k}
@@ -377,5 +404,5 @@ class Speculation:
         self._probing = rounds - 1
         self._decide_at = self._round + rounds
         self._hold = 1
-        self._put(Choice(tuple(ks), rate, plain, "a probe"), self._who)
+        self._put(ChosenKs(tuple(ks), rate, plain, "is probed"), self._who)
         return True
