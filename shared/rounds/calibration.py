@@ -36,7 +36,7 @@ SIZE_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrialPlan:
     """What to time: ``sizes`` are (sequences, amount), the most telling first."""
 
     sizes: tuple[tuple[int, int], ...]
@@ -46,13 +46,13 @@ class Plan:
     """Of each sequence."""
 
 
-def plan_for(engine: Engine[Any, Any]) -> Plan:
+def plan_for(engine: Engine[Any, Any]) -> TrialPlan:
     """What is worth timing, as far as context and arena have room for it."""
     amounts, runner = engine.trial_amounts, engine.runner
     ahead = max(amounts, default=0)
     prompt = min(PROMPT, runner.places(PROMPT) - ahead)
     if prompt < 1:
-        return Plan((), 0, 0)
+        return TrialPlan((), 0, 0)
     most = runner.arena.room(prompt + ahead)
     counts = [count for count in SEQUENCES if count <= most]
     sizes = [(count, amount) for count in counts for amount in amounts[:2]]
@@ -62,12 +62,12 @@ def plan_for(engine: Engine[Any, Any]) -> Plan:
         for count in counts
         if count <= FEW or amount <= MODEST
     ]
-    return Plan(tuple(sizes), prompt, prompt + ahead)
+    return TrialPlan(tuple(sizes), prompt, prompt + ahead)
 
 
 def calibrate(
     engine: Engine[Any, Any],
-    plan: Plan,
+    plan: TrialPlan,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[CostPoint]:
@@ -90,7 +90,7 @@ class _Trials:
     def __init__(
         self,
         session: Session[Any, Any],
-        plan: Plan,
+        plan: TrialPlan,
         seconds: float,
         clock: Callable[[], float],
     ) -> None:

@@ -13,12 +13,12 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import OutriderError
 from outrider.shared.core.types import CostPoint, OpenSequence, Refusal, RoundResult
 from outrider.shared.kv.arena import Arena, PoolPlan
-from outrider.shared.rounds.calibration import PROMPT, REPEATS, Plan, calibrate, plan_for
+from outrider.shared.rounds.calibration import PROMPT, REPEATS, TrialPlan, calibrate, plan_for
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
 
 VERIFY = (1, 5, 2, 9, 3, 7, 4)
-PLAN = Plan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 2)), prompt=16, capacity=25)
+PLAN = TrialPlan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 2)), prompt=16, capacity=25)
 Took = Callable[[int, int], float]
 """Seconds of a round of so many sequences and this amount; 0: a prompt is taken in."""
 
@@ -79,7 +79,7 @@ def fake(took: Took, **changes: Any) -> Any:
     return FakeEngine(took, **changes)
 
 
-def timed(engine: Any, plan: Plan, seconds: float = 2.0) -> list[CostPoint]:
+def timed(engine: Any, plan: TrialPlan, seconds: float = 2.0) -> list[CostPoint]:
     return calibrate(engine, plan, seconds, engine.clock)
 
 
@@ -130,7 +130,7 @@ def test_calibrate_takes_the_median_and_leaves_slow_calls_out() -> None:
         return 1e-3 * (40 if calls <= 2 else 30 if calls == 4 else 10 * count * amount)
 
     engine = fake(took, slow_calls=2)
-    points = timed(engine, Plan(((1, 1), (2, 1)), 16, 25), seconds=60.0)
+    points = timed(engine, TrialPlan(((1, 1), (2, 1)), 16, 25), seconds=60.0)
     assert table(points) == pytest.approx({(1, 1): 0.010, (2, 1): 0.020})
     assert engine.rounds.count((1, 1)) == 2 + REPEATS
 
@@ -139,7 +139,7 @@ def test_calibrate_times_slow_rounds_less_often() -> None:
     repeats = {}
     for seconds in (0.001, 0.015, 0.030, 0.100):
         engine = fake(lambda count, amount, seconds=seconds: seconds * (amount > 0))
-        timed(engine, Plan(((1, 1),), 16, 25))
+        timed(engine, TrialPlan(((1, 1),), 16, 25))
         repeats[seconds] = engine.rounds.count((1, 1)) - 1
     assert repeats == {0.001: 5, 0.015: 3, 0.030: 2, 0.100: 1}
 
@@ -171,7 +171,7 @@ def test_calibrate_goes_on_with_what_is_small_where_something_large_has_no_time(
 
 
 def test_calibrate_keeps_prompts_short_where_they_take_long() -> None:
-    one = Plan(((1, 1),), prompt=16, capacity=25)
+    one = TrialPlan(((1, 1),), prompt=16, capacity=25)
     fast, slow = fake(lambda count, amount: 1e-3), fake(lambda count, amount: 0.11)
     timed(fast, one)
     timed(slow, one)
