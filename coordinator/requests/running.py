@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from outrider.coordinator.requests.acceptance_rate import Acceptance
+from outrider.coordinator.requests.acceptance_rate import Acceptance, Everyone
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.detokenize import Decoder
@@ -24,9 +24,9 @@ class Job:
         decoder: Decoder | None,
         ids: Iterator[int],
         arrived_ns: int,
-        acceptance: Acceptance,
+        everyone: Everyone,
     ) -> None:
-        """``ids`` gives sequence ids; ``acceptance`` is where new sequences' estimates start."""
+        """``ids`` gives sequence ids; ``everyone``: what new sequences lean on."""
         self.request = request
         self.changed = asyncio.Event()
         """Set when there may be something to drain."""
@@ -43,7 +43,7 @@ class Job:
                     sample_index=index,
                     decoding=request.sample_decoding(index),
                     output=self._output(decoder),
-                    acceptance=Acceptance(acceptance),
+                    acceptance=Acceptance(everyone),
                     statistics=Statistics(arrived_ns),
                     parent=self.samples[0] if index else None,
                 )

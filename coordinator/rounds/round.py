@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.commit import Commit, Outcome
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.rounds.controller.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.recording import DoneRound, round_record
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Prepared, Verdicts, Verifying
@@ -117,9 +117,15 @@ class RoundRunner:
         if not decode:
             return []
         near = drafting.near(decode) if drafting.available and not drafting.busy else set()
+        self._speculation.together = self._granted.by_device
         return self._speculation.choose(
             [
-                Speculable(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k)
+                Speculable(
+                    seq.acceptance,
+                    seq.max_k if seq in near else 0,
+                    seq.request.k,
+                    seq.output.emitted,
+                )
                 for seq in decode
             ]
         )
@@ -148,13 +154,14 @@ class RoundRunner:
         return [
             seq
             for seq in dict.fromkeys([*parents, *plan.held, *sequences])
-            if seq.started and seq.output.finish is None and wanted(seq.request.k)
+            if seq.started and seq.output.finish is None and wanted(seq.request.k, seq.acceptance)
         ]
 
     def _others_wait(self, plan: RoundPlan[Sequence]) -> bool:
         """Whether what the draft takes in meanwhile delays proposals for others."""
         wanted = self._speculation.wanted
-        return any(wanted(seq.request.k) for seq in self._drafting.near(plan.decode))
+        near = self._drafting.near(plan.decode)
+        return any(wanted(seq.request.k, seq.acceptance) for seq in near)
 
     # --- VERIFY ------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from outrider.coordinator.requests.sequence import ServiceState
-from outrider.coordinator.rounds.costs import ALONE, START_ROWS, PromptBudget
 from outrider.coordinator.rounds.draft_messages import DraftGrant
 from outrider.coordinator.rounds.drafting import LAG, Drafting
+from outrider.coordinator.rounds.prompt_budget import ALONE, START_ROWS, PromptBudget
 from outrider.protos import speculation_pb2 as pb
 
 
