@@ -75,8 +75,8 @@ def calibrate(
     """Times rounds of an engine that serves nobody yet; each time is the median of a few.
 
     What would not be done ``seconds`` from now is left out, as far as that can be foreseen; the
-    first size never is. So is a size of which no other amount was timed, where others were. The arena is as before afterwards. Raises ``OutriderError`` where a
-    sequence or a round is refused.
+    first size never is. So is a size of which no other amount was timed, where others were. The
+    arena is as before afterwards. Raises ``OutriderError`` where a sequence or a round is refused.
     """
     session = engine.connect()
     try:
