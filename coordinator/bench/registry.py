@@ -15,6 +15,7 @@ STUDIES = {
         "studies.step.study",
         "step times of one model process, with the share of the ceiling",
     ),
+    "adaptive": ("studies.adaptive", "the choice of K against every fixed K, at any load"),
     "links": ("studies.links", "rounds over grpc and shared memory, against one process"),
     "timeline": ("studies.timeline", "who works when, draft and base, over each link"),
     "arena": ("studies.arena", "rollback, admission and append against transformers' caches"),

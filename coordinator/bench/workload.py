@@ -50,11 +50,20 @@ class Run:
     verify_seconds: float = 0.0
     overhead_seconds: float = 0.0
     first_token_seconds: list[float] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """When token ids came, by ``time.perf_counter``, and how many."""
+    ends: list[float] = field(default_factory=list)
+    """When each request was done."""
     outputs: list[tuple[int, ...]] = field(default_factory=list)
 
     def speed(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    def decode_speed(self) -> float:
+        """Tokens per second while all requests decode: from the first token to the first end."""
+        begin, end = min(at for at, _ in self.arrivals), min(self.ends)
+        return sum(count for at, count in self.arrivals if begin < at <= end) / (end - begin)
 
 
 class Peer(Protocol):
@@ -173,6 +182,7 @@ async def _generate(
                 first = time.perf_counter() - start
                 run.first_token_seconds.append(first)
             tokens.extend(message.delta.token_ids)
+            run.arrivals.append((time.perf_counter(), len(message.delta.token_ids)))
         elif event == "finished":
             stats = message.finished.speculation
             run.tokens += message.finished.usage.completion_tokens
@@ -184,6 +194,7 @@ async def _generate(
             run.draft_seconds += stats.seconds.draft
             run.verify_seconds += stats.seconds.verify
             run.overhead_seconds += stats.seconds.overhead
+            run.ends.append(time.perf_counter())
     return tuple(tokens)
 
 
