@@ -11,7 +11,10 @@ from outrider.shared.config.schema import Config
 
 STUDIES = {
     "plant": ("models.plant", "make a checkpoint of any true size with known acceptance"),
-    "step": ("studies.step", "step times of one model process, with the share of the ceiling"),
+    "step": (
+        "studies.step.study",
+        "step times of one model process, with the share of the ceiling",
+    ),
     "links": ("studies.links", "rounds over grpc and shared memory, against one process"),
     "timeline": ("studies.timeline", "who works when, draft and base, over each link"),
     "arena": ("studies.arena", "rollback, admission and append against transformers' caches"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -74,8 +75,8 @@ def calibrate(
     """Times rounds of an engine that serves nobody yet; each time is the median of a few.
 
     What would not be done ``seconds`` from now is left out, as far as that can be foreseen; the
-    first size never is. The arena is as before afterwards. Raises ``OutriderError`` where a
-    sequence or a round is refused.
+    first size never is. So is a size of which no other amount was timed, where others were. The
+    arena is as before afterwards. Raises ``OutriderError`` where a sequence or a round is refused.
     """
     session = engine.connect()
     try:
@@ -116,7 +117,10 @@ class _Trials:
                 continue
             self._open(count)
             self._timed[count, amount] = self._time(count, amount)
-        return [CostPoint(*size, _smoothed(self._timed, *size)) for size in self._timed]
+        # One amount alone says nothing of how the time grows with it; other sequences' times do.
+        amounts = Counter(count for count, _ in self._timed)
+        telling = [size for size in self._timed if amounts[size[0]] > 1] or self._timed
+        return [CostPoint(*size, _smoothed(self._timed, *size)) for size in telling]
 
     def _foreseen(self, count: int, amount: int) -> float:
         """Seconds at most until a size has been timed once."""

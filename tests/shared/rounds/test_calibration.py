@@ -18,7 +18,7 @@ from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
 
 VERIFY = (1, 5, 2, 9, 3, 7, 4)
-PLAN = TrialPlan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 2)), prompt=16, capacity=25)
+PLAN = TrialPlan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 1), (2, 2)), prompt=16, capacity=25)
 Took = Callable[[int, int], float]
 """Seconds of a round of so many sequences and this amount; 0: a prompt is taken in."""
 
@@ -167,7 +167,16 @@ def test_calibrate_ends_in_time_with_what_tells_most(cost: float) -> None:
 
 def test_calibrate_goes_on_with_what_is_small_where_something_large_has_no_time() -> None:
     engine = fake(lambda count, amount: 0.1 if count == 1 else 0.6 * count / 8)
-    assert list(table(timed(engine, PLAN))) == [(1, 1), (1, 5), (2, 2)]
+    assert list(table(timed(engine, PLAN, seconds=2.4))) == [(1, 1), (1, 5), (2, 1), (2, 2)]
+
+
+def test_calibrate_tells_of_no_size_whose_growth_is_not_known() -> None:
+    engine = fake(lambda count, amount: count * (0.05 * amount if amount else 0.01))
+    # There is time for (8, 1) and (2, 1), and not for (8, 5) and (2, 2).
+    assert list(table(timed(engine, PLAN))) == [(1, 1), (1, 5)]
+    assert {(8, 1), (2, 1)} < set(engine.rounds)
+    alone = fake(lambda count, amount: 1e-3, amounts=(1,))
+    assert list(table(timed(alone, TrialPlan(((1, 1), (8, 1)), 16, 25)))) == [(1, 1), (8, 1)]
 
 
 def test_calibrate_keeps_prompts_short_where_they_take_long() -> None:
@@ -186,7 +195,7 @@ def test_calibrate_a_smaller_round_takes_no_longer_than_a_larger_one() -> None:
     points = timed(fake(took), PLAN, seconds=30.0)
     # Something held each of its rounds up; nothing larger than (8, 5) tells of (8, 5).
     assert table(points) == pytest.approx(
-        {(1, 1): 0.001, (1, 5): 0.005, (8, 1): 0.008, (8, 5): 0.040, (2, 2): 0.030}
+        {(1, 1): 0.001, (1, 5): 0.005, (8, 1): 0.008, (8, 5): 0.040, (2, 1): 0.002, (2, 2): 0.030}
     )
     points = timed(fake(lambda n, a: took(n, a) if n < 8 else 0.002 * a), PLAN, seconds=30.0)
     assert table(points)[2, 2] == pytest.approx(0.010)
