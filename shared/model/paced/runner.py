@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,7 +38,7 @@ _NONE = -1
 """In the place of a token before the first one."""
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = (np.uint64(30), np.uint64(27))
-_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 class PacedRunner(Runner):
@@ -132,52 +132,57 @@ class PacedRunner(Runner):
 
     def _chosen(self, spans: Sequence[Span]) -> Ids:
         """Writes the rows; returns what follows the wanted ones."""
-        tails, positions, shares = [], [], []
-        for span in spans:
-            self._write(span)
-            if not span.wanted:
-                continue
-            first = span.end - span.wanted
-            before = self._read(span.extent, max(0, first - TAIL + 1), span.end)
-            lacking = span.wanted + TAIL - 1 - len(before)
-            tails.append(sliding_window_view(np.concatenate([[_NONE] * lacking, before]), TAIL))
-            positions.append(np.arange(first + 1, span.end + 1))
-            (begin,) = self._read(span.extent, 0, 1)
-            shares.append(np.full(span.wanted, self._shares[begin % len(self._shares)]))
-        if not tails:
-            return np.empty(0, np.int64)
-        return self._following(*map(np.concatenate, (tails, positions, shares)))
+        rows = np.array([len(span.tokens) for span in spans])
+        wanted = np.array([span.wanted for span in spans])
+        ends = np.array([span.end for span in spans])
+        places = np.array([_place(span.extent) for span in spans])
+        self._tokens[_slots(_last(rows, ends), np.repeat(places, rows, 0))] = [
+            token for span in spans for token in span.tokens
+        ]
+        places = np.repeat(places, wanted, 0)
+        positions = _last(wanted, ends)
+        tails = [
+            np.where(at < 0, _NONE, self._tokens[_slots(np.maximum(at, 0), places)])
+            for at in (positions - back for back in range(TAIL))
+        ]
+        first = self._tokens[_slots(np.zeros_like(positions), places)].astype(np.int64)
+        return self._following([positions, *tails], self._shares[first % len(self._shares)])
 
-    def _following(self, tails: Ids, positions: Ids, shares: NDArray[np.float64]) -> Ids:
-        """What follows each of ``tails`` [rows, TAIL] at its position."""
-        words = [positions, *tails.T]
-        own = _hashed(self._spec.seed, "base", words) % np.uint64(self._spec.vocab)
-        chance = (_hashed(self._spec.seed, "chance", words) >> np.uint64(11)) * 2.0**-53
-        other = _hashed(self._spec.seed, "other", words) % np.uint64(self._spec.vocab - 1)
-        wrong = (own + other + np.uint64(1)) % np.uint64(self._spec.vocab)
+    def _following(self, words: Sequence[NDArray[Any]], shares: NDArray[np.float64]) -> Ids:
+        """What follows where ``words`` are the place and the tokens before."""
+        vocab = np.uint64(self._spec.vocab)
+        mixed = np.full(len(words[0]), self._spec.seed, np.uint64)
+        for word in words:
+            mixed = _mixed(mixed + word.astype(np.int64).view(np.uint64) + _INCREMENT)
+        own = mixed % vocab
+        # From other numbers of the same hash, since whether it agrees may not depend on the token.
+        chance = (_mixed(mixed + _INCREMENT) >> np.uint64(11)) * 2.0**-53
+        other = _mixed(mixed - _INCREMENT) % (vocab - np.uint64(1))
+        wrong = (own + other + np.uint64(1)) % vocab
         return np.where(chance < shares, own, wrong).astype(np.int64)
 
-    def _write(self, span: Span) -> None:
-        begin = 0
-        for part in self.arena.segments(span.extent, 0, span.start, span.end):
-            self._tokens[part.slot : part.slot + part.count] = span.tokens[begin:][: part.count]
-            begin += part.count
 
-    def _read(self, extent: Extent, first: int, end: int) -> Ids:
-        """The tokens at positions ``first … end-1``."""
-        parts = self.arena.segments(extent, 0, first, end)
-        return np.concatenate(
-            [self._tokens[part.slot : part.slot + part.count] for part in parts]
-        ).astype(np.int64)
+def _place(extent: Extent) -> tuple[int, int, int]:
+    """How many positions are the parent's, and the slots of position 0 there and here."""
+    prefix, parent = extent.prefix_len, extent.parent
+    return prefix, 0 if parent is None else parent.start, extent.start - prefix
 
 
-def _hashed(seed: int, purpose: str, words: Sequence[Ids]) -> NDArray[np.uint64]:
-    """A number for each place in ``words``, by splitmix64."""
-    start = int.from_bytes(purpose.encode().ljust(8)) ^ seed
-    mixed = np.full(len(words[0]), start, np.uint64)
-    for word in words:
-        mixed = mixed * _MULTIPLIERS[0] + word.astype(np.uint64) + _INCREMENT
-        for shift, factor in zip(_SHIFTS, _MULTIPLIERS, strict=True):
-            mixed = (mixed ^ (mixed >> shift)) * factor
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
+def _last(counts: Ids, ends: Ids) -> Ids:
+    """The last positions before ``ends``, so many for each of them, in order."""
+    begins = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(begins - ends + counts, counts)
+
+
+def _slots(positions: Ids, places: Ids) -> Ids:
+    """Where they live, by ``_place`` of each."""
+    prefix, parent, own = places.T
+    slots: Ids = positions + np.where(positions < prefix, parent, own)
+    return slots
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The last steps of splitmix64."""
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=True):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return numbers ^ (numbers >> np.uint64(31))
