@@ -20,7 +20,7 @@ def draw(figures: dict[str, Any]) -> dict[str, Any]:
         f"{figures['max_new_tokens']} new tokens, median of {figures['repeats']} repeats",
     )
     figure, (best, alone) = drawing.panels(
-        "K chosen by the coordinator, from its first token on", note, 2, head=0.95
+        "K chosen by the coordinator, from its first token on", note, 2, head=0.62
     )
     agreements = list(dict.fromkeys(one["agreement"] for one in points))
     counts = sorted({one["sequences"] for one in points})

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--agreements",
         type=_mixes,
-        help="of a paced draft: shares of tokens that are the base's; those of a mix are joined "
-        "by / (default: 0.2,0.5,0.8,0.95,0.2/0.95)",
+        help="of a paced draft: shares of tokens that are the base's; sequences take those of a "
+        "mix, joined by /, in turn (default: 0.2,0.5,0.8,0.95,0.2/0.95)",
     )
     parser.add_argument(
         "--ks", type=_numbers, default=[1, 2, 3, 4, 6, 8], help="default: 1,2,3,4,6,8"
@@ -82,17 +82,21 @@ def run(args: argparse.Namespace, config: Config) -> int:
         config = _agreeing(config, shares)
     elif args.agreements:
         raise ConfigError("--agreements: base and draft must be paced models, see --base paced:…")
+    loads = [
+        (mix, count) for mix in mixes for count in args.sequences if count >= len(mix or (None,))
+    ]
+    if not loads:
+        raise ConfigError("--sequences: fewer than each mix of --agreements has members")
     with (
         cuda_mps.daemon(args.cuda_mps) as environment,
         deployments(config, {}, log=_log(args), environment=environment) as deployed,
     ):
         points = []
-        for mix in mixes:
-            for count in args.sequences:
-                workload = _workload(args, count, mix, shares)
-                runs, info = asyncio.run(_measure(args, deployed, workload))
-                points.append(point(mix, count, runs))
-                print(table({"points": points[-1:]}).splitlines()[-1], file=sys.stderr)
+        for mix, count in loads:
+            workload = _workload(args, count, mix, shares)
+            runs, info = asyncio.run(_measure(args, deployed, workload))
+            points.append(point(mix, count, runs))
+            print(table({"points": points[-1:]}).splitlines()[-1], file=sys.stderr)
     figures = {
         "points": points,
         "base": info.base.name,
