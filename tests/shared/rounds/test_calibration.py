@@ -165,6 +165,14 @@ def test_calibrate_ends_in_time_with_what_tells_most(cost: float) -> None:
     assert not engine.open
 
 
+def test_calibrate_begins_no_round_that_would_end_too_late() -> None:
+    for tenths in range(2, 400, 3):
+        engine = fake(lambda count, amount, cost=tenths * 1e-4: cost * (1 + 0.01 * count * amount))
+        began = engine.now
+        timed(engine, plan_for(engine))
+        assert engine.now - began <= 2.0 + 1e-9
+
+
 def test_calibrate_goes_on_with_what_is_small_where_something_large_has_no_time() -> None:
     engine = fake(lambda count, amount: 0.1 if count == 1 else 0.6 * count / 8)
     assert list(table(timed(engine, PLAN, seconds=2.4))) == [(1, 1), (1, 5), (2, 1), (2, 2)]
