@@ -194,6 +194,78 @@ class Arena:
         if extent.branches == 0:
             self._release(extent)
 
+    def trim(self, extent: Extent, length: int) -> bool:
+        """Gives back what lies behind ``length``, which becomes its capacity and valid length.
+
+        False (and nothing done) where that isn't held, where branches still read what lies
+        behind it, or where nothing of the extent's own would be left.
+        """
+        if length <= extent.prefix_len or not self.rollback(extent, length):
+            return False
+        own = length - extent.prefix_len
+        # A ring whose end has come round to its start stays as it is: positions lie where they
+        # do because of its size.
+        unturned = not self._turned(extent)
+        places = []
+        for pool, allocator, (start, size) in zip(
+            self.pools, self.allocators, extent.places, strict=True
+        ):
+            if (pool.window is None or unturned) and own < size:
+                allocator.shrink(start, own)
+                size = own
+            places.append((start, size))
+        extent.places = tuple(places)
+        extent.capacity = length
+        if unturned:
+            extent.high = length
+        return True
+
+    def receives(self, source: Extent, target: Extent, length: int) -> bool:
+        """Whether the first ``length`` positions of ``source``, copied to the same positions of
+        ``target``, which is empty, would be all that the next row there reads.
+
+        Then ``source`` holds them, and a ring of ``target`` is as large as its own or larger than
+        all that there is to copy.
+        """
+        if not 0 < length < target.capacity or not self.holds(source, length):
+            return False
+        if source.parent is not None and self.max_rows is not None:
+            return False  # what the parent's rings have lost since is not noted here
+        return not self._turned(source) or all(
+            pool.window is None or own[1] == other[1]
+            for pool, own, other in zip(self.pools, source.places, target.places, strict=True)
+        )
+
+    def first_held(self, extent: Extent, pool: int) -> int:
+        """First position whose KV is there, in this pool."""
+        if self.pools[pool].window is None:
+            return 0
+        return max(0, extent.high - extent.places[pool][1])
+
+    def received(self, source: Extent, target: Extent, length: int) -> None:
+        """What ``receives`` asks for was copied: it is valid."""
+        # Rings of one size with the same contents lack the same positions.
+        target.high = source.high if self._turned(source) else length
+        target.valid_len = length
+
+    def fits_without(self, capacity: int, extents: Sequence[Extent]) -> bool:
+        """Whether ``admit(capacity)`` would succeed if ``extents`` were freed before."""
+        return all(
+            allocator.fits_without(
+                pool.place_size(capacity), [extent.places[number][0] for extent in extents]
+            )
+            for number, (pool, allocator) in enumerate(
+                zip(self.pools, self.allocators, strict=True)
+            )
+        )
+
+    def _turned(self, extent: Extent) -> bool:
+        """Whether any ring of it has lost positions."""
+        return any(
+            pool.window is not None and extent.high - extent.prefix_len > size
+            for pool, (_, size) in zip(self.pools, extent.places, strict=True)
+        )
+
     def holds(self, extent: Extent, length: int) -> bool:
         """Whether everything a row at position ``length`` reads is still there."""
         if not extent.prefix_len <= length <= extent.valid_len:

@@ -96,14 +96,32 @@ class Storage:
             row += part.count
 
     @torch.inference_mode()
-    def copy(self, source: Extent, target: Extent) -> None:
-        """Copies all valid KV of ``source`` to ``target``, whose places have the same sizes."""
-        for keys, values, (start, size), (to, _) in zip(
-            self.keys, self.values, source.places, target.places, strict=True
-        ):
-            count = min(size, source.high)
-            for tensor in (keys, values):
-                tensor[:, to : to + count].copy_(tensor[:, start : start + count])
+    def copy(self, source: Extent, target: Extent, length: int) -> bool:
+        """Copies the KV of the first ``length`` positions of ``source`` to ``target``, which is
+        empty; they are valid there then. False, and nothing done, where ``Arena.receives`` says
+        no."""
+        arena = self.arena
+        if not arena.receives(source, target, length):
+            return False
+        for pool in range(len(self.keys)):
+            first = arena.first_held(source, pool)
+            for here in arena.segments(source, pool, first, length):
+                # Contiguous here is not contiguous there, where one of the two is a ring.
+                end = here.position + here.count
+                for there in arena.segments(target, pool, here.position, end):
+                    start = here.slot + there.position - here.position
+                    self._move(pool, start, there.slot, there.count)
+        arena.received(source, target, length)
+        return True
+
+    def _move(self, pool: int, start: int, to: int, count: int) -> None:
+        """Copies ``count`` slots of every layer of a pool; they don't overlap."""
+        whole = self.tensors_of[pool]
+        if whole.numel():
+            whole[:, :, to : to + count].copy_(whole[:, :, start : start + count])
+            return
+        for tensor in (self.keys[pool], self.values[pool]):
+            tensor[:, to : to + count].copy_(tensor[:, start : start + count])
 
     def views(self, layer: int, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Zero-copy (keys, values) of ``segments``, each ``[1, kv_heads, count, dim]``."""
