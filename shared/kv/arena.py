@@ -59,6 +59,16 @@ class Segment:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``count`` slots of a pool, from ``start`` on, whose contents go to those from ``to`` on."""
+
+    pool: int
+    start: int
+    to: int
+    count: int
+
+
 class Extent:
     """What one sequence owns: a place in every pool, and how much of it is valid.
 
@@ -220,30 +230,36 @@ class Arena:
             extent.high = length
         return True
 
-    def receives(self, source: Extent, target: Extent, length: int) -> bool:
-        """Whether the first ``length`` positions of ``source``, copied to the same positions of
-        ``target``, which is empty, would be all that the next row there reads.
+    def copies(self, source: Extent, target: Extent, length: int) -> list[Copy] | None:
+        """What to copy so that the first ``length`` positions of ``source`` are those of
+        ``target``, which is empty, too; None where the next row would lack some.
 
-        Then ``source`` holds them, and a ring of ``target`` is as large as its own or larger than
-        all that there is to copy.
+        That is where ``source`` does not hold them, or has lost some in a ring of another size.
         """
+        turned = self._turned(source)
         if not 0 < length < target.capacity or not self.holds(source, length):
-            return False
+            return None
         if source.parent is not None and self.max_rows is not None:
-            return False  # what the parent's rings have lost since is not noted here
-        return not self._turned(source) or all(
-            pool.window is None or own[1] == other[1]
-            for pool, own, other in zip(self.pools, source.places, target.places, strict=True)
-        )
+            return None  # what the parent's rings have lost since is not noted here
+        made = []
+        for number, pool in enumerate(self.pools):
+            first = 0
+            if pool.window is not None:
+                size = source.places[number][1]
+                if turned and size != target.places[number][1]:
+                    return None
+                first = max(0, source.high - size)
+            for here in self.segments(source, number, first, length):
+                # Contiguous here is not contiguous there, where one of the two is a ring.
+                for there in self.segments(
+                    target, number, here.position, here.position + here.count
+                ):
+                    start = here.slot + there.position - here.position
+                    made.append(Copy(number, start, there.slot, there.count))
+        return made
 
-    def first_held(self, extent: Extent, pool: int) -> int:
-        """First position whose KV is there, in this pool."""
-        if self.pools[pool].window is None:
-            return 0
-        return max(0, extent.high - extent.places[pool][1])
-
-    def received(self, source: Extent, target: Extent, length: int) -> None:
-        """What ``receives`` asks for was copied: it is valid."""
+    def copied(self, source: Extent, target: Extent, length: int) -> None:
+        """``copies`` were made: their positions are valid in ``target``."""
         # Rings of one size with the same contents lack the same positions.
         target.high = source.high if self._turned(source) else length
         target.valid_len = length

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.kv.arena import Arena, Extent, PoolPlan, Segment
+from outrider.shared.kv.arena import Arena, Copy, Extent, PoolPlan, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +98,20 @@ class Storage:
     @torch.inference_mode()
     def copy(self, source: Extent, target: Extent, length: int) -> bool:
         """Copies the KV of the first ``length`` positions of ``source`` to ``target``, which is
-        empty; they are valid there then. False, and nothing done, where ``Arena.receives`` says
-        no."""
-        arena = self.arena
-        if not arena.receives(source, target, length):
+        empty; they are valid there then. False, and nothing done, where ``Arena.copies`` has
+        none."""
+        copies = self.arena.copies(source, target, length)
+        if copies is None:
             return False
-        for pool in range(len(self.keys)):
-            first = arena.first_held(source, pool)
-            for here in arena.segments(source, pool, first, length):
-                # Contiguous here is not contiguous there, where one of the two is a ring.
-                end = here.position + here.count
-                for there in arena.segments(target, pool, here.position, end):
-                    start = here.slot + there.position - here.position
-                    self._move(pool, start, there.slot, there.count)
-        arena.received(source, target, length)
+        for one in copies:
+            whole, layers = self.tensors_of[one.pool], (self.keys[one.pool], self.values[one.pool])
+            if whole.numel():
+                _move(whole.movedim(2, 0), one)
+            else:
+                for tensor in layers:
+                    _move(tensor.movedim(1, 0), one)
+        self.arena.copied(source, target, length)
         return True
-
-    def _move(self, pool: int, start: int, to: int, count: int) -> None:
-        """Copies ``count`` slots of every layer of a pool; they don't overlap."""
-        whole = self.tensors_of[pool]
-        if whole.numel():
-            whole[:, :, to : to + count].copy_(whole[:, :, start : start + count])
-            return
-        for tensor in (self.keys[pool], self.values[pool]):
-            tensor[:, to : to + count].copy_(tensor[:, start : start + count])
 
     def views(self, layer: int, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Zero-copy (keys, values) of ``segments``, each ``[1, kv_heads, count, dim]``."""
@@ -150,6 +140,11 @@ class Storage:
             both = whole[:, s.slot : s.slot + s.count].transpose(1, 2).unsqueeze(1).unbind(0)
             per_segment.append(list(zip(both[0::2], both[1::2], strict=True)))
         return [list(layer) for layer in zip(*per_segment, strict=True)]
+
+
+def _move(slots: Tensor, one: Copy) -> None:
+    """Copies some of ``slots`` (the first dimension) to others."""
+    slots[one.to : one.to + one.count].copy_(slots[one.start : one.start + one.count])
 
 
 def shared_pools(
