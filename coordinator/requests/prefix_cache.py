@@ -268,7 +268,7 @@ class PrefixCache:
 
     def _unregister(self, donor: _Donor) -> None:
         self.version += 1
-        for one in donor.hashes:
+        for one in dict.fromkeys(donor.hashes):  # hashes may collide
             donors = self._by_hash[one]
             del donors[donor]
             if not donors:
