@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from outrider.shared.core.errors import RefusalCode
-from outrider.shared.core.types import Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
 from outrider.shared.model.runner import Span
 from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
@@ -38,6 +38,18 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
     further forward takes in one proposed token. The last one's KV is not written, so
     afterwards ``valid_len = committed_len + K - 1``.
     """
+
+    @property
+    def trial_amounts(self) -> tuple[int, ...]:
+        """See ``Engine.trial_amounts``."""
+        return tuple(k for k in (1, 4, 8, 2) if k <= self.max_k)
+
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> ProposeItem:
+        """See ``Engine.trial``."""
+        append = tuple(tokens[:1] if amount else tokens)
+        return ProposeItem(opened.sequence_id, opened.epoch, base_len, append, amount)
 
     def reject(self, item: ProposeItem) -> str | None:
         """See ``Engine.reject``."""

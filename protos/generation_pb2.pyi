@@ -270,7 +270,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "base", "draft", "default_k", "max_k", "default_max_new_tokens", "running", "waiting", "link", "link_reason", "base_cache", "draft_cache")
+    __slots__ = ("version", "base", "draft", "default_k", "max_k", "default_max_new_tokens", "running", "waiting", "link", "link_reason", "base_cache", "draft_cache", "speculation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +283,7 @@ class InfoResponse(_message.Message):
     LINK_REASON_FIELD_NUMBER: _ClassVar[int]
     BASE_CACHE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_CACHE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     version: str
     base: ModelDescription
     draft: ModelDescription
@@ -295,7 +296,8 @@ class InfoResponse(_message.Message):
     link_reason: str
     base_cache: PrefixCacheDescription
     draft_cache: PrefixCacheDescription
-    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[ModelDescription, _Mapping]] = ..., draft: _Optional[_Union[ModelDescription, _Mapping]] = ..., default_k: _Optional[int] = ..., max_k: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., link: _Optional[str] = ..., link_reason: _Optional[str] = ..., base_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ..., draft_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ...) -> None: ...
+    speculation: SpeculationState
+    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[ModelDescription, _Mapping]] = ..., draft: _Optional[_Union[ModelDescription, _Mapping]] = ..., default_k: _Optional[int] = ..., max_k: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., link: _Optional[str] = ..., link_reason: _Optional[str] = ..., base_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ..., draft_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationState, _Mapping]] = ...) -> None: ...
 
 class PrefixCacheDescription(_message.Message):
     __slots__ = ("sequences", "tokens", "hits", "hit_tokens", "evictions")
@@ -310,6 +312,34 @@ class PrefixCacheDescription(_message.Message):
     hit_tokens: int
     evictions: int
     def __init__(self, sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., hits: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
+
+class SpeculationState(_message.Message):
+    __slots__ = ("measured", "sequences", "k", "reason", "acceptance", "outlook")
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    OUTLOOK_FIELD_NUMBER: _ClassVar[int]
+    measured: bool
+    sequences: int
+    k: int
+    reason: str
+    acceptance: float
+    outlook: _containers.RepeatedCompositeFieldContainer[KOutlook]
+    def __init__(self, measured: bool = ..., sequences: _Optional[int] = ..., k: _Optional[int] = ..., reason: _Optional[str] = ..., acceptance: _Optional[float] = ..., outlook: _Optional[_Iterable[_Union[KOutlook, _Mapping]]] = ...) -> None: ...
+
+class KOutlook(_message.Message):
+    __slots__ = ("k", "draft_seconds", "rest_seconds", "tokens_per_second")
+    K_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    draft_seconds: float
+    rest_seconds: float
+    tokens_per_second: float
+    def __init__(self, k: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., rest_seconds: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
     __slots__ = ("name", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_cached", "arena_longest", "eos_token_ids", "runner", "kernels")
@@ -378,7 +408,7 @@ class ProfileResponse(_message.Message):
     def __init__(self, rounds: _Optional[_Iterable[_Union[RoundProfile, _Mapping]]] = ..., base: _Optional[_Union[ServiceProfile, _Mapping]] = ..., draft: _Optional[_Union[ServiceProfile, _Mapping]] = ..., coordinator_resident_bytes: _Optional[int] = ..., link: _Optional[str] = ..., arrived_ns: _Optional[int] = ..., admitted_ns: _Optional[int] = ..., first_token_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class RoundProfile(_message.Message):
-    __slots__ = ("round", "started_ns", "finished_ns", "draft", "verify", "committed_len", "k", "proposed", "accepted", "emitted", "rows", "rollback", "batch_size", "verify_epoch", "draft_epoch", "lost")
+    __slots__ = ("round", "started_ns", "finished_ns", "draft", "verify", "committed_len", "k", "proposed", "accepted", "emitted", "rows", "rollback", "batch_size", "verify_epoch", "draft_epoch", "lost", "k_reason", "foreseen_rate", "foreseen_plain_rate")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STARTED_NS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -395,6 +425,9 @@ class RoundProfile(_message.Message):
     VERIFY_EPOCH_FIELD_NUMBER: _ClassVar[int]
     DRAFT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    K_REASON_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_RATE_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_PLAIN_RATE_FIELD_NUMBER: _ClassVar[int]
     round: int
     started_ns: int
     finished_ns: int
@@ -411,7 +444,10 @@ class RoundProfile(_message.Message):
     verify_epoch: int
     draft_epoch: int
     lost: str
-    def __init__(self, round: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., draft: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., verify: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., committed_len: _Optional[int] = ..., k: _Optional[int] = ..., proposed: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., rows: _Optional[int] = ..., rollback: _Optional[int] = ..., batch_size: _Optional[int] = ..., verify_epoch: _Optional[int] = ..., draft_epoch: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
+    k_reason: str
+    foreseen_rate: float
+    foreseen_plain_rate: float
+    def __init__(self, round: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., draft: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., verify: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., committed_len: _Optional[int] = ..., k: _Optional[int] = ..., proposed: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., rows: _Optional[int] = ..., rollback: _Optional[int] = ..., batch_size: _Optional[int] = ..., verify_epoch: _Optional[int] = ..., draft_epoch: _Optional[int] = ..., lost: _Optional[str] = ..., k_reason: _Optional[str] = ..., foreseen_rate: _Optional[float] = ..., foreseen_plain_rate: _Optional[float] = ...) -> None: ...
 
 class ExchangeProfile(_message.Message):
     __slots__ = ("sent_ns", "answered_ns", "model_seconds", "service_seconds", "rows")

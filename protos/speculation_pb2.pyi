@@ -431,7 +431,7 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServiceInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "model", "arena_tokens_largest_free", "sequences", "max_k", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid")
+    __slots__ = ("version", "protocol", "model", "arena_tokens_largest_free", "sequences", "max_k", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid", "costs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +443,7 @@ class ServiceInfoResponse(_message.Message):
     MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     GRANTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     model: _generation_pb2.ModelDescription
@@ -454,4 +455,15 @@ class ServiceInfoResponse(_message.Message):
     memory_bandwidth: float
     grants: bool
     device_uuid: str
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[_Union[_generation_pb2.ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ...) -> None: ...
+    costs: _containers.RepeatedCompositeFieldContainer[CostPoint]
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[_Union[_generation_pb2.ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ..., costs: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ...) -> None: ...
+
+class CostPoint(_message.Message):
+    __slots__ = ("sequences", "amount", "seconds")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    amount: int
+    seconds: float
+    def __init__(self, sequences: _Optional[int] = ..., amount: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...

@@ -166,7 +166,3 @@ class AloneVerifyTurns(VerifyTurns):
 
     def _bring_back(self) -> None:
         pass  # the next turn may be done before this one's verdicts are read: each has its room
-
-    def _slots_for(self, count: int) -> int:
-        # Sequences come and go all the time: there is a chain for each of few numbers.
-        return bucket(count, ROW_SIZES)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from outrider.shared.core.errors import RefusalCode
-from outrider.shared.core.types import Refusal, Verdict, VerifyItem
+from outrider.shared.core.types import OpenSequence, Refusal, Verdict, VerifyItem
 from outrider.shared.model.runner import Span
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.verify_service.acceptance import Judged, JudgeItem, judge
@@ -28,6 +28,22 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
 
     _cut = False
     """Whether a proposal was cut before."""
+
+    @property
+    def trial_amounts(self) -> tuple[int, ...]:
+        """See ``Engine.trial_amounts``."""
+        return tuple(rows for rows in (1, 5, 2, 9, 3, 7, 4) if rows <= self.max_k + 1)
+
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> VerifyItem:
+        """See ``Engine.trial``."""
+        if not amount:
+            return VerifyItem(
+                opened.sequence_id, opened.epoch, base_len, tuple(tokens), extend_only=True
+            )
+        pending, proposal = (tokens[0],), tuple(tokens[1:amount])
+        return VerifyItem(opened.sequence_id, opened.epoch, base_len, pending, proposal)
 
     def reject(self, item: VerifyItem) -> str | None:
         """See ``Engine.reject``."""

@@ -46,10 +46,10 @@ def _fields(message: Any) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for spec in message.DESCRIPTOR.fields:
         value = getattr(message, spec.name)
-        if spec.message_type is not None:
+        if spec.is_repeated:
+            value = [_fields(one) if spec.message_type else one for one in value]
+        elif spec.message_type is not None:
             value = _fields(value) if message.HasField(spec.name) else None
-        elif spec.is_repeated:
-            value = list(value)
         made[spec.name] = value
     return made
 
@@ -81,8 +81,33 @@ def _text(info: pb.InfoResponse) -> str:
                 f"{cache.evictions} evictions"
             )
     lines.append(
-        f"K: {info.default_k} by default, at most {info.max_k}; "
+        f"K: {_default_k(info)}, at most {info.max_k}; "
         f"{info.default_max_new_tokens} new tokens by default"
     )
+    lines += _speculation(info.speculation)
     lines.append(f"requests: {info.running} running, {info.waiting} waiting")
     return "\n".join(lines)
+
+
+def _default_k(info: pb.InfoResponse) -> str:
+    if not info.HasField("speculation"):
+        return f"{info.default_k} by default"
+    state = info.speculation
+    return f"adaptive (now {state.k}: {state.reason})"
+
+
+def _speculation(state: pb.SpeculationState) -> list[str]:
+    """What the choice rests on: a line of beliefs, and one for each K."""
+    if not state.outlook:
+        return []
+    known = "measured at start" if state.measured else "learnt from rounds alone"
+    lines = [
+        f"  of {state.sequences} at once, {state.acceptance:.0%} of proposed tokens accepted; "
+        f"costs {known}"
+    ]
+    lines += [
+        f"  K = {one.k}: {one.tokens_per_second:.0f} tokens/s from rounds of "
+        f"{1e3 * one.draft_seconds:.2f} + {1e3 * one.rest_seconds:.2f} ms"
+        for one in state.outlook
+    ]
+    return lines

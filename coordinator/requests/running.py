@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from outrider.coordinator.requests.acceptance_rate import Acceptance
+from outrider.coordinator.requests.acceptance_rate import Acceptance, Everyone
 from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.service_state import ServiceState
@@ -26,13 +26,13 @@ class Job:
         decoder: Decoder | None,
         ids: Iterator[int],
         arrived_ns: int,
-        acceptance: Acceptance,
+        everyone: Everyone,
         *,
         draft: PrefixCache,
         verify: PrefixCache,
     ) -> None:
-        """``ids`` gives sequence ids; ``acceptance`` is where new sequences' estimates start;
-        ``draft`` and ``verify`` know what the services have of other sequences."""
+        """``ids`` gives sequence ids; ``everyone``: what new sequences lean on; ``draft`` and
+        ``verify`` know what the services have of other sequences."""
         self.request = request
         self.changed = asyncio.Event()
         """Set when there may be something to drain."""
@@ -49,7 +49,7 @@ class Job:
                     sample_index=index,
                     decoding=request.sample_decoding(index),
                     output=self._output(decoder),
-                    acceptance=Acceptance(acceptance),
+                    acceptance=Acceptance(everyone),
                     statistics=Statistics(arrived_ns),
                     draft=ServiceState(cache=draft),
                     verify=ServiceState(cache=verify),

@@ -23,7 +23,6 @@ from typing import Any
 from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence as Seq
 from outrider.coordinator.requests.service_state import ServiceState
-from outrider.coordinator.rounds.costs import PromptBudget
 from outrider.coordinator.rounds.draft_messages import (
     DraftAsked,
     DraftGrant,
@@ -31,6 +30,7 @@ from outrider.coordinator.rounds.draft_messages import (
     append_item,
     append_wanted,
 )
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.scheduler import share_out
 from outrider.coordinator.services.connection import DraftConnection
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock

@@ -11,8 +11,8 @@ from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.stopping import Finish, FinishReason
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.commit import Outcome
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.recording import request_record
 from outrider.coordinator.rounds.scheduler import Scheduler
@@ -59,7 +59,7 @@ class Jobs:
             self._tokenizer,
             self._ids,
             arrived_ns,
-            self._speculation.acceptance,
+            self._speculation.everyone,
             draft=self._drafting.cache,
             verify=self._verifying.cache,
         )

@@ -13,12 +13,12 @@ from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import Limits
-from outrider.coordinator.rounds.choose_k import Speculation
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRounds
 from outrider.coordinator.rounds.jobs import Jobs
 from outrider.coordinator.rounds.loop import RoundLoop
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying

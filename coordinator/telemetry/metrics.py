@@ -71,6 +71,7 @@ class Metering:
         self._up: dict[str, bool] = {}
         # Of each round that decoded: seconds, sequences, K summed, proposed, accepted, emitted.
         self._window: deque[tuple[float, int, int, int, int, int]] = deque(maxlen=WINDOW)
+        self._last_choice: tuple[float, float] | None = None
         observe = instruments.observe
         observe("outrider.requests.running", lambda: [(self._now().running, {})])
         observe("outrider.requests.waiting", lambda: [(self._now().waiting, {})])
@@ -86,6 +87,7 @@ class Metering:
         for name, read in caches.items():
             observe(name, lambda read=read: self._cached(read))  # type: ignore[misc]
         observe("outrider.speculation.length", lambda: self._over_window(2, 1))
+        observe("outrider.speculation.foreseen.rate", self._foreseen)
         observe("outrider.acceptance.rate", lambda: self._over_window(4, 3))
         observe("outrider.accepted.length.mean", lambda: self._over_window(5, 1))
         observe("outrider.ceiling.share", self._ceiling_share)
@@ -121,6 +123,8 @@ class Metering:
             self._emitted.add(accepted, "accepted")
         if proposed > accepted:
             self._wasted.add(proposed - accepted)
+        if record.k_reason:
+            self._last_choice = record.foreseen_rate, record.foreseen_plain_rate
         if decoded:
             self._window.append((parts.total, decoded, ks, proposed, accepted, emitted))
 
@@ -164,6 +168,15 @@ class Metering:
 
     def _cached(self, read: Callable[[PrefixCacheFigures], int]) -> Points:
         return [(read(one), {"outrider.service": name}) for name, one in self._now().caches.items()]
+
+    def _foreseen(self) -> Points:
+        if self._last_choice is None:
+            return []
+        ways = ("chosen", "plain")
+        return [
+            (rate, {"outrider.choice": way})
+            for way, rate in zip(ways, self._last_choice, strict=True)
+        ]
 
     def _over_window(self, numerator: int, denominator: int) -> Points:
         window = tuple(self._window)

@@ -107,6 +107,12 @@ class RoundRecord:
     """How the round's proposals and verdicts travelled."""
     lost: str = ""
     """Name of the service that was lost during the round."""
+    k_reason: str = ""
+    """Why the server chose its Ks; empty where every K was the client's own."""
+    foreseen_rate: float = 0.0
+    """Tokens a second of all sequences that these Ks promised."""
+    foreseen_plain_rate: float = 0.0
+    """The same without a draft."""
 
     @property
     def overhead_seconds(self) -> float:

@@ -77,6 +77,11 @@ class ModelConfig(Checked):
         None,
         help="folder for compiled kernels and what was tried out; none: the user's cache folder",
     )
+    calibrate: bool = setting(
+        True,
+        help="time rounds when a model is first served here, two seconds at most, so that K is "
+        "chosen by what they cost; kept in cache_dir",
+    )
     link_spin_seconds: float | None = setting(
         None,
         help="how long to watch for the other service before sleeping; none: 0.02 where cores are "

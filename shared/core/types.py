@@ -191,6 +191,18 @@ class Refusal:
     held_len: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CostPoint:
+    """What a round of one size takes an engine: model and host, until the answer is known.
+
+    ``amount``, of each sequence: rows for the verifier (1 + K), tokens proposed for the draft (K).
+    """
+
+    sequences: int
+    amount: int
+    seconds: float
+
+
 T = TypeVar("T")
 
 

@@ -167,6 +167,13 @@ class Arena:
         """Largest free extent of the first pool."""
         return self.allocators[0].largest_free
 
+    def room(self, capacity: int) -> int:
+        """Sequences of ``capacity`` tokens that the largest free extents of the pools hold."""
+        return min(
+            allocator.largest_free // pool.place_size(capacity)
+            for pool, allocator in zip(self.pools, self.allocators, strict=True)
+        )
+
     def admit(self, capacity: int) -> Extent:
         """Reserves the whole extent of a sequence, in every pool or in none.
 

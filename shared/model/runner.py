@@ -78,6 +78,9 @@ class Runner(ABC):
     """Most rows of a pass, but that all rows whose logits are wanted go in one; None: no limit
     but what the implementation sees to by itself."""
 
+    slow_calls = 1
+    """First calls of a size that take longer than those that follow."""
+
     def __init__(self, facts: ModelFacts, storage: Storage) -> None:
         """``storage`` holds the KV of every layer of the model."""
         self.facts = facts

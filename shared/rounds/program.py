@@ -17,6 +17,7 @@ from outrider.shared.core.host import cores
 from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
+    from outrider.shared.core.types import CostPoint
     from outrider.shared.telemetry.setup import Telemetry
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def serve(
         seeding.seed_if_asked(part.process_seed)
         reporter.progress(f"loading {part.path}")
         engine = build(part, reporter.progress)
+        servicer.costs = _costs(part, engine, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
         # Imported late: torch comes with the model.
         from outrider.shared.link.device.handshake import side_of
@@ -146,6 +148,24 @@ def spin_seconds(busy: int, cores: int) -> float:
     coordinator one: a thread that watches must have one more, or it holds them up.
     """
     return 0.02 if cores >= busy + 2 else 0.0
+
+
+def _costs(
+    config: ModelConfig, engine: Any, progress: Callable[[str], None]
+) -> Sequence[CostPoint]:
+    """What rounds take, where it is wanted and can be found out."""
+    if not config.calibrate:
+        return ()
+    try:
+        # Imported late: torch comes with the model.
+        from outrider.shared.model.cpu.kept import cache_folder
+        from outrider.shared.rounds.kept_costs import costs_of
+
+        return costs_of(engine, cache_folder(config.cache_dir), progress)
+    except Exception:
+        # What rounds take shows while serving, too, only later.
+        log.warning("rounds could not be timed", exc_info=True)
+        return ()
 
 
 def _kind(error: Exception) -> str:

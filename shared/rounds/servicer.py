@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from outrider.shared.core.errors import RefusalCode, SequenceRefused, ServiceUna
 from outrider.shared.core.model_facts import write_description
 from outrider.shared.core.resident_memory import resident_bytes
 from outrider.shared.core.traceparent import stepped
-from outrider.shared.core.types import Refusal, RoundResult
+from outrider.shared.core.types import CostPoint, Refusal, RoundResult
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.registry import Mailboxes
 from outrider.shared.rounds import grant_loop
@@ -74,6 +74,8 @@ class RoundsServicer:
         self._seen: Seen | None = None
         self.memory_bandwidth = 0.0
         """Bytes per second, for ``Info``; 0 where it was not measured."""
+        self.costs: Sequence[CostPoint] = ()
+        """What rounds take, for ``Info``."""
         self._draining = False
         self._lock = threading.Lock()
         self._streams = 0
@@ -182,6 +184,7 @@ class RoundsServicer:
             memory_bandwidth=self.memory_bandwidth,
             grants=True,
             device_uuid=device.uuid if device is not None else "",
+            costs=[pb.CostPoint(**asdict(point)) for point in self.costs],
         )
 
     def _ready(self) -> Engine[Any, Any]:

@@ -106,6 +106,21 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
             max_k=self.max_k,
         )
 
+    @property
+    @abstractmethod
+    def trial_amounts(self) -> tuple[int, ...]:
+        """What to time rounds of at start, see ``CostPoint.amount``; the most telling first."""
+
+    @abstractmethod
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> ItemT:
+        """The item of a round to be timed: of one ``amount`` where the log goes on after
+        ``base_len`` with the pending token ``tokens[0]``; the others may be proposed.
+
+        With ``amount`` 0 all of ``tokens`` is only taken in.
+        """
+
     @abstractmethod
     def run(self, work: Sequence[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
         """Serves items whose sequences are rolled back to ``base_len`` and ready.

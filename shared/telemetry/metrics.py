@@ -96,6 +96,9 @@ METRICS: tuple[Metric, ...] = (
            ("outrider.k",)),
     Metric("outrider.speculation.length", "gauge", "{token}",
            "K in force: mean over the last rounds", COORDINATOR),
+    Metric("outrider.speculation.foreseen.rate", "gauge", "{token}/s",
+           "Tokens a second of all sequences that the choice of K of the last round promised, and "
+           "what it promised without a draft", COORDINATOR, ("outrider.choice",)),
     Metric("outrider.tokens.proposed", "counter", "{token}",
            "Draft tokens verified, by position in the proposal", COORDINATOR,
            ("outrider.position",)),

@@ -11,9 +11,9 @@ import pytest
 
 from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.service_state import ServiceState
-from outrider.coordinator.rounds.costs import ALONE, START_ROWS, PromptBudget
 from outrider.coordinator.rounds.draft_messages import DraftGrant
 from outrider.coordinator.rounds.drafting import LAG, Drafting
+from outrider.coordinator.rounds.prompt_budget import ALONE, START_ROWS, PromptBudget
 from outrider.protos import speculation_pb2 as pb
 
 

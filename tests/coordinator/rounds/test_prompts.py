@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from outrider.coordinator.rounds.costs import LEAST_ROWS
+from outrider.coordinator.rounds.prompt_budget import LEAST_ROWS
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider_testing import engines, fakes

@@ -19,6 +19,20 @@ TOKENS, WINDOW, SLACK = 96, 8, 5
 RING = WINDOW + SLACK
 
 
+def test_room_is_what_can_be_admitted() -> None:
+    arena = Arena([PoolPlan(TOKENS), PoolPlan(5 * RING, WINDOW, SLACK)])
+    for capacity in (1, 7, RING, 20, 48, TOKENS, TOKENS + 1):
+        extents = []
+        count = arena.room(capacity)
+        for _ in range(count):
+            extents.append(arena.admit(capacity))
+        with pytest.raises(CapacityError):
+            arena.admit(capacity)
+        assert arena.room(capacity) == 0
+        for extent in extents:
+            arena.free(extent)
+
+
 def test_slots_coalesce_whatever_the_order_of_frees() -> None:
     allocator = SlotAllocator(64)
     starts = [allocator.reserve(16) for _ in range(4)]

@@ -27,7 +27,7 @@ from outrider.shared.kv.arena import Extent
 from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
 from outrider.shared.model.cuda.forward import Forward
 from outrider.shared.model.cuda.inputs import Field, Inputs
-from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, bucket
+from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import numbers, places
 from outrider.shared.model.cuda.support import simple
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
@@ -113,8 +113,8 @@ class Turns(ABC):
     def start(self, grant: int, sequences: Sequence[TurnSequence]) -> None:
         """Brings the numbers that the first turn begins with; ``why_not`` had no objection."""
         self._grant, self._count = grant, len(sequences)
-        self._slots = self._slots_for(self._count)
         self._steps = max(one.k for one in sequences)
+        self._slots = self._slots_for(self._count)
         self.turn = -1
         host = self._inputs.host
         for name in host:
@@ -172,8 +172,12 @@ class Turns(ABC):
     def _queue(self, turn: int) -> None: ...
 
     def _slots_for(self, count: int) -> int:
-        """Sequences that a turn of ``count`` is launched for; the others are over."""
-        return count
+        """Sequences that a turn of ``count`` is launched for; the others are over.
+
+        Sequences come and go all the time: there is a chain for each of few numbers.
+        """
+        slots = min(bucket(count, ROW_SIZES), self._mailbox.layout.max_sequences)
+        return slots if slots * self._width(self._steps) <= HEAD_ROWS else count
 
     def _sizes(self) -> tuple[Hashable, ...]:
         return self._slots, self._steps
