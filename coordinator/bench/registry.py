@@ -19,6 +19,7 @@ STUDIES = {
     "links": ("studies.links", "rounds over grpc and shared memory, against one process"),
     "timeline": ("studies.timeline", "who works when, draft and base, over each link"),
     "arena": ("studies.arena", "rollback, admission and append against transformers' caches"),
+    "prefixes": ("prefixes", "the first token of a chat's second turn"),
     "plot": ("plots.command", "SVG plots of the figures that were written with --json"),
     "tracing": ("studies.telemetry_cost", "what it costs to trace every round"),
 }

@@ -7,6 +7,7 @@ all alike; what is compared are medians over repeats within one run.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,7 +143,10 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
     async def one(index: int) -> tuple[int, ...]:
         async with gate:
-            return await _generate(stub, _request(workload, index, k), run)
+            request = _request(workload, index, k)
+            # Whatever ran before, each run takes in its prompts, as those do that it is beside.
+            request.cache_salt = secrets.token_hex(8)
+            return await _generate(stub, request, run)
 
     start = time.perf_counter()
     run.outputs = list(await asyncio.gather(*(one(i) for i in range(len(workload.prompts)))))
