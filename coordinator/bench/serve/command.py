@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --url: more fields of every request, as one JSON object",
     )  # fmt: skip
 
-    load = parser.add_argument_group("how requests arrive: one level for each value")
+    load = parser.add_argument_group("how requests arrive: a level for each value, in turn")
     load.add_argument(
         "--rate", type=_several(number(0.0, float("inf"), low_open=True)), metavar="R,…",
         help="a second, at random times (Poisson), however slow the answers are",
@@ -124,8 +124,6 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("target", "ca", "k"):
             if (value := getattr(args, name)) is not None:
                 raise InvalidRequest(f"--{name}", value, "left out with --url")
-    if args.rate and args.concurrency:
-        raise InvalidRequest("--rate", args.rate, "left out with --concurrency")
     if args.requests is not None:
         for name in ("prompt_tokens", "max_new_tokens"):
             if getattr(args, name) is not None:
@@ -137,11 +135,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _levels(args: argparse.Namespace) -> list[tuple[Load, list[PlannedRequest]]]:
     """Each level's load and its requests, those of the warm-up first."""
-    if args.rate:
-        loads = [Load(rate=rate) for rate in args.rate]
-    elif args.concurrency:
-        loads = [Load(concurrency=count) for count in args.concurrency]
-    else:
+    loads = [Load(concurrency=count) for count in args.concurrency or ()]
+    loads += [Load(rate=rate) for rate in args.rate or ()]
+    if not loads:
         # The first tells for all: a file's lines all say when, or none does.
         first = args.requests and read_requests(args.requests, seed=args.seed, level=0)[0]
         loads = [Load() if first and first.at is not None else Load(concurrency=1)]
@@ -243,8 +239,8 @@ async def _level(
 
     if warmup:
         run = await some(warmup, load.concurrency or len(warmup), f"{load}, warm-up")
-        if run.outcomes and all(one.failure is not None for one in run.outcomes):
-            first = run.outcomes[0]
+        if run.answers and all(one.failure is not None for one in run.answers):
+            first = run.answers[0]
             raise ServiceUnavailable(
                 f"every warm-up request failed, {first.failure}: {first.failure_message}"
             )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from outrider.coordinator.bench.serve.outcome import Outcome, RequestFailed
+from outrider.coordinator.bench.serve.answer import Answer, RequestFailed
 from outrider.coordinator.bench.serve.traffic import PlannedRequest
 
 LAG_INTERVAL = 0.02
@@ -18,8 +18,8 @@ LAG_INTERVAL = 0.02
 class Target(Protocol):
     """A server under measurement."""
 
-    async def send(self, request: PlannedRequest, index: int, outcome: Outcome) -> None:
-        """Streams the answer: tells ``outcome`` of each message and of the counts.
+    async def send(self, request: PlannedRequest, index: int, answer: Answer) -> None:
+        """Streams the answer: tells ``answer`` of each message and of the counts.
 
         ``index`` tells requests of one level apart. Raises ``RequestFailed``.
         """
@@ -37,7 +37,7 @@ class LevelRun:
 
     begin: float = 0.0
     end: float = 0.0
-    outcomes: list[Outcome] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
 
 
@@ -48,7 +48,7 @@ async def drive(
     concurrency: int | None,
     timeout: float,
     stop: asyncio.Event,
-    progress: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+    progress: Callable[[Sequence[Answer]], None] = lambda answers: None,
 ) -> LevelRun:
     """Sends ``requests``: ``concurrency`` at once, or with None each when it is due (``at``).
 
@@ -114,23 +114,23 @@ async def _one(
     run: LevelRun,
     due: float | None,
 ) -> None:
-    outcome = Outcome(time.perf_counter(), due)
-    run.outcomes.append(outcome)
+    answer = Answer(time.perf_counter(), due)
+    run.answers.append(answer)
     try:
         async with asyncio.timeout(timeout):
-            await target.send(request, index, outcome)
+            await target.send(request, index, answer)
     except TimeoutError:
-        outcome.failure = "timeout"
-        outcome.failure_message = f"no end within {timeout:g} s"
+        answer.failure = "timeout"
+        answer.failure_message = f"no end within {timeout:g} s"
     except RequestFailed as error:
-        outcome.failure, outcome.failure_message = error.reason, str(error)
+        answer.failure, answer.failure_message = error.reason, str(error)
     # A cancelled one stays without an end: it neither completed nor failed.
-    outcome.ended = time.perf_counter()
+    answer.ended = time.perf_counter()
 
 
-async def _watch_lag(run: LevelRun, progress: Callable[[Sequence[Outcome]], None]) -> None:
+async def _watch_lag(run: LevelRun, progress: Callable[[Sequence[Answer]], None]) -> None:
     while True:
         due = time.perf_counter() + LAG_INTERVAL
         await asyncio.sleep(LAG_INTERVAL)
         run.lags.append(max(0.0, time.perf_counter() - due))
-        progress(run.outcomes)
+        progress(run.answers)

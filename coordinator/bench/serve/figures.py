@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from outrider.coordinator.bench.serve.answer import Answer
 from outrider.coordinator.bench.serve.drive import LevelRun
-from outrider.coordinator.bench.serve.outcome import Outcome
 from outrider.coordinator.bench.serve.traffic import Load
 
 TIMES = ("ttft", "tpot", "itl", "e2e")
@@ -45,9 +45,9 @@ def summary(load: Load, run: LevelRun, limits: Mapping[str, float]) -> dict[str,
 
     Rates are over the time from the level's begin to its last answer.
     """
-    done = [one for one in run.outcomes if one.completed]
-    failed = [one for one in run.outcomes if one.failure is not None]
-    seconds = max((one.ended for one in run.outcomes if one.ended is not None), default=run.end)
+    done = [one for one in run.answers if one.completed]
+    failed = [one for one in run.answers if one.failure is not None]
+    seconds = max((one.ended for one in run.answers if one.ended is not None), default=run.end)
     seconds -= run.begin
     prompts = [one.prompt_tokens for one in done]
     output = sum(one.tokens for one in done)
@@ -58,7 +58,7 @@ def summary(load: Load, run: LevelRun, limits: Mapping[str, float]) -> dict[str,
         "load": {"rate": load.rate, "concurrency": load.concurrency},
         "completed": len(done),
         "failed": len(failed),
-        "unfinished": len(run.outcomes) - len(done) - len(failed),
+        "unfinished": len(run.answers) - len(done) - len(failed),
         "failures": dict(Counter(one.failure for one in failed).most_common()),
         "failure_messages": {one.failure: one.failure_message for one in reversed(failed)},
         "seconds": seconds,
@@ -74,23 +74,23 @@ def summary(load: Load, run: LevelRun, limits: Mapping[str, float]) -> dict[str,
         "tpot": spread(one.tpot for one in done if one.tpot is not None),
         "itl": spread(gap for one in done for gap in one.gaps),
         "e2e": spread(one.e2e for one in done),
-        "send_late": spread(one.sent - one.due for one in run.outcomes if one.due is not None),
+        "send_late": spread(one.sent - one.due for one in run.answers if one.due is not None),
         "client_lag": spread(run.lags),
         "acceptance_rate": sum(one.accepted for one in done) / proposed if proposed else None,
         "mean_accepted_length": output / rounds if rounds else None,
     }
 
 
-def is_good(outcome: Outcome, limits: Mapping[str, float]) -> bool:
+def is_good(answer: Answer, limits: Mapping[str, float]) -> bool:
     """Whether a completed request kept every limit; of ``itl``, its longest gap did.
 
     A time that it does not have, such as that of a second token, breaks no limit.
     """
     times = {
-        "ttft": outcome.ttft,
-        "tpot": outcome.tpot,
-        "itl": max(outcome.gaps, default=None),
-        "e2e": outcome.e2e,
+        "ttft": answer.ttft,
+        "tpot": answer.tpot,
+        "itl": max(answer.gaps, default=None),
+        "e2e": answer.e2e,
     }
     return all((value := times[name]) is None or value <= most for name, most in limits.items())
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import grpc
 
-from outrider.coordinator.bench.serve.outcome import Outcome, RequestFailed
+from outrider.coordinator.bench.serve.answer import Answer, RequestFailed
 from outrider.coordinator.bench.serve.traffic import PlannedRequest
 from outrider.coordinator.bench.workload import generate_request
 from outrider.protos import generation_pb2 as pb
@@ -37,7 +37,7 @@ class GrpcTarget:
         self._temperature, self._seed = temperature, seed
         self._ignore_eos, self._k = ignore_eos, k
 
-    async def send(self, request: PlannedRequest, index: int, outcome: Outcome) -> None:
+    async def send(self, request: PlannedRequest, index: int, answer: Answer) -> None:
         """See ``Target``."""
         asked = generate_request(
             request.prompt,
@@ -51,12 +51,12 @@ class GrpcTarget:
             async for message in self._stub.Generate(asked, metadata=self._metadata):
                 event = message.WhichOneof("event")
                 if event == "delta" and message.delta.token_ids:
-                    outcome.message()
+                    answer.message()
                 elif event == "finished":
-                    _finish(message.finished, outcome)
+                    _finish(message.finished, answer)
         except grpc.aio.AioRpcError as error:
             raise RequestFailed(error.code().name, error.details() or "") from error
-        if outcome.output_tokens is None:
+        if answer.output_tokens is None:
             raise RequestFailed("ended early", "the stream ended without its last message")
 
     async def describe(self) -> Mapping[str, object]:
@@ -75,12 +75,12 @@ class GrpcTarget:
         }
 
 
-def _finish(finished: pb.Finished, outcome: Outcome) -> None:
-    outcome.prompt_tokens = finished.usage.prompt_tokens
-    outcome.output_tokens = finished.usage.completion_tokens
-    outcome.rounds = finished.speculation.rounds
-    outcome.proposed = finished.speculation.proposed
-    outcome.accepted = finished.speculation.accepted
+def _finish(finished: pb.Finished, answer: Answer) -> None:
+    answer.prompt_tokens = finished.usage.prompt_tokens
+    answer.output_tokens = finished.usage.completion_tokens
+    answer.rounds = finished.speculation.rounds
+    answer.proposed = finished.speculation.proposed
+    answer.accepted = finished.speculation.accepted
 
 
 @asynccontextmanager

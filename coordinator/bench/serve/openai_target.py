@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from outrider.coordinator.bench.serve.outcome import Outcome, RequestFailed
+from outrider.coordinator.bench.serve.answer import Answer, RequestFailed
 from outrider.coordinator.bench.serve.server_sent_events import EventReader
 from outrider.coordinator.bench.serve.traffic import PlannedRequest
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable
@@ -29,7 +29,7 @@ class OpenAITarget:
         self._session = session
         self._url, self._api, self._body = url, api, dict(body)
 
-    async def send(self, request: PlannedRequest, index: int, outcome: Outcome) -> None:
+    async def send(self, request: PlannedRequest, index: int, answer: Answer) -> None:
         """See ``Target``."""
         body = {
             **self._prompt(request.prompt),
@@ -46,22 +46,22 @@ class OpenAITarget:
                 if response.status != 200:
                     text = await response.text()
                     raise RequestFailed(f"HTTP {response.status}", _told(text))
-                await self._read(response, outcome)
+                await self._read(response, answer)
         except aiohttp.ClientConnectorError as error:
             raise RequestFailed("no connection", str(error)) from error
         except aiohttp.ClientError as error:
             raise RequestFailed("connection broken", str(error)) from error
 
-    async def _read(self, response: Any, outcome: Outcome) -> None:
+    async def _read(self, response: Any, answer: Answer) -> None:
         events, ended = EventReader(), False
         async for piece in response.content.iter_any():
             for data in events.push(piece):
-                if data == "[DONE]" or self._event(data, outcome):
+                if data == "[DONE]" or self._event(data, answer):
                     ended = True
         if not ended:
             raise RequestFailed("ended early", "the stream ended without a reason to finish")
 
-    def _event(self, data: str, outcome: Outcome) -> bool:
+    def _event(self, data: str, answer: Answer) -> bool:
         """Notes one event; whether it says that the answer is complete."""
         try:
             event = json.loads(data)
@@ -72,14 +72,14 @@ class OpenAITarget:
         if event.get("error") is not None:
             raise RequestFailed("error in the stream", _told(data))
         if isinstance(usage := event.get("usage"), dict):
-            outcome.prompt_tokens = usage.get("prompt_tokens")
-            outcome.output_tokens = usage.get("completion_tokens")
+            answer.prompt_tokens = usage.get("prompt_tokens")
+            answer.output_tokens = usage.get("completion_tokens")
         choices = event.get("choices") or []
         if not choices:
             return False
         reason = choices[0].get("finish_reason")
         if self._has_token(choices[0], reason is not None):
-            outcome.message()
+            answer.message()
         return reason is not None
 
     def _has_token(self, choice: Mapping[str, Any], last: bool) -> bool:

@@ -7,27 +7,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from outrider.coordinator.bench.serve.outcome import Outcome
+from outrider.coordinator.bench.serve.answer import Answer
 
 INTERVAL = 0.2
 """Seconds between two lines at least: writing them is the client's work, too."""
 
 
-def watcher(name: str, total: int, stream: TextIO) -> Callable[[Sequence[Outcome]], None]:
+def watcher(name: str, total: int, stream: TextIO) -> Callable[[Sequence[Answer]], None]:
     """Shows on ``stream`` how far the level ``name`` of ``total`` requests is; nothing where that
     is no terminal."""
     if not stream.isatty():
-        return lambda outcomes: None
+        return lambda answers: None
     shown = 0.0
 
-    def show(outcomes: Sequence[Outcome]) -> None:
+    def show(answers: Sequence[Answer]) -> None:
         nonlocal shown
         if time.monotonic() < shown + INTERVAL:
             return
         shown = time.monotonic()
-        failed = sum(one.failure is not None for one in outcomes)
-        ended = sum(one.ended is not None for one in outcomes)
-        line = f"{name}: {ended} of {total} done, {len(outcomes) - ended} in flight"
+        failed = sum(one.failure is not None for one in answers)
+        ended = sum(one.ended is not None for one in answers)
+        line = f"{name}: {ended} of {total} done, {len(answers) - ended} in flight"
         line += f", {failed} failed" if failed else ""
         stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
         stream.flush()

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
+from outrider.coordinator.bench.serve.answer import Answer, RequestFailed
 from outrider.coordinator.bench.serve.drive import LevelRun, drive
-from outrider.coordinator.bench.serve.outcome import Outcome, RequestFailed
 from outrider.coordinator.bench.serve.traffic import PlannedRequest
 
 LONG = 60.0
@@ -23,13 +23,13 @@ class Scripted:
         self.sent: list[int] = []
         self.running = self.most = 0
 
-    async def send(self, request: PlannedRequest, index: int, outcome: Outcome) -> None:
+    async def send(self, request: PlannedRequest, index: int, answer: Answer) -> None:
         self.sent.append(index)
         self.running += 1
         self.most = max(self.most, self.running)
         try:
             await self.act(index)
-            outcome.message()
+            answer.message()
         finally:
             self.running -= 1
 
@@ -65,7 +65,7 @@ async def test_open_arrivals_wait_for_no_answer() -> None:
     target = Scripted(act)
     run = await driven(target, requests(*(0.001 * n for n in range(20))))
     assert target.most == 20 and target.sent == list(range(20))
-    assert all(one.completed for one in run.outcomes)
+    assert all(one.completed for one in run.answers)
 
 
 async def test_open_arrivals_are_by_the_clock_and_lateness_is_kept() -> None:
@@ -74,8 +74,8 @@ async def test_open_arrivals_are_by_the_clock_and_lateness_is_kept() -> None:
             time.sleep(0.1)  # noqa: ASYNC251 - a client that is held up
 
     run = await driven(Scripted(act), requests(0.0, 0.02, 0.3))
-    held, late, later = run.outcomes
-    assert [one.due - run.begin for one in run.outcomes if one.due is not None] == pytest.approx(
+    held, late, later = run.answers
+    assert [one.due - run.begin for one in run.answers if one.due is not None] == pytest.approx(
         [0.0, 0.02, 0.3]
     )
     assert all(one.due is not None and one.sent >= one.due for one in (held, late, later))
@@ -97,7 +97,7 @@ async def test_concurrency_is_kept_full_and_never_exceeded() -> None:
     target = Scripted(act)
     run = await driven(target, requests(*[None] * 20), 4)
     assert target.most == 4 and sorted(target.sent) == list(range(20))
-    assert len(run.outcomes) == 20 and all(one.due is None for one in run.outcomes)
+    assert len(run.answers) == 20 and all(one.due is None for one in run.answers)
 
 
 async def test_failures_are_kept_with_their_reason_and_the_rest_goes_on() -> None:
@@ -108,9 +108,9 @@ async def test_failures_are_kept_with_their_reason_and_the_rest_goes_on() -> Non
             await asyncio.Event().wait()
 
     run = await driven(Scripted(act), requests(*[None] * 5), 1, timeout=0.3)
-    assert [one.failure for one in run.outcomes] == [None, "HTTP 503", "timeout", None, None]
-    assert run.outcomes[1].failure_message == "busy"
-    assert run.outcomes[2].ended is not None and run.outcomes[2].e2e >= 0.3
+    assert [one.failure for one in run.answers] == [None, "HTTP 503", "timeout", None, None]
+    assert run.answers[1].failure_message == "busy"
+    assert run.answers[2].ended is not None and run.answers[2].e2e >= 0.3
 
 
 @pytest.mark.parametrize("concurrency", [None, 3])
@@ -127,8 +127,8 @@ async def test_stop_ends_what_runs_and_sends_nothing_more(concurrency: int | Non
     planned = requests(0, 0, 0, 0, 0, LONG, LONG)
     run = await driven(target, planned, concurrency, stop=stop)
     assert target.sent == [0, 1, 2, 3, 4] and target.running == 0
-    assert [one.completed for one in run.outcomes] == [True, True, False, False, False]
-    assert all(one.ended is None and one.failure is None for one in run.outcomes[2:])
+    assert [one.completed for one in run.answers] == [True, True, False, False, False]
+    assert all(one.ended is None and one.failure is None for one in run.answers[2:])
 
 
 async def test_an_unforeseen_error_is_not_swallowed() -> None:
@@ -148,10 +148,10 @@ async def test_progress_is_told_of_all_requests_so_far() -> None:
         if index == 1:
             await told.wait()
 
-    def progress(outcomes: object) -> None:
-        assert isinstance(outcomes, list)
-        seen.append(len(outcomes))
-        if len(outcomes) == 2:
+    def progress(answers: object) -> None:
+        assert isinstance(answers, list)
+        seen.append(len(answers))
+        if len(answers) == 2:
             told.set()
 
     await drive(

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.coordinator.bench.serve import figures, report
+from outrider.coordinator.bench.serve.answer import Answer
 from outrider.coordinator.bench.serve.drive import LevelRun
-from outrider.coordinator.bench.serve.outcome import Outcome
 from outrider.coordinator.bench.serve.traffic import Load
 
 SECONDS = st.floats(0, 1e6, allow_nan=False)
@@ -34,8 +34,8 @@ def test_spread_of_nothing_is_none() -> None:
     assert figures.spread([]) is None
 
 
-def answered(sent: float, *messages: float, tokens: int | None = None) -> Outcome:
-    return Outcome(
+def answered(sent: float, *messages: float, tokens: int | None = None) -> Answer:
+    return Answer(
         sent, messages=list(messages), ended=messages[-1], prompt_tokens=10, output_tokens=tokens
     )
 
@@ -44,18 +44,18 @@ def answered(sent: float, *messages: float, tokens: int | None = None) -> Outcom
 def run() -> LevelRun:
     """Three answers, two failures, and one request that was interrupted."""
     failures = [
-        Outcome(104.0, ended=105.0, failure="HTTP 503", failure_message="busy"),
-        Outcome(104.0, ended=104.5, failure="timeout", failure_message="late"),
+        Answer(104.0, ended=105.0, failure="HTTP 503", failure_message="busy"),
+        Answer(104.0, ended=104.5, failure="timeout", failure_message="late"),
     ]
     return LevelRun(
         begin=100.0,
         end=120.0,
-        outcomes=[
+        answers=[
             answered(100.0, 101.0, 102.0, 104.0, tokens=4),
             answered(101.0, 101.5, 101.75, 102.5, tokens=3),
             answered(102.0, 110.0, tokens=1),
             *failures,
-            Outcome(119.0),
+            Answer(119.0),
         ],
     )
 
@@ -101,8 +101,8 @@ def test_goodput_counts_answers_that_keep_every_limit(
 
 
 def test_summary_without_counts_of_the_server_takes_messages_for_tokens() -> None:
-    outcome = Outcome(0.0, messages=[1.0, 2.0], ended=2.0)
-    found = figures.summary(Load(rate=1.0), LevelRun(0.0, 2.0, [outcome]), {})
+    answer = Answer(0.0, messages=[1.0, 2.0], ended=2.0)
+    found = figures.summary(Load(rate=1.0), LevelRun(0.0, 2.0, [answer]), {})
     assert found["output_tokens"] == 2 and not found["tokens_counted_by_server"]
     assert found["total_tokens_per_second"] is None
     assert "each message was taken for one" in report.text({"levels": [found]})
@@ -116,10 +116,10 @@ def test_limits_are_read_by_name() -> None:
 
 
 def test_report_fits_a_hundred_columns_and_tells_of_failures(run: LevelRun) -> None:
-    for outcome in run.outcomes:
+    for answer in run.answers:
         # As late as the default timeout allows.
-        outcome.messages = [one + 590 for one in outcome.messages]
-        outcome.due, outcome.ended = outcome.sent - 0.5, outcome.ended and outcome.ended + 590
+        answer.messages = [one + 590 for one in answer.messages]
+        answer.due, answer.ended = answer.sent - 0.5, answer.ended and answer.ended + 590
     run.lags = [0.2] * 50
     for load in (Load(rate=123.456), Load(concurrency=1000), Load()):
         level = figures.summary(load, run, {"ttft": 1.0})

@@ -73,7 +73,7 @@ async def test_completions_are_asked_for_and_counted() -> None:
     }  # fmt: skip
     assert ids["prompt"] == list(IDS)
     assert server.headers[0]["Authorization"] == "Bearer secret"
-    for one in run.outcomes:
+    for one in run.answers:
         assert one.completed and len(one.messages) == 6
         assert (one.prompt_tokens, one.output_tokens) == (7, 6)
         assert one.sent <= one.messages[0] <= one.messages[-1] <= (one.ended or 0.0)
@@ -86,15 +86,15 @@ async def test_chat_counts_no_token_for_the_role() -> None:
     assert server.bodies[0]["messages"] == [{"role": "user", "content": "Hello"}]
     (words,) = server.bodies[1]["messages"]
     assert len(words["content"].split()) == len(IDS)
-    assert [len(one.messages) for one in run.outcomes] == [6, 6]
+    assert [len(one.messages) for one in run.answers] == [6, 6]
 
 
 async def test_tokens_are_the_servers_count_where_messages_hold_several() -> None:
     with openai_server(per_event=4) as server:
-        (one,) = (await over_http(server, [IDS])).outcomes
+        (one,) = (await over_http(server, [IDS])).answers
     assert len(one.messages) == 2 and one.tokens == 6
     with openai_server(per_event=4, usage=False) as server:
-        (one,) = (await over_http(server, [IDS])).outcomes
+        (one,) = (await over_http(server, [IDS])).answers
     assert one.completed and one.output_tokens is None and one.tokens == 2
 
 
@@ -103,21 +103,21 @@ async def test_http_failures_are_told_apart() -> None:
         # The last one, the fifth, is given up; those before it have all the time they need.
         run = await over_http(server, [IDS] * 4)
         last = await over_http(server, [IDS], timeout=0.2)
-    found = [(one.failure, one.failure_message) for one in run.outcomes]
+    found = [(one.failure, one.failure_message) for one in run.answers]
     assert found == [
         ("HTTP 503", "too many requests"),
         ("ended early", "the stream ended without a reason to finish"),
         ("error in the stream", "the engine died"),
         (None, ""),
     ]
-    assert last.outcomes[0].failure == "timeout"
+    assert last.answers[0].failure == "timeout"
 
 
 async def test_server_that_is_away_is_a_failure_of_each_request() -> None:
     with openai_server() as server:
         pass
     run = await over_http(server, [IDS, IDS])
-    assert [one.failure for one in run.outcomes] == ["no connection"] * 2
+    assert [one.failure for one in run.answers] == ["no connection"] * 2
 
 
 async def test_http_concurrency_reaches_the_server() -> None:
@@ -129,7 +129,7 @@ async def test_http_concurrency_reaches_the_server() -> None:
             server.release.set()
 
         run, _ = await asyncio.gather(over_http(server, [IDS] * 9, concurrency=3), release())
-    assert server.most_running == 3 and all(one.completed for one in run.outcomes)
+    assert server.most_running == 3 and all(one.completed for one in run.answers)
 
 
 async def test_first_model_is_the_first_that_the_server_lists() -> None:
@@ -155,7 +155,7 @@ async def test_grpc_answers_are_counted(
         run = await driven(GrpcTarget(channel, k=3), [IDS] * 6, tokens=20, concurrency=3)
         described = await GrpcTarget(channel).describe()
     assert described["api"] == "grpc" and described["base"] and described["draft"]
-    for one in run.outcomes:
+    for one in run.answers:
         assert one.completed and (one.prompt_tokens, one.output_tokens) == (8, 20)
         # A round's tokens come together, and there were fewer rounds than tokens.
         assert 1 <= len(one.messages) <= 20 and one.rounds < 20
@@ -167,10 +167,10 @@ async def test_grpc_failures_are_told_apart(
 ) -> None:
     async with client_of(services("verify")) as client, open_grpc(client.target) as channel:
         run = await driven(GrpcTarget(channel), [IDS, (10**6,), IDS], tokens=5)
-        assert [one.failure for one in run.outcomes] == [None, "INVALID_ARGUMENT", None]
-        assert "prompt_token_ids" in run.outcomes[1].failure_message
+        assert [one.failure for one in run.answers] == [None, "INVALID_ARGUMENT", None]
+        assert "prompt_token_ids" in run.answers[1].failure_message
     async with open_grpc(client.target) as channel:
         run = await driven(GrpcTarget(channel), [IDS])
-        assert run.outcomes[0].failure == "UNAVAILABLE"
+        assert run.answers[0].failure == "UNAVAILABLE"
         with pytest.raises(ServiceUnavailable, match="does not answer: UNAVAILABLE"):
             await GrpcTarget(channel).describe()

@@ -15,7 +15,7 @@ class RequestFailed(Exception):
 
 
 @dataclass(slots=True)
-class Outcome:
+class Answer:
     """Times of one request, in seconds of ``time.perf_counter``.
 
     ``due``: when it should have been sent, where arrivals are open; ``messages``: when each
