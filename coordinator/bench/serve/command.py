@@ -124,6 +124,9 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("target", "ca", "k"):
             if (value := getattr(args, name)) is not None:
                 raise InvalidRequest(f"--{name}", value, "left out with --url")
+    if args.json is not None and not args.json.parent.is_dir():
+        # Said before anything is measured, not after it.
+        raise InvalidRequest("--json", str(args.json), "a file in a folder that is there")
     if args.requests is not None:
         for name in ("prompt_tokens", "max_new_tokens"):
             if getattr(args, name) is not None:

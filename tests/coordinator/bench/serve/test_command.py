@@ -141,6 +141,7 @@ def test_bench_serve_interrupted_shows_the_figures_so_far(
         (["--url", "http://x", "--target", "y"], "--target: got 'y'; must be left out with --url"),
         (["--url", "http://x", "--k", "2"], "--k: got 2; must be left out with --url"),
         (["--requests", "f", "--prompt-tokens", "5"], "--prompt-tokens: got '5'; must be left out"),
+        (["--json", "/gone/x.json"], "--json: got '/gone/x.json'; must be a file in a folder"),
         (["--requests", "/gone.jsonl"], "--requests: /gone.jsonl can't be read"),
     ],
 )
