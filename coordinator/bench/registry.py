@@ -10,6 +10,7 @@ from typing import Any
 from outrider.shared.config.schema import Config
 
 STUDIES = {
+    "serve": ("serve.command", "requests at a rate or a concurrency, ours or any OpenAI server's"),
     "plant": ("models.plant", "make a checkpoint of any true size with known acceptance"),
     "step": (
         "studies.step.study",

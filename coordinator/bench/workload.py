@@ -155,20 +155,37 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
 
 def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateRequest:
-    speculation = pb.SpeculationParameters(rule=workload.rule)  # type: ignore[arg-type]
+    return generate_request(
+        workload.prompts[index],
+        max_new_tokens=workload.max_new_tokens,
+        temperature=workload.temperature,
+        seed=workload.seed + index,
+        ignore_eos=workload.ignore_eos,
+        rule=workload.rule,
+        k=k,
+    )
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    ignore_eos: bool,
+    k: int | None,
+    rule: int = pb.ACCEPTANCE_RULE_UNSPECIFIED,
+) -> pb.GenerateRequest:
+    """The message that asks for a continuation of text or token ids; ``k``: None is the
+    server's choice."""
+    speculation = pb.SpeculationParameters(rule=rule)  # type: ignore[arg-type]
     if k is not None:
         speculation.k = k
-    prompt = workload.prompts[index]
-    text = prompt if isinstance(prompt, str) else None
     return pb.GenerateRequest(
-        prompt=text,
+        prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
-        sampling=pb.SamplingParameters(
-            temperature=workload.temperature, seed=workload.seed + index
-        ),
-        stopping=pb.StopConditions(
-            max_new_tokens=workload.max_new_tokens, ignore_eos=workload.ignore_eos
-        ),
+        sampling=pb.SamplingParameters(temperature=temperature, seed=seed),
+        stopping=pb.StopConditions(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
         speculation=speculation,
     )
 
