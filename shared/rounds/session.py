@@ -15,16 +15,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefused
-from outrider.shared.core.model_facts import EngineInfo
+from outrider.shared.core.model_facts import EngineInfo, ModelFacts
 from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
-from outrider.shared.kv.arena import Extent
-from outrider.shared.model.runner import NEVER, Runner, Span
+from outrider.shared.kv.arena import Arena, Extent
+from outrider.shared.model.runner import NEVER, RotarySwitch, Span
+
+if TYPE_CHECKING:  # an engine without a model starts without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,27 @@ Run = Callable[[Sequence[tuple[ItemT, Held]]], tuple[list[AnswerT | Refusal], in
 """See ``Engine.run``."""
 
 
+class SequenceMemory(Protocol):
+    """What sequences of an engine rest on. A ``Runner`` is one: with a model, and KV in the arena.
+
+    Everything is as ``Runner`` says.
+    """
+
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def arena(self) -> Arena: ...
+    @property
+    def switch(self) -> RotarySwitch | None: ...
+    @property
+    def slow_calls(self) -> int: ...
+    @property
+    def cores(self) -> int: ...
+    def places(self, log_len: int) -> int: ...
+    def finish(self) -> None: ...
+    def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent: ...
+
+
 class Engine(ABC, Generic[ItemT, AnswerT]):
     """A model, its arena, and the sequences of every stream.
 
@@ -69,7 +90,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
     at a time and the arena one owner.
     """
 
-    def __init__(self, runner: Runner, max_k: int) -> None:
+    def __init__(self, runner: SequenceMemory, max_k: int) -> None:
         """``max_k``: most draft tokens in one proposal."""
         limit = runner.arena.max_rows
         if limit is not None and limit < max_k + 1:
@@ -120,8 +141,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
     def run(self, work: Sequence[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
         """Serves items whose sequences are rolled back to ``base_len`` and ready.
 
-        Returns one answer or refusal per item, and the rows forwarded. Called with the lock
-        held and gradients off.
+        Returns one answer or refusal per item, and the rows forwarded. Called with the lock held.
         """
 
     @abstractmethod
@@ -229,7 +249,7 @@ class Session(Generic[ItemT, AnswerT]):
     def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
         """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""
         engine = self._engine
-        with engine.lock, torch.inference_mode():
+        with engine.lock:
             began = time.perf_counter()
             result = self._served(items, engine.run)
             # Where no token was chosen nobody has looked at a result yet: the rows of a prompt
