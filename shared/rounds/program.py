@@ -17,8 +17,8 @@ from outrider.shared.core.host import cores
 from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
-    from outrider.shared.link.device.handshake import DeviceSide
     from outrider.shared.core.types import CostPoint
+    from outrider.shared.link.device.handshake import DeviceSide
     from outrider.shared.telemetry.setup import Telemetry
 
 log = logging.getLogger(__name__)
