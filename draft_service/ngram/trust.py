@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-FLOOR = 0.2
+FLOOR = 0.15
 """A token after the first is proposed where its chance to be accepted is this high at least."""
 PRIOR = (0.3, 0.5, 0.7, 0.85, 0.9, 0.95)
 """Chance that a token is accepted, given that those before it were, after matches of 1, 2-3, 4-7,
 8-15, 16-31 and more tokens, as long as nothing was seen."""
-BELIEF = 3.0
+BELIEF = 6.0
 """Tries that the prior counts as."""
 KEEP = 0.97
 """What a try counts for after one more of its class."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-LEAST_MATCH, MOST_MATCH = 2, 64
+LEAST_MATCH, MOST_MATCH = 1, 64
 ALLOWED = f"ngram or ngram:N with N (tokens of the shortest match) from 1 to {MOST_MATCH}"
 
 

@@ -49,7 +49,7 @@ def refused(session: Any, item: ProposeItem) -> tuple[RefusalCode, int]:
 
 
 def test_ngram_proposes_what_followed_the_longest_match() -> None:
-    session = opened(engine())
+    session = opened(engine("ngram:2"))
     assert propose(session, 0, (1, 2, 3, 4, 5, 6), 8) == ()
     assert propose(session, 6, (1,), 8) == ()  # a match of one is too short
     assert propose(session, 7, (2,), 8)[:1] == (3,)
