@@ -161,7 +161,7 @@ class _Trials:
     def _new(self) -> tuple[OpenSequence, list[int]]:
         opened = OpenSequence(next(self._ids), 1, self._plan.capacity, Decoding())
         self._session.open(opened)
-        vocab_size = self._engine.runner.facts.vocab_size
+        vocab_size = max(1, self._engine.runner.facts.vocab_size)
         return opened, [self._random.randrange(vocab_size) for _ in range(self._plan.capacity)]
 
     def _time(self, count: int, amount: int) -> float:
