@@ -7,6 +7,7 @@ all alike; what is compared are medians over repeats within one run.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,7 +143,10 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
     async def one(index: int) -> tuple[int, ...]:
         async with gate:
-            return await _generate(stub, _request(workload, index, k), run)
+            request = _request(workload, index, k)
+            # Whatever ran before, each run takes in its prompts, as those do that it is beside.
+            request.cache_salt = secrets.token_hex(8)
+            return await _generate(stub, request, run)
 
     start = time.perf_counter()
     run.outputs = list(await asyncio.gather(*(one(i) for i in range(len(workload.prompts)))))
@@ -151,20 +155,37 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
 
 def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateRequest:
-    speculation = pb.SpeculationParameters(rule=workload.rule)  # type: ignore[arg-type]
+    return generate_request(
+        workload.prompts[index],
+        max_new_tokens=workload.max_new_tokens,
+        temperature=workload.temperature,
+        seed=workload.seed + index,
+        ignore_eos=workload.ignore_eos,
+        rule=workload.rule,
+        k=k,
+    )
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    ignore_eos: bool,
+    k: int | None,
+    rule: int = pb.ACCEPTANCE_RULE_UNSPECIFIED,
+) -> pb.GenerateRequest:
+    """The message that asks for a continuation of text or token ids; ``k``: None is the
+    server's choice."""
+    speculation = pb.SpeculationParameters(rule=rule)  # type: ignore[arg-type]
     if k is not None:
         speculation.k = k
-    prompt = workload.prompts[index]
-    text = prompt if isinstance(prompt, str) else None
     return pb.GenerateRequest(
-        prompt=text,
+        prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
-        sampling=pb.SamplingParameters(
-            temperature=workload.temperature, seed=workload.seed + index
-        ),
-        stopping=pb.StopConditions(
-            max_new_tokens=workload.max_new_tokens, ignore_eos=workload.ignore_eos
-        ),
+        sampling=pb.SamplingParameters(temperature=temperature, seed=seed),
+        stopping=pb.StopConditions(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
         speculation=speculation,
     )
 

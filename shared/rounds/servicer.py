@@ -204,9 +204,11 @@ class RoundsServicer:
         return self._engine
 
     def _admit(self, session: Session[Any, Any], message: Any) -> list[Refusal]:
-        """Frees and reserves what the message asks for; returns what was refused."""
+        """Frees, caches and reserves what the message asks for; returns what was refused."""
         for sequence_id in message.close:
             session.close(sequence_id)
+        for one in message.cache:
+            session.cache(one.sequence_id, one.length)
         refusals = []
         for one in message.open:
             try:

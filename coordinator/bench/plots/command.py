@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench.plots import adaptive, arena, drawing, links, speed, timeline
+from outrider.coordinator.bench.plots import (
+    adaptive,
+    arena,
+    drawing,
+    links,
+    serve,
+    speed,
+    timeline,
+)
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ConfigError
 
@@ -19,6 +27,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bare": links.draw,
     "timelines": timeline.draw,
     "points": adaptive.draw,
+    "levels": serve.draw,
     "variants": speed.draw_bench,
 }
 
@@ -60,7 +69,7 @@ def render(file: Path) -> dict[str, str]:
                 }
     raise ConfigError(
         f"{file} holds no figures of `outrider bench` or of its studies adaptive, arena, step, "
-        "links and timeline"
+        "links, timeline and serve"
     )
 
 

@@ -135,6 +135,21 @@ def test_calibrate_takes_the_median_and_leaves_slow_calls_out() -> None:
     assert engine.rounds.count((1, 1)) == 2 + REPEATS
 
 
+def test_calibrate_spends_no_time_on_what_is_compiled() -> None:
+    """Every first call compiles for half a second: all sizes are timed all the same."""
+    seen: set[tuple[int, int]] = set()
+
+    def took(count: int, amount: int) -> float:
+        first = amount > 0 and (count, amount) not in seen
+        seen.add((count, amount))
+        return 0.5 if first else 1e-3
+
+    sizes = ((1, 1), (8, 1), (8, 5), (32, 1), (32, 5))
+    points = timed(fake(took, slow_calls=2), TrialPlan(sizes, 16, 25), seconds=2.0)
+    assert set(table(points)) == set(sizes)
+    assert set(table(points).values()) == {1e-3}
+
+
 def test_calibrate_times_slow_rounds_less_often() -> None:
     repeats = {}
     for seconds in (0.001, 0.015, 0.030, 0.100):

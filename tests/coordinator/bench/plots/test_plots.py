@@ -124,6 +124,21 @@ ADAPTIVE = {
     ],
 }  # fmt: skip
 
+SERVE = {
+    "hardware": MACHINE,
+    "workload": {"prompt_tokens": "uniform:4-9", "max_new_tokens": "128"},
+    "levels": [
+        {
+            "load": {"rate": rate, "concurrency": concurrency},
+            "completed": completed,
+            "output_tokens_per_second": 612.4,
+            "ttft": {"p50": 0.0211, "p99": 0.4},
+            "tpot": {"p50": 0.0014, "p99": 0.0025} if concurrency else None,
+        }
+        for rate, concurrency, completed in ((None, 16, 9), (4.0, None, 8), (9.0, None, 0))
+    ],
+}
+
 
 @pytest.fixture(autouse=True)
 def _matplotlib() -> None:
@@ -212,10 +227,20 @@ def test_adaptive_plot_holds_series_and_their_worst(tmp_path: Path) -> None:
     assert "0.87 at worst" in words(plot)
 
 
+def test_serve_plot_holds_levels_that_were_served(tmp_path: Path) -> None:
+    plots = drawn(SERVE, tmp_path)
+    assert list(plots) == ["some.svg"]
+    found = words(plots["some.svg"])
+    assert {"16", "at once", "4/s", "half within", "99 % within", "-"} <= found
+    assert {"612", "21.1", "400", "1.40", "2.50"} <= found
+    assert "9/s" not in found
+    assert any("prompt tokens: uniform:4-9" in word and "17 answers" in word for word in found)
+
+
 def test_every_colour_of_text_and_ground_has_one_for_dark_screens(tmp_path: Path) -> None:
     from outrider.coordinator.bench.plots.drawing import SERIES
 
-    for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE, ADAPTIVE):
+    for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE, ADAPTIVE, SERVE):
         for text in drawn(figures, tmp_path).values():
             rules = text[text.index("@media (prefers-color-scheme: dark)") :].split("</style>")[0]
             used = set(re.findall(r'style="[^"]*?(?:fill|stroke): (#\w{6})', text))
