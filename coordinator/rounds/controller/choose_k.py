@@ -257,8 +257,10 @@ class Speculation:
         if plain < rate < CLEARLY * plain and not self.costs.knows_plain(len(sequences)):
             # Rounds without a draft run in another way than those timed at the start, and to
             # know how much faster costs next to nothing where the two are close.
-            ks, rate, why = self._nothing(batch), plain, "is compared with none"
+            self._put(ChosenKs(self._nothing(batch), plain, plain, "is compared with none"), who)
             self._decide_at = self._round + PLAIN_ROUNDS
+            self._drafted = set(self._settled)  # the draft takes in what it lacks meanwhile
+            return
         self._put(ChosenKs(ks, rate, plain, why), who)
 
     def _unsure(self, batch: _Batch, plain: float) -> tuple[tuple[int, ...], float, str]:
@@ -396,8 +398,10 @@ class Speculation:
     def _probes(self, sequences: Sequence[Speculable], batch: _Batch, plain: float) -> bool:
         """Begins a probe where it is time for one; whether it did."""
         if not self._probe_at:
-            self._probe_at = self._round + (0 if self._unknown else PROBE_SOON)
-        if self._round < self._probe_at:
+            self._probe_at = self._round + PROBE_SOON
+        # Where nothing is known there is no waiting: a probe that other sequences' coming cut
+        # short has shown nothing.
+        if self._round < self._probe_at and not self._unknown:
             return False
         _, hoped = self._best(self._batch(sequences, batch.adaptive, hope=HOPE))
         if hoped <= MARGIN * plain:
