@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload
 
 
-PASSAGE = 3
-"""Held-out texts of a passage that is repeated: some 200 tokens."""
 _SAME = {True: "yes", False: "NO", None: "-"}
 
 
@@ -278,10 +276,9 @@ def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
 
 
 def repetitive_prompts(count: int) -> Sequence[str]:
-    """Held-out code, passages of ``PASSAGE`` texts twice and the beginning of a third time."""
-    texts = [str(text) for text in prompts(count * PASSAGE, None)]
-    passages = ["\n".join(texts[at : at + PASSAGE]) for at in range(0, count * PASSAGE, PASSAGE)]
-    return [f"{one}\n\n{one}\n\n{one[: len(one) // 10]}" for one in passages]
+    """Held-out code, each piece twice and the beginning of a third time."""
+    texts = [str(text) for text in prompts(count, None)]
+    return [f"{one}\n\n{one}\n\n{one[: len(one) // 10]}" for one in texts]
 
 
 def _ks(text: str) -> list[int | None]:
