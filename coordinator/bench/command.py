@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitive",
         action="store_true",
-        help="prompts with a passage of held-out code twice and its beginning again, as where a "
-        "text is edited",
+        help="prompts with a piece of held-out code three times and its beginning again, for texts "
+        "that repeat what they have",
     )
     parser.add_argument(
         "--in-process",
@@ -276,9 +276,9 @@ def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
 
 
 def repetitive_prompts(count: int) -> Sequence[str]:
-    """Held-out code, each piece twice and the beginning of a third time."""
+    """Held-out code, each piece three times and the beginning of a fourth."""
     texts = [str(text) for text in prompts(count, None)]
-    return [f"{one}\n\n{one}\n\n{one[: len(one) // 10]}" for one in texts]
+    return [f"{one}\n\n" * 3 + one[: len(one) // 10] for one in texts]
 
 
 def _ks(text: str) -> list[int | None]:
