@@ -207,7 +207,8 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
         k = v["k"]
         top = None
         # The bandwidth was measured on this host's processor, so it is a ceiling for it alone.
-        if k is not None and figures["workload"]["concurrency"] == 1 and base["device"] == "cpu":
+        alone = figures["workload"]["concurrency"] == 1 and base["device"] == "cpu"
+        if k is not None and alone and base["weight_bytes"]:
             top = ceiling.shared_device(
                 base["weight_bytes"],
                 draft["weight_bytes"] if draft else 0,

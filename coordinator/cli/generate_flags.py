@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.cli.argument_types import number, whole
+from outrider.shared.config.argument_types import number, whole
 from outrider.shared.core import rules
 from outrider.shared.core.parameters import Kind, Number, TokenBiases, TokenLists, Whole
 from outrider.shared.core.types import PARAMETERS
@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--resume", type=token_ids, metavar="IDS", help="tokens of an interrupted run"
+    )
+    what.add_argument(
+        "--cache-salt", default="", metavar="TEXT", help="share cached prompts only with this salt"
     )
     what.add_argument("--echo", action="store_true", help="print the prompt too")
 

@@ -59,7 +59,10 @@ def _text(info: pb.InfoResponse) -> str:
     lines = [f"outrider {info.version}, link {info.link or MESSAGES}"]
     if info.link_reason:
         lines.append(f"  no better link: {info.link_reason}")
-    for role, model in (("base", info.base), ("draft", info.draft)):
+    for role, model, cache in (
+        ("base", info.base, info.base_cache),
+        ("draft", info.draft, info.draft_cache),
+    ):
         if not info.HasField(role):
             lines.append(f"{role}: none")
             continue
@@ -74,8 +77,15 @@ def _text(info: pb.InfoResponse) -> str:
         else:
             lines.append("  no model: it proposes from the text alone")
         lines += [
-            f"  arena: {model.arena_tokens_used} of {model.arena_tokens} tokens in use",
+            f"  arena: {model.arena_tokens_used} of {model.arena_tokens} tokens in use, "
+            f"{model.arena_tokens_cached} cached",
         ]
+        if info.HasField(f"{role}_cache"):
+            lines.append(
+                f"  prefix cache: {cache.sequences} sequences, {cache.tokens} tokens; "
+                f"{cache.hits} hits, {cache.hit_tokens} tokens taken over, "
+                f"{cache.evictions} evictions"
+            )
     lines.append(
         f"K: {_default_k(info)}, at most {info.max_k}; "
         f"{info.default_max_new_tokens} new tokens by default"

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Iterator
 
 from outrider.coordinator.requests.acceptance_rate import Acceptance, Everyone
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.detokenize import Decoder
 from outrider.coordinator.requests.text.output import Output
@@ -25,8 +27,12 @@ class Job:
         ids: Iterator[int],
         arrived_ns: int,
         everyone: Everyone,
+        *,
+        draft: PrefixCache,
+        verify: PrefixCache,
     ) -> None:
-        """``ids`` gives sequence ids; ``everyone``: what new sequences lean on."""
+        """``ids`` gives sequence ids; ``everyone``: what new sequences lean on; ``draft`` and
+        ``verify`` know what the services have of other sequences."""
         self.request = request
         self.changed = asyncio.Event()
         """Set when there may be something to drain."""
@@ -45,6 +51,8 @@ class Job:
                     output=self._output(decoder),
                     acceptance=Acceptance(everyone),
                     statistics=Statistics(arrived_ns),
+                    draft=ServiceState(cache=draft),
+                    verify=ServiceState(cache=verify),
                     parent=self.samples[0] if index else None,
                 )
             )
@@ -120,6 +128,7 @@ class Job:
             usage=pb.Usage(
                 prompt_tokens=len(self.request.prompt_ids),
                 completion_tokens=sample.output.emitted,
+                cached_prompt_tokens=sample.statistics.cached_prompt_tokens,
             ),
             speculation=sample.statistics.message(),
             seed=sample.decoding.seed,

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.stopping import FinishReason
@@ -79,6 +80,14 @@ class RoundLoop:
     def waiting(self) -> int:
         """Sequences waiting for admission."""
         return self._scheduler.waiting
+
+    @property
+    def prefix_caches(self) -> dict[str, PrefixCache]:
+        """What is cached at each service, by its name."""
+        caches = {"verify": self._verifying.cache}
+        if self._draft_connection is not None:
+            caches["draft"] = self._drafting.cache
+        return caches
 
     # --- called from clients' calls ------------------------------------------------------------
 
@@ -217,7 +226,7 @@ class RoundLoop:
         self._jobs.settle(outcome, None if info is None else info.model.arena_longest)
 
     async def _idle(self) -> None:
-        """Nothing can run: tell the services what to free and wait."""
+        """Nothing can run: tell the services what to free and to cache, and wait."""
         self._last_ns = 0
         await self._verifying.flush()
         await self._drafting.flush()

@@ -102,6 +102,7 @@ def request_record(sequence: Sequence, error: OutriderError | None) -> RequestRe
         first_token_ns=statistics.first_token_ns,
         finished_ns=statistics.finished_ns,
         prompt_tokens=len(request.prompt_ids),
+        cached_prompt_tokens=statistics.cached_prompt_tokens,
         completion_tokens=sequence.output.emitted,
         reason=reason,
         error="" if error is None else str(error),

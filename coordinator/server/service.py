@@ -82,6 +82,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         if coordinator.draft_connection is not None and coordinator.draft_connection.up:
             connections.append(coordinator.draft_connection)
         services = await asyncio.gather(*(connection.describe() for connection in connections))
+        caches = coordinator.loop.prefix_caches
         response = pb.InfoResponse(
             version=metadata.version("outrider"),
             base=services[0].model,
@@ -92,6 +93,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             waiting=coordinator.loop.waiting,
             link=coordinator.mailbox_setup.link,
             link_reason=coordinator.mailbox_setup.reason,
+            base_cache=caches["verify"].describe(),
+            draft_cache=caches["draft"].describe() if "draft" in caches else None,
         )
         if limits.default_k is None and coordinator.draft_connection is not None:
             response.speculation.CopyFrom(_speculation(coordinator.speculation))

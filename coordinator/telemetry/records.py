@@ -135,6 +135,8 @@ class RequestRecord:
     first_token_ns: int
     finished_ns: int
     prompt_tokens: int
+    cached_prompt_tokens: int
+    """Of them, those that the base took over from another sequence."""
     completion_tokens: int
     reason: str
     """Name of the finish reason, or of the error's gRPC status."""

@@ -51,6 +51,7 @@ class TextMemory:
     switch = None
     slow_calls = 0
     cores = 1
+    branches = False
 
     def __init__(self, name: str, arena_bytes: int | None, max_positions: int | None) -> None:
         """None: the default of each. Raises ``ConfigError`` for an arena without room."""
@@ -86,5 +87,9 @@ class TextMemory:
         """See ``Runner.share``: an extent of its own, which the first proposal reads the prefix
         into."""
         extent = self.arena.admit(capacity)
-        extent.advance(prefix_len)
+        self.copy(parent, extent, prefix_len)
         return extent
+
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None:
+        """See ``Runner.copy``: the text is in the log, and read into the automaton from there."""
+        extent.advance(length)

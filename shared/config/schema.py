@@ -185,6 +185,12 @@ class CoordinatorConfig(ServeConfig):
     prefill_chunk: int = setting(
         8192, help="most prompt tokens of one round, whatever time there is", low=1
     )
+    prefix_cache: int = setting(
+        256,
+        help="sequences that are over and stay cached at each service, in room that nobody else "
+        "needs, for prompts that begin like them; 0: no prompt takes over what another has",
+        low=0,
+    )
     max_logprobs: int = setting(20, help="most log-probabilities per token", low=0, high=20)
     draft_top: int = setting(
         64,

@@ -47,10 +47,16 @@ class EngineInfo:
     facts: ModelFacts
     arena_tokens: int
     arena_tokens_used: int
+    """Of live sequences."""
+    arena_tokens_cached: int
+    """Of cached sequences, which give way to live ones."""
     arena_tokens_largest_free: int
     arena_longest: int
     """Slots that the longest sequence may ask for."""
     sequences: int
+    """Live ones."""
+    cached: int
+    """Sequences that are over and whose KV is cached."""
     max_k: int
 
 
@@ -60,6 +66,7 @@ def write_description(info: EngineInfo) -> pb.ModelDescription:
         **asdict(info.facts),
         arena_tokens=info.arena_tokens,
         arena_tokens_used=info.arena_tokens_used,
+        arena_tokens_cached=info.arena_tokens_cached,
         arena_longest=info.arena_longest,
     )
 

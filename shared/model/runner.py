@@ -151,6 +151,11 @@ class Runner(ABC):
     reads_branches = True
     """Whether a forward reads the KV that a branch shares with its parent where it lies."""
 
+    @property
+    def branches(self) -> bool:
+        """Whether ``share`` makes branches."""
+        return self.reads_branches and self.arena.max_rows is None
+
     def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent:
         """An extent whose first ``prefix_len`` positions are those of ``parent``, already valid.
 
@@ -158,14 +163,15 @@ class Runner(ABC):
         ``capacity`` counts the prefix. Nothing is valid where neither can be done. Raises
         ``CapacityError``.
         """
-        if self.reads_branches and self.arena.max_rows is None:
+        if self.branches:
             return self.arena.branch(parent, prefix_len, capacity)
         extent = self.arena.admit(capacity)
-        if [size for _, size in extent.places] == [size for _, size in parent.places]:
-            self.storage.copy(parent, extent)
-            # Equal rings with equal contents have lost the same positions.
-            extent.high, extent.valid_len = parent.high, prefix_len
+        self.copy(parent, extent, prefix_len)
         return extent
+
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None:
+        """Gives ``extent`` the first ``length`` positions of ``parent``; see ``Storage.copy``."""
+        self.storage.copy(parent, extent, length)
 
     def judge(
         self,
