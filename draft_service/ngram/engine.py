@@ -9,6 +9,7 @@ from outrider.draft_service.ngram.memory import TextExtent, TextMemory
 from outrider.shared.config.ngram import NgramName
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held
 
 BACKLOG = 2048
@@ -52,7 +53,12 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
 
     def rows_of(self, item: ProposeItem) -> int:
         """See ``Engine.rows_of``."""
-        return len(item.append) + max(item.k - 1, 0)
+        return len(item.append) + max(self._clipped(item) - 1, 0)
+
+    def _clipped(self, item: ProposeItem) -> int:
+        """Most tokens to propose: none is placed beyond the longest sequence."""
+        committed = item.base_len + len(item.append)
+        return next_k(item.k, self.runner.places(committed) + 1, committed)
 
     def tokens_of(self, item: ProposeItem) -> Sequence[int]:
         """See ``Engine.tokens_of``: any token may come in a text."""
@@ -74,7 +80,8 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
         extent.trust.learn(log)
         there = _follow(extent, item, log)
         committed_len = len(log)
-        tokens = self._proposal(extent, committed_len, item.k) if there and item.k else []
+        k = self._clipped(item) if there else 0
+        tokens = self._proposal(extent, committed_len, k) if k else []
         extent.advance(committed_len + max(len(tokens) - 1, 0))
         log.extend(tokens)
         rows = tuple(SparseRow((token,), (1.0,)) for token in tokens)

@@ -68,6 +68,13 @@ def test_ngram_proposes_no_more_than_k(k: int) -> None:
     assert len(propose(opened(engine()), 0, TEXT * 9, k)) == k
 
 
+def test_ngram_proposes_nothing_beyond_the_longest_sequence() -> None:
+    session = opened(engine(max_positions=20))
+    counts = [len(propose(session, 0, (TEXT * 3)[:size], 8)) for size in (17, 18, 19, 20)]
+    assert counts == [3, 2, 1, 0]
+    assert refused(session, ProposeItem(1, 1, 0, (TEXT * 3)[:21], 0))[0] == RefusalCode.INVALID
+
+
 def test_ngram_goes_on_from_whatever_was_accepted() -> None:
     # Like a model's draft: kept is what was accepted, but for the proposal's last token.
     for accepted in range(5):
