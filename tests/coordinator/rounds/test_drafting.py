@@ -180,7 +180,7 @@ async def test_drafting_short_prompts_are_caught_up_beside_a_long_one() -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 async def test_drafting_takes_fewer_tokens_than_it_asked_for(count: int) -> None:
     sequence = behind(20)
-    sequence.needs_rows = False
+    sequence.needs_rows, sequence.confirm = False, lambda state: None
     sequence.draft.strikes = 2
 
     class Proposing(Answering):
