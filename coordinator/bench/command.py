@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload
 
 
-PASSAGE = 3
-"""Held-out texts of a passage that is repeated: some 200 tokens."""
 _SAME = {True: "yes", False: "NO", None: "-"}
 
 
@@ -55,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitive",
         action="store_true",
-        help="prompts with a passage of held-out code twice and its beginning again, as where a "
-        "text is edited",
+        help="prompts with a piece of held-out code three times and its beginning again, for texts "
+        "that repeat what they have",
     )
     parser.add_argument(
         "--in-process",
@@ -279,10 +277,9 @@ def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
 
 
 def repetitive_prompts(count: int) -> Sequence[str]:
-    """Held-out code, passages of ``PASSAGE`` texts twice and the beginning of a third time."""
-    texts = [str(text) for text in prompts(count * PASSAGE, None)]
-    passages = ["\n".join(texts[at : at + PASSAGE]) for at in range(0, count * PASSAGE, PASSAGE)]
-    return [f"{one}\n\n{one}\n\n{one[: len(one) // 10]}" for one in passages]
+    """Held-out code, each piece three times and the beginning of a fourth."""
+    texts = [str(text) for text in prompts(count, None)]
+    return [f"{one}\n\n" * 3 + one[: len(one) // 10] for one in texts]
 
 
 def _ks(text: str) -> list[int | None]:

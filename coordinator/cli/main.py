@@ -236,7 +236,11 @@ class _Version(argparse.Action):
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="TOML file")
     parser.add_argument("--base", dest="base.path", help="folder or hub id of the base model")
-    parser.add_argument("--draft", dest="draft.path", help="folder or hub id of the draft model")
+    parser.add_argument(
+        "--draft",
+        dest="draft.path",
+        help="folder or hub id of the draft model; ngram proposes from the text, without a model",
+    )
     parser.add_argument("--device", help="of both models: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--base-device", dest="base.device", help="of the base model")
     parser.add_argument("--draft-device", dest="draft.device", help="of the draft model")

@@ -14,7 +14,7 @@ from outrider.shared.core.wire import write_open
 
 @dataclass(frozen=True, slots=True)
 class DraftOffer:
-    """One sequence's proposal."""
+    """One sequence's proposal; it may have no tokens."""
 
     tokens: list[int]
     rows: Sequence[pb.SparseRow]
@@ -43,13 +43,14 @@ class DraftAsked:
     def offer(self, proposal: pb.Proposal) -> DraftOffer | None:
         """What it was answered; None where that is not an answer to what was asked.
 
-        What its tokens are worth is the verifier's to find out, whatever way they come.
+        Fewer than ``k`` tokens are one, and so are none. What they are worth is the verifier's to
+        find out, whatever way they come.
         """
         tokens = list(proposal.tokens)
         sound = (
             proposal.epoch == self.sequence.draft.epoch
             and proposal.committed_len == self.n
-            and 0 < len(tokens) <= self.k
+            and len(tokens) <= self.k
             and len(proposal.rows) == (len(tokens) if self.sequence.needs_rows else 0)
         )
         return DraftOffer(tokens, proposal.rows) if sound else None

@@ -157,7 +157,8 @@ class Drafting:
             offer = found.offer(proposal) if found is not None else None
             if found is not None and offer is not None:
                 found.sequence.draft.strikes = 0
-                made.by_id[proposal.sequence_id] = offer
+                if offer.tokens:
+                    made.by_id[proposal.sequence_id] = offer
         self._absorb(response, asked)
         return made
 

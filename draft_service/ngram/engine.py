@@ -9,7 +9,12 @@ from outrider.draft_service.ngram.memory import TextExtent, TextMemory
 from outrider.shared.config.ngram import NgramName
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held
+
+BACKLOG = 2048
+"""Tokens that an item may bring the automaton nearer to the log, beyond those that it appends: some
+5 ms. A prefix that was shared or cached comes without them."""
 
 
 class NgramEngine(Engine[ProposeItem, Proposal]):
@@ -48,7 +53,12 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
 
     def rows_of(self, item: ProposeItem) -> int:
         """See ``Engine.rows_of``."""
-        return len(item.append) + max(item.k - 1, 0)
+        return len(item.append) + max(self._clipped(item) - 1, 0)
+
+    def _clipped(self, item: ProposeItem) -> int:
+        """Most tokens to propose: none is placed beyond the longest sequence."""
+        committed = item.base_len + len(item.append)
+        return next_k(item.k, self.runner.places(committed) + 1, committed)
 
     def tokens_of(self, item: ProposeItem) -> Sequence[int]:
         """See ``Engine.tokens_of``: any token may come in a text."""
@@ -68,9 +78,10 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
         extent, log = held.extent, held.log
         assert isinstance(extent, TextExtent)
         extent.trust.learn(log)
-        _follow(extent, item.base_len, log)
-        tokens = self._proposal(extent, len(log), item.k) if item.k else []
+        there = _follow(extent, item, log)
         committed_len = len(log)
+        k = self._clipped(item) if there else 0
+        tokens = self._proposal(extent, committed_len, k) if k else []
         extent.advance(committed_len + max(len(tokens) - 1, 0))
         log.extend(tokens)
         rows = tuple(SparseRow((token,), (1.0,)) for token in tokens)
@@ -91,16 +102,19 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
         return tokens
 
 
-def _follow(extent: TextExtent, base_len: int, log: Sequence[int]) -> None:
-    """Brings the automaton to ``log``, of which it has the first ``base_len`` tokens if no fewer.
+def _follow(extent: TextExtent, item: ProposeItem, log: Sequence[int]) -> bool:
+    """Brings the automaton nearer to ``log``; whether it is there.
 
-    Messages may come again, and with other tokens where a peer is wrong: then it begins anew.
+    Below ``base_len`` the two agree, as far as the automaton goes. Messages may come again, and
+    with other tokens where a peer is wrong: then it begins anew.
     """
-    automaton = extent.automaton
+    automaton, base_len = extent.automaton, item.base_len
     if automaton.text(base_len, automaton.size) != list(log[base_len : automaton.size]):
         automaton.clear()
-    for token in log[automaton.size :]:
+    begin = automaton.size
+    for token in log[begin : begin + len(item.append) + BACKLOG]:
         automaton.add(token)
+    return automaton.size == len(log)
 
 
 def make_engine(config: ModelConfig, name: NgramName) -> NgramEngine:

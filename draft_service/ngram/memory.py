@@ -84,12 +84,11 @@ class TextMemory:
         """See ``Runner.finish``: nothing goes on beside."""
 
     def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent:
-        """See ``Runner.share``: an extent of its own, which the first proposal reads the prefix
-        into."""
+        """See ``Runner.share``: an extent of its own."""
         extent = self.arena.admit(capacity)
         self.copy(parent, extent, prefix_len)
         return extent
 
     def copy(self, parent: Extent, extent: Extent, length: int) -> None:
-        """See ``Runner.copy``: the text is in the log, and read into the automaton from there."""
+        """See ``Runner.copy``: the text is in the log, and taken into the automaton from there."""
         extent.advance(length)

@@ -207,7 +207,10 @@ def _show(
         from outrider.shared.rounds.telemetry import ServiceTelemetry
 
         servicer.watch(ServiceTelemetry(telemetry, service.lower(), engine.info).round)
-    if config.telemetry.profile or (telemetry is not None and telemetry.metering):
+    facts = engine.info().facts
+    if facts.is_model and (
+        config.telemetry.profile or (telemetry is not None and telemetry.metering)
+    ):
         from outrider.shared.core.host import read_bandwidth
 
-        servicer.memory_bandwidth = read_bandwidth(engine.info().facts.device)
+        servicer.memory_bandwidth = read_bandwidth(facts.device)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.draft_service.__main__ import build
+from outrider.draft_service.ngram import engine as module
 from outrider.draft_service.ngram.automaton import BYTES_PER_TOKEN
 from outrider.draft_service.ngram.engine import NgramEngine
 from outrider.shared.config.schema import DraftConfig, VerifyConfig, load
@@ -65,6 +66,13 @@ def test_ngram_takes_no_shorter_match_than_asked(least: int, found: bool) -> Non
 @pytest.mark.parametrize("k", [0, 1, 2, 5])
 def test_ngram_proposes_no_more_than_k(k: int) -> None:
     assert len(propose(opened(engine()), 0, TEXT * 9, k)) == k
+
+
+def test_ngram_proposes_nothing_beyond_the_longest_sequence() -> None:
+    session = opened(engine(max_positions=20))
+    counts = [len(propose(session, 0, (TEXT * 3)[:size], 8)) for size in (17, 18, 19, 20)]
+    assert counts == [3, 2, 1, 0]
+    assert refused(session, ProposeItem(1, 1, 0, (TEXT * 3)[:21], 0))[0] == RefusalCode.INVALID
 
 
 def test_ngram_goes_on_from_whatever_was_accepted() -> None:
@@ -143,6 +151,23 @@ def test_ngram_samples_share_the_prompt() -> None:
     item = ProposeItem(2, 1, 26, (TEXT * 3)[26:], 4)
     (answer,) = session.round([item]).answers
     assert answer.tokens == propose(session, 26, (TEXT * 3)[26:], 4) != ()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_ngram_takes_a_long_prefix_in_little_by_little(
+    cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BACKLOG", 40)
+    session = opened(engine())
+    text = TEXT * 12
+    propose(session, 0, text, 0)
+    if cached:
+        session.cache(1, 99)
+    session.open(OpenSequence(2, 1, 200, Decoding(), parent_id=1, prefix_len=99, copy=cached))
+    item = ProposeItem(2, 1, 99, text[99:], 4)
+    # 9 tokens of its own and 40 each time; meanwhile it has nothing to say.
+    counts = [len(session.round([item]).answers[0].tokens) for _ in range(4)]
+    assert counts == [0, 0, 4, 4]
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,29 @@ from outrider.coordinator.bench.workload import summary
 from outrider.coordinator.cli.main import main
 
 
+@pytest.mark.parametrize("drafted", ["by a model", "from the text"])
 def test_bench_measures_transformers_beside_its_own(
-    tiny_base: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drafted: str,
+    tiny_base: Path,
+    tiny_draft: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All processes for real; no time is looked at."""
     place = tmp_path / "figures.json"
     words = "--ks 0,2 --prompts 2 --prompt-tokens 9 --max-new-tokens 12 --repeats 1 --warmup 0"
-    models = ["--base", str(tiny_base), "--draft", str(tiny_draft), "--dtype", "float32"]
+    draft, other = {
+        "by a model": (str(tiny_draft), peers.ASSISTED),
+        "from the text": ("ngram", peers.LOOKUP),
+    }[drafted]
+    models = ["--base", str(tiny_base), "--draft", draft, "--dtype", "float32"]
     models += ["--device", "cpu"]
     assert main(["bench", "--peers", *models, *words.split(), "--json", str(place)]) == 0
     out = capsys.readouterr().out
-    for name in ("| transformers ", "| transformers, assisted ", "against alone"):
+    for name in ("| transformers ", f"| {other} ", "against alone"):
         assert name in out
     figures = json.loads(place.read_text())
-    assert [one["name"] for one in figures["peers"]] == [peers.ALONE, peers.ASSISTED]
+    assert [one["name"] for one in figures["peers"]] == [peers.ALONE, other]
     # Greedy float32: the same text from every one of them.
     assert all(one["same_tokens_as_base"] for one in figures["variants"] + figures["peers"])
     assert all(one["tokens_per_second"] > 0 for one in figures["peers"])
@@ -86,3 +95,15 @@ def test_peers_are_refused_where_they_can_not_be_compared(
 ) -> None:
     assert main(["bench", "--peers", *words]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_repetitive_prompts_have_a_text_three_times_and_begin_it_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts, made = command.prompts(4, None), command.repetitive_prompts(4)
+    assert len(made) == 4
+    for text, prompt in zip(texts, made, strict=True):
+        *whole, begun = prompt.split(f"{text}\n\n")
+        assert whole == [""] * 3 and begun and str(text).startswith(begun)
+    assert main(["bench", "--repetitive", "--prompt-tokens", "9"]) == 2
+    assert "--repetitive: such prompts are code" in capsys.readouterr().err

@@ -175,3 +175,30 @@ async def test_drafting_short_prompts_are_caught_up_beside_a_long_one() -> None:
     drafting = drafting_over(connection, most=400)
     await drafting.catch_up([behind(50_000), behind(90, 2), behind(60, 3)])
     assert connection.rows() == [250, 90, 60]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+async def test_drafting_takes_fewer_tokens_than_it_asked_for(count: int) -> None:
+    sequence = behind(20)
+    sequence.needs_rows, sequence.confirm = False, lambda state: None
+    sequence.draft.strikes = 2
+
+    class Proposing(Answering):
+        async def send(self, request: pb.DraftRequest, late: Any) -> asyncio.Future[Any]:
+            (item,) = request.items
+            answer = pb.DraftResponse(round=request.round)
+            answer.proposals.add(
+                sequence_id=item.sequence_id,
+                epoch=item.epoch,
+                committed_len=item.base_len + len(item.append),
+                tokens=range(count),
+            )
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future.set_result(answer)
+            return future
+
+    made = await drafting_over(Proposing()).propose([(sequence, 3)])
+    offered = {key: offer.tokens for key, offer in made.by_id.items()}
+    assert offered == ({sequence.sequence_id: list(range(count))} if count else {})
+    # An answer it was, whatever it had to offer.
+    assert sequence.draft.strikes == 0
