@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from outrider.coordinator.cli.info import _fields
+from outrider.coordinator.cli.info import _fields, _text
 from outrider.protos import generation_pb2 as pb
 
 
@@ -15,3 +15,14 @@ def test_info_json_has_every_field_and_none_for_what_is_unset() -> None:
     assert set(made["base"]) == set(pb.ModelDescription.DESCRIPTOR.fields_by_name)
     assert (made["base"]["name"], made["base"]["eos_token_ids"]) == ("m", [2, 7])
     assert (made["max_k"], made["draft"]) == (8, None)
+
+
+def test_info_text_tells_cached_tokens_apart_and_a_cache_that_is_on() -> None:
+    model = pb.ModelDescription(
+        name="m", arena_tokens=1000, arena_tokens_used=200, arena_tokens_cached=300
+    )
+    cache = pb.PrefixCacheDescription(sequences=3, tokens=290, hits=7, hit_tokens=650, evictions=2)
+    text = _text(pb.InfoResponse(base=model, draft=model, base_cache=cache))
+    assert text.count("200 of 1000 tokens in use, 300 cached") == 2
+    assert text.count("prefix cache") == 1
+    assert "3 sequences, 290 tokens; 7 hits, 650 tokens taken over, 2 evictions" in text
