@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
-from outrider.shared.model.runner import Span
+from outrider.shared.model.runner import Runner, Span
 from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.sampling.choose import RowContext, choice_noise, propose
@@ -38,6 +39,8 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
     further forward takes in one proposed token. The last one's KV is not written, so
     afterwards ``valid_len = committed_len + K - 1``.
     """
+
+    runner: Runner
 
     @property
     def trial_amounts(self) -> tuple[int, ...]:
@@ -85,6 +88,7 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         )
         return None if noise is None else _Noise(noise, {p: row for row, p in enumerate(places)})
 
+    @torch.inference_mode()
     def run(self, work: Sequence[tuple[ProposeItem, Held]]) -> tuple[list[Proposal | Refusal], int]:
         """See ``Engine.run``."""
         ks = [self._clipped(item) for item, _ in work]

@@ -13,7 +13,7 @@ from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, Dev
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
-from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
+from outrider.shared.model.cuda.turns.turns import SLOTS, Parts, Turns, TurnSequence
 
 
 class VerifyTurns(Turns):
@@ -125,6 +125,10 @@ class AloneVerifyTurns(VerifyTurns):
         )
         made: AloneVerifyTurns = runner.turns(cls, DeviceMailbox(own, other, "verify"))
         return made
+
+    def sizes_ahead(self) -> list[tuple[int, int]]:
+        """See ``Turns.sizes_ahead``; nothing is proposed."""
+        return [(slots, 0) for slots in SLOTS]
 
     @property
     def under_way(self) -> int:

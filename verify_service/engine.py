@@ -10,7 +10,7 @@ import torch
 
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import OpenSequence, Refusal, Verdict, VerifyItem
-from outrider.shared.model.runner import Span
+from outrider.shared.model.runner import Runner, Span
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.verify_service.acceptance import Judged, JudgeItem, judge
 from outrider.verify_service.soundness import sound_tokens
@@ -25,6 +25,8 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
     proposal row decide. With ``a`` accepted the valid length becomes ``committed_len - 1``:
     the KV of rejected rows is forgotten by setting that one integer.
     """
+
+    runner: Runner
 
     _cut = False
     """Whether a proposal was cut before."""
@@ -75,6 +77,7 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         """See ``Engine.tokens_of``."""
         return item.append + item.proposal if item.proposal else item.append
 
+    @torch.inference_mode()
     def run(self, work: Sequence[tuple[VerifyItem, Held]]) -> tuple[list[Verdict | Refusal], int]:
         """See ``Engine.run``."""
         wanted = [0 if item.extend_only else len(item.proposal) + 1 for item, _ in work]

@@ -51,11 +51,20 @@ class Run:
     verify_seconds: float = 0.0
     overhead_seconds: float = 0.0
     first_token_seconds: list[float] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """When token ids came, by ``time.perf_counter``, and how many."""
+    ends: list[float] = field(default_factory=list)
+    """When each request was done."""
     outputs: list[tuple[int, ...]] = field(default_factory=list)
 
     def speed(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    def decode_speed(self) -> float:
+        """Tokens per second while all requests decode: from the first token to the first end."""
+        begin, end = min(at for at, _ in self.arrivals), min(self.ends)
+        return sum(count for at, count in self.arrivals if begin < at <= end) / (end - begin)
 
 
 class Peer(Protocol):
@@ -146,20 +155,37 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
 
 def _request(workload: Workload, index: int, k: int | None) -> pb.GenerateRequest:
-    speculation = pb.SpeculationParameters(rule=workload.rule)  # type: ignore[arg-type]
+    return generate_request(
+        workload.prompts[index],
+        max_new_tokens=workload.max_new_tokens,
+        temperature=workload.temperature,
+        seed=workload.seed + index,
+        ignore_eos=workload.ignore_eos,
+        rule=workload.rule,
+        k=k,
+    )
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    ignore_eos: bool,
+    k: int | None,
+    rule: int = pb.ACCEPTANCE_RULE_UNSPECIFIED,
+) -> pb.GenerateRequest:
+    """The message that asks for a continuation of text or token ids; ``k``: None is the
+    server's choice."""
+    speculation = pb.SpeculationParameters(rule=rule)  # type: ignore[arg-type]
     if k is not None:
         speculation.k = k
-    prompt = workload.prompts[index]
-    text = prompt if isinstance(prompt, str) else None
     return pb.GenerateRequest(
-        prompt=text,
+        prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=None if isinstance(prompt, str) else pb.TokenIds(ids=prompt),
-        sampling=pb.SamplingParameters(
-            temperature=workload.temperature, seed=workload.seed + index
-        ),
-        stopping=pb.StopConditions(
-            max_new_tokens=workload.max_new_tokens, ignore_eos=workload.ignore_eos
-        ),
+        sampling=pb.SamplingParameters(temperature=temperature, seed=seed),
+        stopping=pb.StopConditions(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
         speculation=speculation,
     )
 
@@ -177,6 +203,7 @@ async def _generate(
                 first = time.perf_counter() - start
                 run.first_token_seconds.append(first)
             tokens.extend(message.delta.token_ids)
+            run.arrivals.append((time.perf_counter(), len(message.delta.token_ids)))
         elif event == "finished":
             stats = message.finished.speculation
             run.tokens += message.finished.usage.completion_tokens
@@ -188,6 +215,7 @@ async def _generate(
             run.draft_seconds += stats.seconds.draft
             run.verify_seconds += stats.seconds.verify
             run.overhead_seconds += stats.seconds.overhead
+            run.ends.append(time.perf_counter())
     return tuple(tokens)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.cli.argument_types import number, whole
+from outrider.shared.config.argument_types import number, whole
 from outrider.shared.core import rules
 from outrider.shared.core.parameters import Kind, Number, TokenBiases, TokenLists, Whole
 from outrider.shared.core.types import PARAMETERS

@@ -14,6 +14,7 @@ from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as stubs
 from outrider.shared.config.schema import Config
 from outrider.shared.core.links import MESSAGES
+from outrider.shared.core.model_facts import read_description
 from outrider.shared.process.grpc_server import authorization
 from outrider.shared.process.grpc_status import message_of
 
@@ -65,12 +66,17 @@ def _text(info: pb.InfoResponse) -> str:
         if not info.HasField(role):
             lines.append(f"{role}: none")
             continue
+        lines.append(f"{role}: {model.name}")
+        if read_description(model).is_model:
+            lines += [
+                f"  {model.architecture}, {model.parameters / 1e6:.1f} M parameters, {model.dtype} "
+                f"on {model.device}",
+                f"  vocabulary {model.vocab_size} ({model.vocab_fingerprint[:12]}), "
+                f"up to {model.max_positions} positions",
+            ]
+        else:
+            lines.append("  no model: it proposes from the text alone")
         lines += [
-            f"{role}: {model.name}",
-            f"  {model.architecture}, {model.parameters / 1e6:.1f} M parameters, {model.dtype} "
-            f"on {model.device}",
-            f"  vocabulary {model.vocab_size} ({model.vocab_fingerprint[:12]}), "
-            f"up to {model.max_positions} positions",
             f"  arena: {model.arena_tokens_used} of {model.arena_tokens} tokens in use, "
             f"{model.arena_tokens_cached} cached",
         ]

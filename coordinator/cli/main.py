@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 from outrider.coordinator.cli import generate_flags, plan, profile, report
-from outrider.coordinator.cli.argument_types import whole
 from outrider.shared.config import flags, telemetry_flags
+from outrider.shared.config.argument_types import whole
 from outrider.shared.config.schema import Config, load
 from outrider.shared.core.errors import ConfigError, InvalidRequest, OutriderError
 from outrider.shared.core.links import AUTO, LINKS

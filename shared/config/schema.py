@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.shared.config import otel_environment
+from outrider.shared.config import ngram, otel_environment
 from outrider.shared.config.setting import DTYPE_ALIASES, Checked, Setting, coerce, setting
 from outrider.shared.config.telemetry import TelemetryConfig
 from outrider.shared.core.errors import ConfigError
@@ -125,7 +125,12 @@ class ServeConfig(Checked):
 class DraftConfig(ModelConfig, ServeConfig):
     """The draft service, section ``[draft]``."""
 
-    path: str = setting("draft", help="folder or hub id; 'draft' is the bundled one")
+    path: str = setting(
+        "draft",
+        help="folder or hub id; 'draft' is the bundled one, 'ngram' proposes from the text alone",
+        allowed=f"a folder, a hub id, 'draft', or {ngram.ALLOWED}",
+        check=lambda v: not ngram.is_ngram(v) or ngram.read_name(v) is not None,
+    )
     # The draft's KV is a fraction of the base's, and both may share one device.
     arena_share: float = setting(
         0.2,
@@ -142,7 +147,12 @@ class DraftConfig(ModelConfig, ServeConfig):
 class VerifyConfig(ModelConfig, ServeConfig):
     """The verify service, section ``[base]``."""
 
-    path: str = setting("base", help="folder or hub id; 'base' is the bundled one")
+    path: str = setting(
+        "base",
+        help="folder or hub id; 'base' is the bundled one",
+        allowed="a folder, a hub id or 'base': ngram is a draft",
+        check=lambda v: not ngram.is_ngram(v),
+    )
     listen: str = setting("127.0.0.1:50052", help="host:port or unix:/path")
 
 

@@ -14,7 +14,11 @@ from outrider.protos import generation_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model is; ``weight_bytes`` counts shared storage once."""
+    """What a model is; ``weight_bytes`` counts shared storage once.
+
+    A draft may be none: it proposes from the text alone. Then there are no parameters, and
+    ``vocab_size`` is 0: it has no vocabulary that could be another than the base's.
+    """
 
     name: str
     architecture: str
@@ -29,6 +33,11 @@ class ModelFacts:
     runner: str
     kernels: str = ""
     """What they were chosen to be on this machine, in words; empty where there are none."""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether there is one."""
+        return self.vocab_size > 0
 
 
 @dataclass(frozen=True, slots=True)

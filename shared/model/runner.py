@@ -11,14 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.arena import Arena, Extent
-from outrider.shared.kv.storage import Storage
+
+if TYPE_CHECKING:  # an engine without a model starts without torch
+    from torch import Tensor
+
+    from outrider.shared.kv.storage import Storage
 
 NEVER = 1 << 62
 """A position that no row has."""
@@ -114,6 +116,8 @@ class Runner(ABC):
 
     def finish(self) -> None:
         """Waits until the device has done what it was given."""
+        import torch
+
         kind = self.storage.device.type
         if kind == "cuda":
             torch.cuda.current_stream(self.storage.device).synchronize()
@@ -140,6 +144,8 @@ class Runner(ABC):
     @property
     def cores(self) -> int:
         """Cores of the host that a forward keeps busy."""
+        import torch
+
         return torch.get_num_threads() if self.storage.device.type == "cpu" else 0
 
     reads_branches = True
@@ -160,8 +166,12 @@ class Runner(ABC):
         if self.branches:
             return self.arena.branch(parent, prefix_len, capacity)
         extent = self.arena.admit(capacity)
-        self.storage.copy(parent, extent, prefix_len)
+        self.copy(parent, extent, prefix_len)
         return extent
+
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None:
+        """Gives ``extent`` the first ``length`` positions of ``parent``; see ``Storage.copy``."""
+        self.storage.copy(parent, extent, length)
 
     def judge(
         self,

@@ -52,7 +52,7 @@ def costs_of(
 
 def circumstances(engine: Engine[Any, Any]) -> dict[str, Any]:
     """All that the times of an engine depend on."""
-    runner = engine.runner
+    runner: Any = engine.runner
     facts, device = runner.facts, runner.storage.device
     return {
         "format": FORMAT,

@@ -64,12 +64,22 @@ class RoundsServicer:
         read_items: Callable[[Any], list[Any]],
         write_response: Callable[[int, RoundResult[Any], float], Any],
         run_grant: RunGrant,
+        *,
+        prepare_stream: Callable[[Session[Any, Any]], None] = lambda session: None,
+        prepare_mailbox: Callable[[Engine[Any, Any], Doorbell], None] = lambda engine, doorbell: (
+            None
+        ),
     ) -> None:
-        """The two functions of ``wire`` for the service's messages, and its rounds by grant."""
+        """The two functions of ``wire`` for the service's messages, and its rounds by grant.
+
+        ``prepare_stream`` and ``prepare_mailbox``: what is done with either before it is used.
+        """
         self._read_items = read_items
         self._write_response = write_response
         self._run_grant = run_grant
+        self._prepare_stream = prepare_stream
         self._mailboxes = Mailboxes()
+        self._mailboxes.prepare = lambda doorbell: prepare_mailbox(self._ready(), doorbell)
         self._engine: Engine[Any, Any] | None = None
         self._seen: Seen | None = None
         self.memory_bandwidth = 0.0
@@ -112,6 +122,7 @@ class RoundsServicer:
         farewell = False
         mailboxes: set[int] = set()
         try:
+            self._prepare_stream(session)
             inbox = Inbox(request_iterator)
             for message in inbox:
                 arrived = time.perf_counter()

@@ -15,17 +15,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefused
-from outrider.shared.core.model_facts import EngineInfo
+from outrider.shared.core.model_facts import EngineInfo, ModelFacts
 from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
-from outrider.shared.kv.arena import Extent
-from outrider.shared.model.runner import NEVER, Runner, Span
+from outrider.shared.kv.arena import Arena, Extent
+from outrider.shared.model.runner import NEVER, RotarySwitch, Span
 from outrider.shared.rounds.cached import CachedSequence, CachedSequences
+
+if TYPE_CHECKING:  # an engine without a model starts without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,30 @@ Run = Callable[[Sequence[tuple[ItemT, Held]]], tuple[list[AnswerT | Refusal], in
 """See ``Engine.run``."""
 
 
+class SequenceMemory(Protocol):
+    """What sequences of an engine rest on. A ``Runner`` is one: with a model, and KV in the arena.
+
+    Everything is as ``Runner`` says.
+    """
+
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def arena(self) -> Arena: ...
+    @property
+    def switch(self) -> RotarySwitch | None: ...
+    @property
+    def slow_calls(self) -> int: ...
+    @property
+    def cores(self) -> int: ...
+    @property
+    def branches(self) -> bool: ...
+    def places(self, log_len: int) -> int: ...
+    def finish(self) -> None: ...
+    def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent: ...
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None: ...
+
+
 class Engine(ABC, Generic[ItemT, AnswerT]):
     """A model, its arena, and the sequences of every stream.
 
@@ -70,7 +94,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
     at a time and the arena one owner.
     """
 
-    def __init__(self, runner: Runner, max_k: int) -> None:
+    def __init__(self, runner: SequenceMemory, max_k: int) -> None:
         """``max_k``: most draft tokens in one proposal."""
         limit = runner.arena.max_rows
         if limit is not None and limit < max_k + 1:
@@ -125,8 +149,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
     def run(self, work: Sequence[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
         """Serves items whose sequences are rolled back to ``base_len`` and ready.
 
-        Returns one answer or refusal per item, and the rows forwarded. Called with the lock
-        held and gradients off.
+        Returns one answer or refusal per item, and the rows forwarded. Called with the lock held.
         """
 
     @abstractmethod
@@ -271,7 +294,7 @@ class Session(Generic[ItemT, AnswerT]):
     def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
         """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""
         engine = self._engine
-        with engine.lock, torch.inference_mode():
+        with engine.lock:
             began = time.perf_counter()
             result = self._served(items, engine.run)
             # Where no token was chosen nobody has looked at a result yet: the rows of a prompt
@@ -448,7 +471,7 @@ class Session(Generic[ItemT, AnswerT]):
         # The parent may have given way itself; and the same tokens have another KV where one of
         # the two counts as long before the prefix ends.
         if not parent.extent.freed and min(parent.long_from, length) == min(long_from, length):
-            engine.runner.storage.copy(parent.extent, extent, length)
+            engine.runner.copy(parent.extent, extent, length)
         return extent, parent.log[: extent.valid_len]
 
     def _free(self, sequence_id: int) -> None:

@@ -67,6 +67,22 @@ def test_bench_in_process_measures_both_models_and_has_the_same_tokens(
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_bench_serve_measures_a_running_coordinator(
+    bundled_target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "serve.json"
+    arguments = ["bench", "serve", "--target", bundled_target, "--rate", "20", "--warmup", "1"]
+    arguments += ["--num-requests", "6", "--max-new-tokens", "8", "--json", str(written)]
+    assert main.main(arguments) == 0
+    figures = json.loads(written.read_text())
+    (level,) = figures["levels"]
+    assert figures["target"]["base"]["parameters"] > 1e6
+    assert (level["completed"], level["output_tokens"]) == (6, 6 * 8)
+    assert level["prompt_tokens"] > 6 * 10 and level["mean_accepted_length"] >= 1.0
+    assert 0 < level["ttft"]["p50"] <= level["e2e"]["p50"] <= level["e2e"]["max"]
+    assert "first token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [(["--ks", "0,auto"], "--ks auto"), (["--concurrency", "2"], "--concurrency: got 2")],

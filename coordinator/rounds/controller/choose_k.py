@@ -37,6 +37,13 @@ GRAIN = 50
 """Acceptance is told apart by so many steps from 0 to 1."""
 MARGIN = 1.01
 """A change of Ks must promise this much."""
+PAYS = 1.03
+"""What speculation must promise in a batch, beside plain decoding: with it sequences that began
+together end apart, and the last ones run with few beside them."""
+CLEARLY = 1.2
+"""Beyond this speculation pays, whatever may be wrong with the costs of rounds without it."""
+PLAIN_ROUNDS = 3
+"""Rounds that show what those cost."""
 PROBE_SEQUENCES = 8
 """Sequences that are probed, at most: with few, it takes more rounds to learn as much."""
 PROBE_ROUNDS = 4
@@ -241,10 +248,15 @@ class Speculation:
             if rate < MARGIN * now and now >= plain:
                 ks, rate = self.choice.ks, now
         why = "pays"
-        if rate <= plain:
+        if rate <= plain * (PAYS if len(sequences) > 1 else 1.0):
             ks, rate, why = self._unsure(batch, plain)
         if not any(ks) and self._probes(sequences, batch, plain):
             return
+        if plain < rate < CLEARLY * plain and not self.costs.knows_plain(len(sequences)):
+            # Rounds without a draft run in another way than those timed at the start, and to
+            # know how much faster costs next to nothing where the two are close.
+            ks, rate, why = self._nothing(batch), plain, "is compared with none"
+            self._decide_at = self._round + PLAIN_ROUNDS
         self._put(ChosenKs(ks, rate, plain, why), who)
 
     def _unsure(self, batch: _Batch, plain: float) -> tuple[tuple[int, ...], float, str]:

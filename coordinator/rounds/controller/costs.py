@@ -23,6 +23,8 @@ SAMPLES = 7
 """Ratios kept per kind of round."""
 FADE_ROUNDS = 256
 """Rounds after which a kind's ratio is worth half beside that of a kind that runs."""
+NEAR = 1
+"""Sizes of batches that say something of each other: twice as many sequences, or half."""
 GUESS = ((1, 1, 1.0),)
 """Where nothing was measured: a verify of any size takes as long."""
 GUESS_DRAFT = ((1, 1, 0.25),)
@@ -116,6 +118,10 @@ class Corrections:
         kind.add(ratio, now)
         self._last[size] = kind
 
+    def near(self, size: int) -> bool:
+        """Whether anything is known of batches of about that size."""
+        return any(abs(other - size) <= NEAR for other in self._kinds)
+
     def at(self, size: int, k: int, now: int) -> float | None:
         """The ratio to expect; None where nothing of the kind is known."""
         if size in self._kinds:
@@ -171,6 +177,10 @@ class Costs:
             foretold = self._draft.at(drafted, k)
             if foretold > 0:
                 self._drafting.add(size, k, draft / foretold, self._round)
+
+    def knows_plain(self, sequences: int) -> bool:
+        """Whether rounds without a draft ran with about so many sequences."""
+        return self._alone.near(size_of(sequences))
 
     def factors(self, sequences: int, top: int) -> tuple[list[float], list[float]]:
         """What measured times are to be multiplied by, for K = 0 … ``top``: of the draft's part,

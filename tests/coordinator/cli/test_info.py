@@ -26,3 +26,11 @@ def test_info_text_tells_cached_tokens_apart_and_a_cache_that_is_on() -> None:
     assert text.count("200 of 1000 tokens in use, 300 cached") == 2
     assert text.count("prefix cache") == 1
     assert "3 sequences, 290 tokens; 7 hits, 650 tokens taken over, 2 evictions" in text
+
+
+def test_info_says_of_a_draft_without_a_model_that_it_is_none() -> None:
+    model = pb.ModelDescription(name="m", vocab_size=9, parameters=2_000_000, arena_tokens=8)
+    draft = pb.ModelDescription(name="ngram", arena_tokens=50, arena_tokens_used=5)
+    text = _text(pb.InfoResponse(base=model, draft=draft))
+    assert "draft: ngram\n  no model: it proposes from the text alone\n  arena: 5 of 50" in text
+    assert text.count("M parameters") == text.count("vocabulary") == 1

@@ -18,7 +18,7 @@ from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
 
 VERIFY = (1, 5, 2, 9, 3, 7, 4)
-PLAN = TrialPlan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 2)), prompt=16, capacity=25)
+PLAN = TrialPlan(((1, 1), (1, 5), (8, 1), (8, 5), (2, 1), (2, 2)), prompt=16, capacity=25)
 Took = Callable[[int, int], float]
 """Seconds of a round of so many sequences and this amount; 0: a prompt is taken in."""
 
@@ -135,6 +135,21 @@ def test_calibrate_takes_the_median_and_leaves_slow_calls_out() -> None:
     assert engine.rounds.count((1, 1)) == 2 + REPEATS
 
 
+def test_calibrate_spends_no_time_on_what_is_compiled() -> None:
+    """Every first call compiles for half a second: all sizes are timed all the same."""
+    seen: set[tuple[int, int]] = set()
+
+    def took(count: int, amount: int) -> float:
+        first = amount > 0 and (count, amount) not in seen
+        seen.add((count, amount))
+        return 0.5 if first else 1e-3
+
+    sizes = ((1, 1), (8, 1), (8, 5), (32, 1), (32, 5))
+    points = timed(fake(took, slow_calls=2), TrialPlan(sizes, 16, 25), seconds=2.0)
+    assert set(table(points)) == set(sizes)
+    assert set(table(points).values()) == {1e-3}
+
+
 def test_calibrate_times_slow_rounds_less_often() -> None:
     repeats = {}
     for seconds in (0.001, 0.015, 0.030, 0.100):
@@ -167,7 +182,16 @@ def test_calibrate_ends_in_time_with_what_tells_most(cost: float) -> None:
 
 def test_calibrate_goes_on_with_what_is_small_where_something_large_has_no_time() -> None:
     engine = fake(lambda count, amount: 0.1 if count == 1 else 0.6 * count / 8)
-    assert list(table(timed(engine, PLAN))) == [(1, 1), (1, 5), (2, 2)]
+    assert list(table(timed(engine, PLAN, seconds=2.4))) == [(1, 1), (1, 5), (2, 1), (2, 2)]
+
+
+def test_calibrate_tells_of_no_size_whose_growth_is_not_known() -> None:
+    engine = fake(lambda count, amount: count * (0.05 * amount if amount else 0.01))
+    # There is time for (8, 1) and (2, 1), and not for (8, 5) and (2, 2).
+    assert list(table(timed(engine, PLAN))) == [(1, 1), (1, 5)]
+    assert {(8, 1), (2, 1)} < set(engine.rounds)
+    alone = fake(lambda count, amount: 1e-3, amounts=(1,))
+    assert list(table(timed(alone, TrialPlan(((1, 1), (8, 1)), 16, 25)))) == [(1, 1), (8, 1)]
 
 
 def test_calibrate_keeps_prompts_short_where_they_take_long() -> None:
@@ -186,7 +210,7 @@ def test_calibrate_a_smaller_round_takes_no_longer_than_a_larger_one() -> None:
     points = timed(fake(took), PLAN, seconds=30.0)
     # Something held each of its rounds up; nothing larger than (8, 5) tells of (8, 5).
     assert table(points) == pytest.approx(
-        {(1, 1): 0.001, (1, 5): 0.005, (8, 1): 0.008, (8, 5): 0.040, (2, 2): 0.030}
+        {(1, 1): 0.001, (1, 5): 0.005, (8, 1): 0.008, (8, 5): 0.040, (2, 1): 0.002, (2, 2): 0.030}
     )
     points = timed(fake(lambda n, a: took(n, a) if n < 8 else 0.002 * a), PLAN, seconds=30.0)
     assert table(points)[2, 2] == pytest.approx(0.010)
