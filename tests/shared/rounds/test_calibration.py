@@ -144,7 +144,7 @@ def test_calibrate_spends_no_time_on_what_is_compiled() -> None:
         seen.add((count, amount))
         return 0.5 if first else 1e-3
 
-    sizes = ((1, 1), (8, 1), (8, 5), (32, 1), (32, 5))
+    sizes = ((1, 1), (1, 5), (8, 1), (8, 5), (32, 1), (32, 5))
     points = timed(fake(took, slow_calls=2), TrialPlan(sizes, 16, 25), seconds=2.0)
     assert set(table(points)) == set(sizes)
     assert set(table(points).values()) == {1e-3}
