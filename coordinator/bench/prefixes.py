@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--history", type=int, default=900, help="tokens of the first prompt (default: 900)"
     )
     parser.add_argument(
-        "--news", type=_numbers, default=[16, 32, 64],
-        help="tokens that the second turn adds to history and answer (default: 16,32,64)",
+        "--news", type=_numbers, default=[1, 16, 64],
+        help="tokens that the second turn adds to history and answer (default: 1,16,64)",
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of either turn")
     parser.add_argument("--repeats", type=int, default=15)

@@ -13,6 +13,7 @@ from outrider.coordinator.bench.plots import (
     arena,
     drawing,
     links,
+    prefixes,
     serve,
     speed,
     timeline,
@@ -26,6 +27,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "copy_bandwidth": speed.draw_step,
     "bare": links.draw,
     "timelines": timeline.draw,
+    "turns": prefixes.draw,
     "points": adaptive.draw,
     "levels": serve.draw,
     "variants": speed.draw_bench,
@@ -69,7 +71,7 @@ def render(file: Path) -> dict[str, str]:
                 }
     raise ConfigError(
         f"{file} holds no figures of `outrider bench` or of its studies adaptive, arena, step, "
-        "links, timeline and serve"
+        "links, prefixes, timeline and serve"
     )
 
 

@@ -122,5 +122,13 @@ def test_display_statistics_tell_the_drafts_share() -> None:
     assert "draft 1.00 ms, verify 10.00 ms, overhead 0.50 ms" in text
 
 
+def test_display_statistics_tell_what_of_the_prompt_was_cached() -> None:
+    made = finished()
+    assert "cached" not in display.statistics(made, [])
+    made.usage.prompt_tokens, made.usage.cached_prompt_tokens = 300, 256
+    assert "256 of 300 tokens of the prompt were cached" in display.statistics(made, [])
+    assert display.as_json("", [], made)["usage"]["cached_prompt_tokens"] == 256
+
+
 def test_display_statistics_without_speculation() -> None:
     assert "the base wrote every token" in display.statistics(pb.Finished(), [])

@@ -17,6 +17,17 @@ def test_info_json_has_every_field_and_none_for_what_is_unset() -> None:
     assert (made["max_k"], made["draft"]) == (8, None)
 
 
+def test_info_text_tells_cached_tokens_apart_and_a_cache_that_is_on() -> None:
+    model = pb.ModelDescription(
+        name="m", arena_tokens=1000, arena_tokens_used=200, arena_tokens_cached=300
+    )
+    cache = pb.PrefixCacheDescription(sequences=3, tokens=290, hits=7, hit_tokens=650, evictions=2)
+    text = _text(pb.InfoResponse(base=model, draft=model, base_cache=cache))
+    assert text.count("200 of 1000 tokens in use, 300 cached") == 2
+    assert text.count("prefix cache") == 1
+    assert "3 sequences, 290 tokens; 7 hits, 650 tokens taken over, 2 evictions" in text
+
+
 def test_info_says_of_a_draft_without_a_model_that_it_is_none() -> None:
     model = pb.ModelDescription(name="m", vocab_size=9, parameters=2_000_000, arena_tokens=8)
     draft = pb.ModelDescription(name="ngram", arena_tokens=50, arena_tokens_used=5)

@@ -234,6 +234,18 @@ def test_caching_nothing_counts_as_evicted_and_an_unknown_id_as_nothing() -> Non
     assert engine.runner.arena.used == 0
 
 
+def test_an_id_that_comes_again_leaves_nothing_behind() -> None:
+    engine = VerifyEngine(engines.runner(engines.tiny_llama(1)), 4)
+    session = engine.connect()
+    for _ in range(2):
+        session.open(OpenSequence(1, 1, 60, GREEDY))
+        session.round([VerifyItem(1, 1, 0, PROMPT)])
+        session.cache(1, 20)
+    assert (engine.info().cached, engine.info().arena_tokens_cached) == (1, 20)
+    session.close(1)
+    assert (engine.info().cached, engine.runner.arena.used) == (0, 0)
+
+
 def test_a_draft_takes_over_too() -> None:
     engine = DraftEngine(engines.runner(engines.tiny_llama(2, layers=1)), 4)
     session = engine.connect()

@@ -124,7 +124,8 @@ class _Held:
 
 
 class _Session:
-    engine = SimpleNamespace(runner=None)  # no device that takes turns by itself
+    engine = SimpleNamespace(runner=None)
+    alone = None  # no device that takes turns by itself
 
     def __init__(self, toy: Toy) -> None:
         self.toy = toy

@@ -139,6 +139,25 @@ SERVE = {
     ],
 }
 
+PREFIXES = {
+    "hardware": MACHINE,
+    "device": "Some GPU",
+    "history": 2000,
+    "repeats": 9,
+    "turns": [
+        {
+            "new": new,
+            "against_alone": 1.25,
+            "first_token_seconds": {
+                "second turn": 0.0625 * new,
+                "taken in anew": 2.5,
+                "new part alone": 0.05 * new,
+            },
+        }
+        for new in (1, 16)
+    ],
+}
+
 
 @pytest.fixture(autouse=True)
 def _matplotlib() -> None:
@@ -214,6 +233,14 @@ def test_timeline_plot_holds_lanes_and_shares(tmp_path: Path) -> None:
     assert {"grpc: draft", "grpc: base", "shm: draft", "shm: base", "30%"} <= found
     assert {"50%, neither 20%", "60%, neither 10%"} <= found
     assert any("with CUDA MPS" in word for word in found)
+
+
+def test_prefixes_plot_holds_series_and_numbers(tmp_path: Path) -> None:
+    plots = drawn(PREFIXES, tmp_path)
+    assert list(plots) == ["some.svg"]
+    found = words(plots["some.svg"])
+    assert {"second turn", "taken in anew", "new part alone", "1,000", "62.5", "50.0"} <= found
+    assert any("16 new" in word for word in found) and any("1.25× alone" in word for word in found)
 
 
 def test_adaptive_plot_holds_series_and_their_worst(tmp_path: Path) -> None:
