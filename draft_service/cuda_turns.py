@@ -60,7 +60,7 @@ class DraftTurns(Turns):
 
     def _chain(self, first: bool) -> None:
         step, own, box = self._parts.step, self._inputs.device, self._mailbox
-        count, steps = self._count, self._steps
+        count, steps = self._slots, self._steps
         if not first:
             step.calls["follow"](
                 bell=box.heard, slots=box.verdicts, chosen=self._chosen,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import RefusalCode
-from outrider.shared.core.types import Proposal, ProposeItem, Refusal, SparseRow
-from outrider.shared.model.runner import Span
+from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
+from outrider.shared.model.runner import Runner, Span
 from outrider.shared.rounds.grants import next_k
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.shared.sampling.choose import RowContext, choice_noise, propose
@@ -38,6 +39,20 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
     further forward takes in one proposed token. The last one's KV is not written, so
     afterwards ``valid_len = committed_len + K - 1``.
     """
+
+    runner: Runner
+
+    @property
+    def trial_amounts(self) -> tuple[int, ...]:
+        """See ``Engine.trial_amounts``."""
+        return tuple(k for k in (1, 4, 8, 2) if k <= self.max_k)
+
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> ProposeItem:
+        """See ``Engine.trial``."""
+        append = tuple(tokens[:1] if amount else tokens)
+        return ProposeItem(opened.sequence_id, opened.epoch, base_len, append, amount)
 
     def reject(self, item: ProposeItem) -> str | None:
         """See ``Engine.reject``."""
@@ -73,6 +88,7 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         )
         return None if noise is None else _Noise(noise, {p: row for row, p in enumerate(places)})
 
+    @torch.inference_mode()
     def run(self, work: Sequence[tuple[ProposeItem, Held]]) -> tuple[list[Proposal | Refusal], int]:
         """See ``Engine.run``."""
         ks = [self._clipped(item) for item, _ in work]

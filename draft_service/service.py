@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.draft_service import host_rounds
 from outrider.draft_service.host_rounds import DraftHostTurns, DraftTaker
@@ -14,12 +14,25 @@ from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grant_loop import Turn
 from outrider.shared.rounds.servicer import RoundsServicer
 
+if TYPE_CHECKING:
+    from outrider.shared.link.doorbell import Doorbell
+    from outrider.shared.rounds.session import Engine
+
 
 def _device_turns(*rest: Any) -> DraftTaker:
     # Imported late: torch comes with the model.
     from outrider.draft_service.device_rounds import DraftDeviceTurns
 
     return DraftDeviceTurns(*rest)
+
+
+def _prepare_mailbox(engine: Engine[Any, Any], doorbell: Doorbell) -> None:
+    if doorbell.device is None:
+        return
+    from outrider.draft_service.cuda_turns import DraftTurns
+    from outrider.shared.rounds.device_turns import prepare
+
+    prepare(engine, doorbell, DraftTurns)
 
 
 class DraftSide:
@@ -49,7 +62,12 @@ SIDE = DraftSide()
 
 def make_servicer() -> RoundsServicer:
     """The servicer, still without its engine."""
-    return RoundsServicer(wire.read_propose_items, wire.write_draft_response, _run_grant)
+    return RoundsServicer(
+        wire.read_propose_items,
+        wire.write_draft_response,
+        _run_grant,
+        prepare_mailbox=_prepare_mailbox,
+    )
 
 
 def _run_grant(*rest: Any) -> Iterator[pb.DraftResponse]:

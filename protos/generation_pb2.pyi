@@ -49,7 +49,7 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "prompt_token_ids", "conversation", "sampling", "stopping", "speculation", "output", "resume_token_ids")
+    __slots__ = ("prompt", "prompt_token_ids", "conversation", "sampling", "stopping", "speculation", "output", "resume_token_ids", "cache_salt")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class GenerateRequest(_message.Message):
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     prompt_token_ids: TokenIds
     conversation: Conversation
@@ -66,7 +67,8 @@ class GenerateRequest(_message.Message):
     speculation: SpeculationParameters
     output: OutputOptions
     resume_token_ids: TokenIds
-    def __init__(self, prompt: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StopConditions, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationParameters, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., resume_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, prompt: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StopConditions, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationParameters, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., resume_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -218,12 +220,14 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationStatistics, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+    cached_prompt_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class SpeculationStatistics(_message.Message):
     __slots__ = ("rounds", "proposed", "accepted", "proposed_by_position", "accepted_by_position", "acceptance_rate", "mean_accepted_length", "seconds")
@@ -266,7 +270,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "base", "draft", "default_k", "max_k", "default_max_new_tokens", "running", "waiting", "link", "link_reason")
+    __slots__ = ("version", "base", "draft", "default_k", "max_k", "default_max_new_tokens", "running", "waiting", "link", "link_reason", "base_cache", "draft_cache", "speculation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +281,9 @@ class InfoResponse(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     LINK_REASON_FIELD_NUMBER: _ClassVar[int]
+    BASE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_CACHE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     version: str
     base: ModelDescription
     draft: ModelDescription
@@ -287,10 +294,55 @@ class InfoResponse(_message.Message):
     waiting: int
     link: str
     link_reason: str
-    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[ModelDescription, _Mapping]] = ..., draft: _Optional[_Union[ModelDescription, _Mapping]] = ..., default_k: _Optional[int] = ..., max_k: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., link: _Optional[str] = ..., link_reason: _Optional[str] = ...) -> None: ...
+    base_cache: PrefixCacheDescription
+    draft_cache: PrefixCacheDescription
+    speculation: SpeculationState
+    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[ModelDescription, _Mapping]] = ..., draft: _Optional[_Union[ModelDescription, _Mapping]] = ..., default_k: _Optional[int] = ..., max_k: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., link: _Optional[str] = ..., link_reason: _Optional[str] = ..., base_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ..., draft_cache: _Optional[_Union[PrefixCacheDescription, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationState, _Mapping]] = ...) -> None: ...
+
+class PrefixCacheDescription(_message.Message):
+    __slots__ = ("sequences", "tokens", "hits", "hit_tokens", "evictions")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    tokens: int
+    hits: int
+    hit_tokens: int
+    evictions: int
+    def __init__(self, sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., hits: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
+
+class SpeculationState(_message.Message):
+    __slots__ = ("measured", "sequences", "k", "reason", "acceptance", "outlook")
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    OUTLOOK_FIELD_NUMBER: _ClassVar[int]
+    measured: bool
+    sequences: int
+    k: int
+    reason: str
+    acceptance: float
+    outlook: _containers.RepeatedCompositeFieldContainer[KOutlook]
+    def __init__(self, measured: bool = ..., sequences: _Optional[int] = ..., k: _Optional[int] = ..., reason: _Optional[str] = ..., acceptance: _Optional[float] = ..., outlook: _Optional[_Iterable[_Union[KOutlook, _Mapping]]] = ...) -> None: ...
+
+class KOutlook(_message.Message):
+    __slots__ = ("k", "draft_seconds", "rest_seconds", "tokens_per_second")
+    K_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    draft_seconds: float
+    rest_seconds: float
+    tokens_per_second: float
+    def __init__(self, k: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., rest_seconds: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("name", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_longest", "eos_token_ids", "runner", "kernels")
+    __slots__ = ("name", "architecture", "parameters", "weight_bytes", "vocab_size", "vocab_fingerprint", "max_positions", "device", "dtype", "arena_tokens", "arena_tokens_used", "arena_tokens_cached", "arena_longest", "eos_token_ids", "runner", "kernels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +354,7 @@ class ModelDescription(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ARENA_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ARENA_TOKENS_USED_FIELD_NUMBER: _ClassVar[int]
+    ARENA_TOKENS_CACHED_FIELD_NUMBER: _ClassVar[int]
     ARENA_LONGEST_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RUNNER_FIELD_NUMBER: _ClassVar[int]
@@ -317,11 +370,12 @@ class ModelDescription(_message.Message):
     dtype: str
     arena_tokens: int
     arena_tokens_used: int
+    arena_tokens_cached: int
     arena_longest: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     runner: str
     kernels: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_longest: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., runner: _Optional[str] = ..., kernels: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., vocab_fingerprint: _Optional[str] = ..., max_positions: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., arena_tokens: _Optional[int] = ..., arena_tokens_used: _Optional[int] = ..., arena_tokens_cached: _Optional[int] = ..., arena_longest: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., runner: _Optional[str] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -354,7 +408,7 @@ class ProfileResponse(_message.Message):
     def __init__(self, rounds: _Optional[_Iterable[_Union[RoundProfile, _Mapping]]] = ..., base: _Optional[_Union[ServiceProfile, _Mapping]] = ..., draft: _Optional[_Union[ServiceProfile, _Mapping]] = ..., coordinator_resident_bytes: _Optional[int] = ..., link: _Optional[str] = ..., arrived_ns: _Optional[int] = ..., admitted_ns: _Optional[int] = ..., first_token_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class RoundProfile(_message.Message):
-    __slots__ = ("round", "started_ns", "finished_ns", "draft", "verify", "committed_len", "k", "proposed", "accepted", "emitted", "rows", "rollback", "batch_size", "verify_epoch", "draft_epoch", "lost")
+    __slots__ = ("round", "started_ns", "finished_ns", "draft", "verify", "committed_len", "k", "proposed", "accepted", "emitted", "rows", "rollback", "batch_size", "verify_epoch", "draft_epoch", "lost", "k_reason", "foreseen_rate", "foreseen_plain_rate")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STARTED_NS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +425,9 @@ class RoundProfile(_message.Message):
     VERIFY_EPOCH_FIELD_NUMBER: _ClassVar[int]
     DRAFT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    K_REASON_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_RATE_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_PLAIN_RATE_FIELD_NUMBER: _ClassVar[int]
     round: int
     started_ns: int
     finished_ns: int
@@ -387,7 +444,10 @@ class RoundProfile(_message.Message):
     verify_epoch: int
     draft_epoch: int
     lost: str
-    def __init__(self, round: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., draft: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., verify: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., committed_len: _Optional[int] = ..., k: _Optional[int] = ..., proposed: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., rows: _Optional[int] = ..., rollback: _Optional[int] = ..., batch_size: _Optional[int] = ..., verify_epoch: _Optional[int] = ..., draft_epoch: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
+    k_reason: str
+    foreseen_rate: float
+    foreseen_plain_rate: float
+    def __init__(self, round: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., draft: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., verify: _Optional[_Union[ExchangeProfile, _Mapping]] = ..., committed_len: _Optional[int] = ..., k: _Optional[int] = ..., proposed: _Optional[int] = ..., accepted: _Optional[int] = ..., emitted: _Optional[int] = ..., rows: _Optional[int] = ..., rollback: _Optional[int] = ..., batch_size: _Optional[int] = ..., verify_epoch: _Optional[int] = ..., draft_epoch: _Optional[int] = ..., lost: _Optional[str] = ..., k_reason: _Optional[str] = ..., foreseen_rate: _Optional[float] = ..., foreseen_plain_rate: _Optional[float] = ...) -> None: ...
 
 class ExchangeProfile(_message.Message):
     __slots__ = ("sent_ns", "answered_ns", "model_seconds", "service_seconds", "rows")

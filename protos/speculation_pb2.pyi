@@ -58,20 +58,30 @@ SEQUENCE_ERROR_CODE_MODEL: SequenceErrorCode
 SEQUENCE_ERROR_CODE_NOTHING_ALLOWED: SequenceErrorCode
 
 class OpenSequence(_message.Message):
-    __slots__ = ("sequence_id", "epoch", "capacity", "decoding", "parent_id", "prefix_len")
+    __slots__ = ("sequence_id", "epoch", "capacity", "decoding", "parent_id", "prefix_len", "copy")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     DECODING_FIELD_NUMBER: _ClassVar[int]
     PARENT_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LEN_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     epoch: int
     capacity: int
     decoding: Decoding
     parent_id: int
     prefix_len: int
-    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., capacity: _Optional[int] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., parent_id: _Optional[int] = ..., prefix_len: _Optional[int] = ...) -> None: ...
+    copy: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., capacity: _Optional[int] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., parent_id: _Optional[int] = ..., prefix_len: _Optional[int] = ..., copy: bool = ...) -> None: ...
+
+class CacheSequence(_message.Message):
+    __slots__ = ("sequence_id", "length")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    length: int
+    def __init__(self, sequence_id: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Decoding(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "eos_token_ids", "min_new_tokens", "prompt_len", "seed", "rule", "logprobs", "draft_top", "vocab_size")
@@ -125,7 +135,7 @@ class TokenSequence(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
-    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change")
+    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change", "cache")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +144,7 @@ class DraftRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     CHANGE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     round: int
     close: _containers.RepeatedScalarFieldContainer[int]
     open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
@@ -142,7 +153,8 @@ class DraftRequest(_message.Message):
     traceparent: str
     grant: Grant
     change: GrantChange
-    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[ProposeItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ...) -> None: ...
+    cache: _containers.RepeatedCompositeFieldContainer[CacheSequence]
+    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[ProposeItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ..., cache: _Optional[_Iterable[_Union[CacheSequence, _Mapping]]] = ...) -> None: ...
 
 class ProposeItem(_message.Message):
     __slots__ = ("sequence_id", "epoch", "base_len", "append", "k")
@@ -159,18 +171,20 @@ class ProposeItem(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., base_len: _Optional[int] = ..., append: _Optional[_Iterable[int]] = ..., k: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
-    __slots__ = ("round", "proposals", "errors", "timing", "grant_end")
+    __slots__ = ("round", "proposals", "errors", "timing", "grant_end", "evicted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     GRANT_END_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
     round: int
     proposals: _containers.RepeatedCompositeFieldContainer[Proposal]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     timing: Timing
     grant_end: GrantEnd
-    def __init__(self, round: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
+    evicted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, round: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[Proposal, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ..., evicted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Proposal(_message.Message):
     __slots__ = ("sequence_id", "epoch", "committed_len", "tokens", "rows")
@@ -195,7 +209,7 @@ class SparseRow(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
-    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change")
+    __slots__ = ("round", "close", "open", "items", "goodbye", "traceparent", "grant", "change", "cache")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +218,7 @@ class VerifyRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     CHANGE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     round: int
     close: _containers.RepeatedScalarFieldContainer[int]
     open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
@@ -212,7 +227,8 @@ class VerifyRequest(_message.Message):
     traceparent: str
     grant: Grant
     change: GrantChange
-    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[VerifyItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ...) -> None: ...
+    cache: _containers.RepeatedCompositeFieldContainer[CacheSequence]
+    def __init__(self, round: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[VerifyItem, _Mapping]]] = ..., goodbye: bool = ..., traceparent: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., change: _Optional[_Union[GrantChange, _Mapping]] = ..., cache: _Optional[_Iterable[_Union[CacheSequence, _Mapping]]] = ...) -> None: ...
 
 class VerifyItem(_message.Message):
     __slots__ = ("sequence_id", "epoch", "base_len", "append", "proposal", "rows", "extend_only")
@@ -233,20 +249,22 @@ class VerifyItem(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., base_len: _Optional[int] = ..., append: _Optional[_Iterable[int]] = ..., proposal: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[_Union[SparseRow, _Mapping]]] = ..., extend_only: bool = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("round", "verdicts", "errors", "timing", "granted", "grant_end")
+    __slots__ = ("round", "verdicts", "errors", "timing", "granted", "grant_end", "evicted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     VERDICTS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     GRANT_END_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
     round: int
     verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     timing: Timing
     granted: GrantedRound
     grant_end: GrantEnd
-    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., granted: _Optional[_Union[GrantedRound, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ...) -> None: ...
+    evicted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, round: _Optional[int] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., granted: _Optional[_Union[GrantedRound, _Mapping]] = ..., grant_end: _Optional[_Union[GrantEnd, _Mapping]] = ..., evicted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("sequence_id", "epoch", "num_accepted", "next_token", "committed_len", "logprobs")
@@ -413,7 +431,7 @@ class ServiceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServiceInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "model", "arena_tokens_largest_free", "sequences", "max_k", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid")
+    __slots__ = ("version", "protocol", "model", "arena_tokens_largest_free", "sequences", "max_k", "streams", "resident_bytes", "memory_bandwidth", "grants", "device_uuid", "costs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -425,6 +443,7 @@ class ServiceInfoResponse(_message.Message):
     MEMORY_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     GRANTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     model: _generation_pb2.ModelDescription
@@ -436,4 +455,15 @@ class ServiceInfoResponse(_message.Message):
     memory_bandwidth: float
     grants: bool
     device_uuid: str
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[_Union[_generation_pb2.ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ...) -> None: ...
+    costs: _containers.RepeatedCompositeFieldContainer[CostPoint]
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[_Union[_generation_pb2.ModelDescription, _Mapping]] = ..., arena_tokens_largest_free: _Optional[int] = ..., sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., streams: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., memory_bandwidth: _Optional[float] = ..., grants: bool = ..., device_uuid: _Optional[str] = ..., costs: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ...) -> None: ...
+
+class CostPoint(_message.Message):
+    __slots__ = ("sequences", "amount", "seconds")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    amount: int
+    seconds: float
+    def __init__(self, sequences: _Optional[int] = ..., amount: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...

@@ -26,6 +26,9 @@ settings.load_profile("outrider")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels are compiled once for all workers and runs, and not into the user's own folder.
 os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/outrider-tests-{os.getuid()}"
+# Nor does each service that a test starts time its rounds first; whoever tests that asks for it.
+UNTIMED = {"OUTRIDER_BASE_CALIBRATE": "false", "OUTRIDER_DRAFT_CALIBRATE": "false"}
+os.environ.update(UNTIMED)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +67,7 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(module: str, *args: str, env: dict[str, str] | None = None, **options: Any) -> Any:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}
-        clean |= {"OMP_NUM_THREADS": "1"} | (env or {})
+        clean |= {"OMP_NUM_THREADS": "1"} | UNTIMED | (env or {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *args],

@@ -47,14 +47,15 @@ MAY_IMPORT_WITHIN = {
     "coordinator.services": {"shared.core", "shared.config", "shared.process"},
     "coordinator.telemetry": {"shared.core", "shared.process", "shared.telemetry"},
     "coordinator.local": {"shared.core", "shared.config", "shared.process"},
+    "coordinator.rounds.controller": {"coordinator.requests", "shared.core"},
     "coordinator.rounds": {
-        *("coordinator.requests", "coordinator.requests.text"),
+        *("coordinator.requests", "coordinator.requests.text", "coordinator.rounds.controller"),
         *("coordinator.services", "coordinator.telemetry", "shared.core"),
     },
     "coordinator.profile": {"coordinator.telemetry", "shared.core", "shared.process"},
     "coordinator.server": {
         *("coordinator.requests", "coordinator.requests.text", "coordinator.rounds"),
-        *("coordinator.services", "coordinator.telemetry"),
+        *("coordinator.rounds.controller", "coordinator.services", "coordinator.telemetry"),
         *("shared.core", "shared.config", "shared.process", "shared.telemetry"),
     },
     "coordinator.bench": {
@@ -75,7 +76,7 @@ PURE = (
     "outrider.shared.kv.slots",
     "outrider.shared.kv.arena",
     "outrider.coordinator.rounds.scheduler",
-    "outrider.coordinator.rounds.choose_k",
+    "outrider.coordinator.rounds.controller.choose_k",
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,7 @@ from outrider.shared.core.errors import SequenceRefused
 from outrider.shared.core.types import Verdict, VerifyItem
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.model.cuda.turns.turns import TurnSequence
+from outrider.shared.rounds.device_turns import rehearse
 from outrider.shared.rounds.grants import Control, End, EndReason
 from outrider.verify_service.cuda_turns import AloneVerifyTurns
 from outrider.verify_service.granted import VerifyLane, VerifyRounds
@@ -34,6 +35,12 @@ FEW = 8
 """Sequences up to which a turn is queued before the one before it is done."""
 
 
+def prepare(session: Session[VerifyItem, Verdict]) -> None:
+    """Makes and rehearses the turns of a stream's rounds without a draft; the runner has turns."""
+    session.alone = AloneVerifyTurns.of(session.engine.runner)
+    rehearse(session.engine, session.alone)
+
+
 def alone_turns(
     session: Session[VerifyItem, Verdict],
     message: pb.VerifyRequest,
@@ -41,10 +48,7 @@ def alone_turns(
     control: Control,
 ) -> VerifyTaker:
     """Who takes the turns of a grant without a draft: the device where it can, else the host."""
-    runner: Any = session.engine.runner
-    if hasattr(runner, "turns"):
-        if session.alone is None:
-            session.alone = AloneVerifyTurns.of(runner)
+    if session.alone is not None:
         taker = AloneDeviceTurns(session, session.alone, message, control)
         if taker.possible():
             return taker

@@ -13,7 +13,7 @@ from outrider.shared.link.device.mailbox import DeviceLayout, DeviceMailbox, Dev
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
 from outrider.shared.model.cuda.step import batch_of, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
-from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
+from outrider.shared.model.cuda.turns.turns import SLOTS, Parts, Turns, TurnSequence
 
 
 class VerifyTurns(Turns):
@@ -126,6 +126,10 @@ class AloneVerifyTurns(VerifyTurns):
         made: AloneVerifyTurns = runner.turns(cls, DeviceMailbox(own, other, "verify"))
         return made
 
+    def sizes_ahead(self) -> list[tuple[int, int]]:
+        """See ``Turns.sizes_ahead``; nothing is proposed."""
+        return [(slots, 0) for slots in SLOTS]
+
     @property
     def under_way(self) -> int:
         """Turns that were queued and not taken."""
@@ -166,7 +170,3 @@ class AloneVerifyTurns(VerifyTurns):
 
     def _bring_back(self) -> None:
         pass  # the next turn may be done before this one's verdicts are read: each has its room
-
-    def _slots_for(self, count: int) -> int:
-        # Sequences come and go all the time: there is a chain for each of few numbers.
-        return bucket(count, ROW_SIZES)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from outrider.shared.core.errors import RefusalCode
-from outrider.shared.core.types import Refusal, Verdict, VerifyItem
-from outrider.shared.model.runner import Span
+from outrider.shared.core.types import OpenSequence, Refusal, Verdict, VerifyItem
+from outrider.shared.model.runner import Runner, Span
 from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
 from outrider.verify_service.acceptance import Judged, JudgeItem, judge
 from outrider.verify_service.soundness import sound_tokens
@@ -26,8 +26,26 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
     the KV of rejected rows is forgotten by setting that one integer.
     """
 
+    runner: Runner
+
     _cut = False
     """Whether a proposal was cut before."""
+
+    @property
+    def trial_amounts(self) -> tuple[int, ...]:
+        """See ``Engine.trial_amounts``."""
+        return tuple(rows for rows in (1, 5, 2, 9, 3, 7, 4) if rows <= self.max_k + 1)
+
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> VerifyItem:
+        """See ``Engine.trial``."""
+        if not amount:
+            return VerifyItem(
+                opened.sequence_id, opened.epoch, base_len, tuple(tokens), extend_only=True
+            )
+        pending, proposal = (tokens[0],), tuple(tokens[1:amount])
+        return VerifyItem(opened.sequence_id, opened.epoch, base_len, pending, proposal)
 
     def reject(self, item: VerifyItem) -> str | None:
         """See ``Engine.reject``."""
@@ -59,6 +77,7 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
         """See ``Engine.tokens_of``."""
         return item.append + item.proposal if item.proposal else item.append
 
+    @torch.inference_mode()
     def run(self, work: Sequence[tuple[VerifyItem, Held]]) -> tuple[list[Verdict | Refusal], int]:
         """See ``Engine.run``."""
         wanted = [0 if item.extend_only else len(item.proposal) + 1 for item, _ in work]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core import wire
@@ -12,6 +12,10 @@ from outrider.shared.rounds.servicer import RoundsServicer
 from outrider.verify_service import host_rounds
 from outrider.verify_service.host_rounds import VerifyHostTurns, VerifyTaker, VerifyTurn
 from outrider.verify_service.prefetch import ahead
+
+if TYPE_CHECKING:
+    from outrider.shared.link.doorbell import Doorbell
+    from outrider.shared.rounds.session import Engine, Session
 
 REPORTS_AHEAD = 16
 """Rounds that a grant may be ahead of what the coordinator has been told."""
@@ -28,6 +32,23 @@ def _device_turns(*rest: Any) -> VerifyTaker:
     from outrider.verify_service.device_rounds import VerifyDeviceTurns
 
     return VerifyDeviceTurns(*rest)
+
+
+def _prepare_stream(session: Session[Any, Any]) -> None:
+    if not hasattr(session.engine.runner, "turns"):
+        return
+    from outrider.verify_service.alone_rounds import prepare
+
+    prepare(session)
+
+
+def _prepare_mailbox(engine: Engine[Any, Any], doorbell: Doorbell) -> None:
+    if doorbell.device is None:
+        return
+    from outrider.shared.rounds.device_turns import prepare
+    from outrider.verify_service.cuda_turns import VerifyTurns
+
+    prepare(engine, doorbell, VerifyTurns)
 
 
 class VerifySide:
@@ -76,7 +97,13 @@ SIDE = VerifySide()
 
 def make_servicer() -> RoundsServicer:
     """The servicer, still without its engine."""
-    return RoundsServicer(wire.read_verify_items, wire.write_verify_response, _run_grant)
+    return RoundsServicer(
+        wire.read_verify_items,
+        wire.write_verify_response,
+        _run_grant,
+        prepare_stream=_prepare_stream,
+        prepare_mailbox=_prepare_mailbox,
+    )
 
 
 def _run_grant(*rest: Any) -> Iterator[pb.VerifyResponse]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from outrider.coordinator.bench import hardware, tables
 from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
+from outrider.shared.config.ngram import is_ngram
 from outrider.shared.config.schema import Config
 from outrider.shared.core import rules
 from outrider.shared.core.errors import ConfigError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from outrider.coordinator.bench.workload import Run, Workload
 
 
+PASSAGE = 3
+"""Held-out texts of a passage that is repeated: some 200 tokens."""
 _SAME = {True: "yes", False: "NO", None: "-"}
 
 
@@ -50,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without text such as planted ones",
     )
     parser.add_argument(
+        "--repetitive",
+        action="store_true",
+        help="prompts with a passage of held-out code twice and its beginning again, as where a "
+        "text is edited",
+    )
+    parser.add_argument(
         "--in-process",
         action="store_true",
         help="both models in this process: what splitting them costs is missing",
@@ -57,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="beside it transformers' generate on the same checkpoints, alone and assisted",
+        help="beside it transformers' generate on the same checkpoints, alone and assisted (with "
+        "--draft ngram: by prompt lookup)",
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
@@ -86,6 +96,8 @@ def measure_target(arguments: argparse.Namespace, target: str, config: Config) -
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ``ConfigError`` for flags that do not go together."""
+    if arguments.repetitive and arguments.prompt_tokens is not None:
+        raise ConfigError("--repetitive: such prompts are code, and --prompt-tokens asks for ids")
     if not arguments.peers:
         return
     if arguments.target is not None:
@@ -108,9 +120,9 @@ def _peers(
     from outrider.shared.model.locate import model_path
 
     ids = _token_ids(workload, config)
-    paths = [model_path(one.path) for one in (config.base, config.draft)]
+    draft = "" if is_ngram(config.draft.path) else model_path(config.draft.path)
     dtype = asyncio.run(described(target)).base.dtype
-    peers = Peers(paths[0], paths[1], dtype, ids)
+    peers = Peers(model_path(config.base.path), draft, dtype, ids)
     try:
         yield peers
     finally:
@@ -148,8 +160,11 @@ def measure_in_process(arguments: argparse.Namespace, config: Config) -> int:
 def _workload(arguments: argparse.Namespace) -> Workload:
     from outrider.coordinator.bench.workload import Workload
 
+    count = arguments.prompts
     return Workload(
-        prompts=prompts(arguments.prompts, arguments.prompt_tokens),
+        prompts=repetitive_prompts(count)
+        if arguments.repetitive
+        else prompts(count, arguments.prompt_tokens),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         rule=rules.number_of(arguments.rule),
@@ -194,7 +209,8 @@ def table(figures: dict) -> str:  # type: ignore[type-arg]
         k = v["k"]
         top = None
         # The bandwidth was measured on this host's processor, so it is a ceiling for it alone.
-        if k is not None and figures["workload"]["concurrency"] == 1 and base["device"] == "cpu":
+        alone = figures["workload"]["concurrency"] == 1 and base["device"] == "cpu"
+        if k is not None and alone and base["weight_bytes"]:
             top = ceiling.shared_device(
                 base["weight_bytes"],
                 draft["weight_bytes"] if draft else 0,
@@ -260,6 +276,13 @@ def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
         return [[draw.randrange(16, 256) for _ in range(tokens)] for _ in range(count)]
     texts = [str(entry["text"]) for entry in pair.heldout_prompts()]
     return texts[:: max(1, len(texts) // count)][:count]
+
+
+def repetitive_prompts(count: int) -> Sequence[str]:
+    """Held-out code, passages of ``PASSAGE`` texts twice and the beginning of a third time."""
+    texts = [str(text) for text in prompts(count * PASSAGE, None)]
+    passages = ["\n".join(texts[at : at + PASSAGE]) for at in range(0, count * PASSAGE, PASSAGE)]
+    return [f"{one}\n\n{one}\n\n{one[: len(one) // 10]}" for one in passages]
 
 
 def _ks(text: str) -> list[int | None]:

@@ -12,10 +12,15 @@ from outrider.shared.config.schema import Config
 STUDIES = {
     "serve": ("serve.command", "requests at a rate or a concurrency, ours or any OpenAI server's"),
     "plant": ("models.plant", "make a checkpoint of any true size with known acceptance"),
-    "step": ("studies.step", "step times of one model process, with the share of the ceiling"),
+    "step": (
+        "studies.step.study",
+        "step times of one model process, with the share of the ceiling",
+    ),
+    "adaptive": ("studies.adaptive", "the choice of K against every fixed K, at any load"),
     "links": ("studies.links", "rounds over grpc and shared memory, against one process"),
     "timeline": ("studies.timeline", "who works when, draft and base, over each link"),
     "arena": ("studies.arena", "rollback, admission and append against transformers' caches"),
+    "prefixes": ("prefixes", "the first token of a chat's second turn"),
     "plot": ("plots.command", "SVG plots of the figures that were written with --json"),
     "tracing": ("studies.telemetry_cost", "what it costs to trace every round"),
 }

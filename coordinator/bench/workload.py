@@ -7,6 +7,7 @@ all alike; what is compared are medians over repeats within one run.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,11 +51,20 @@ class Run:
     verify_seconds: float = 0.0
     overhead_seconds: float = 0.0
     first_token_seconds: list[float] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """When token ids came, by ``time.perf_counter``, and how many."""
+    ends: list[float] = field(default_factory=list)
+    """When each request was done."""
     outputs: list[tuple[int, ...]] = field(default_factory=list)
 
     def speed(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    def decode_speed(self) -> float:
+        """Tokens per second while all requests decode: from the first token to the first end."""
+        begin, end = min(at for at, _ in self.arrivals), min(self.ends)
+        return sum(count for at, count in self.arrivals if begin < at <= end) / (end - begin)
 
 
 class Peer(Protocol):
@@ -133,7 +143,10 @@ async def run_once(stub: rpc.GenerationAsyncStub, workload: Workload, k: int | N
 
     async def one(index: int) -> tuple[int, ...]:
         async with gate:
-            return await _generate(stub, _request(workload, index, k), run)
+            request = _request(workload, index, k)
+            # Whatever ran before, each run takes in its prompts, as those do that it is beside.
+            request.cache_salt = secrets.token_hex(8)
+            return await _generate(stub, request, run)
 
     start = time.perf_counter()
     run.outputs = list(await asyncio.gather(*(one(i) for i in range(len(workload.prompts)))))
@@ -190,6 +203,7 @@ async def _generate(
                 first = time.perf_counter() - start
                 run.first_token_seconds.append(first)
             tokens.extend(message.delta.token_ids)
+            run.arrivals.append((time.perf_counter(), len(message.delta.token_ids)))
         elif event == "finished":
             stats = message.finished.speculation
             run.tokens += message.finished.usage.completion_tokens
@@ -201,6 +215,7 @@ async def _generate(
             run.draft_seconds += stats.seconds.draft
             run.verify_seconds += stats.seconds.verify
             run.overhead_seconds += stats.seconds.overhead
+            run.ends.append(time.perf_counter())
     return tuple(tokens)
 
 

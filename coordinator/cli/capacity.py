@@ -154,15 +154,20 @@ def plan(
     context: int,
     acceptance: float,
     max_k: int = 8,
+    from_text: bool = False,
 ) -> Plan:
-    """Memory for ``sequences`` of ``context`` tokens each, and ceilings up to ``max_k``."""
+    """Memory for ``sequences`` of ``context`` tokens each, and ceilings up to ``max_k``.
+
+    ``from_text``: proposals come from the text and take nothing of the GPU; ``draft`` is None.
+    """
     models = [base] if draft is None else [base, draft]
     slots = context + max_k + 1
     used = [_memory(model, sequences, slots) for model in models]
     free = gpu.memory - sum(m.total for m in used)
     each = slots * sum(model.token_bytes for model in models)
     most = max(0, sequences + free // each)
-    speeds = _speeds(gpu, base, draft, context, acceptance, max_k)
+    top_k = max_k if draft is not None or from_text else 0
+    speeds = _speeds(gpu, base, draft, context, acceptance, top_k)
     return Plan(
         gpu.name,
         "bfloat16" if gpu.bfloat16 else "float16",
@@ -193,13 +198,14 @@ def _speeds(
     """Ceilings of one sequence half-way through its context, KV counted."""
     rate = gpu.bandwidth * gpu.share
 
-    def step(model: Model) -> float:
+    def step(model: Model | None) -> float:
+        if model is None:
+            return 0.0
         return (model.step_bytes + context // 2 * model.token_bytes) / rate
 
     alone = 1 / step(base)
     found = [Speed(0, alone, 1.0)]
-    for k in range(1, max_k + 1) if draft is not None else ():
-        assert draft is not None
+    for k in range(1, max_k + 1):
         speed = expected_tokens(acceptance, k) / (step(base) + k * step(draft))
         found.append(Speed(k, speed, speed / alone))
     return found

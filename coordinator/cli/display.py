@@ -158,6 +158,7 @@ def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[
     return made | {
         "usage": {
             "prompt_tokens": finished.usage.prompt_tokens,
+            "cached_prompt_tokens": finished.usage.cached_prompt_tokens,
             "completion_tokens": finished.usage.completion_tokens,
         },
         "seed": finished.seed,
@@ -186,6 +187,11 @@ def statistics(finished: pb.Finished, origins: Sequence[int]) -> str:
         f"first after {1e3 * (t.queue + t.prefill):.0f} ms, "
         f"ended by {reason_name(finished.reason)}, seed {finished.seed}",
     ]
+    if finished.usage.cached_prompt_tokens:
+        lines.append(
+            f"{finished.usage.cached_prompt_tokens} of {finished.usage.prompt_tokens} tokens of "
+            "the prompt were cached"
+        )
     if s.proposed:
         share = sum(one == pb.TOKEN_ORIGIN_ACCEPTED for one in origins) / max(1, len(origins))
         positions = " ".join(

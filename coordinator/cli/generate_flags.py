@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--resume", type=token_ids, metavar="IDS", help="tokens of an interrupted run"
     )
+    what.add_argument(
+        "--cache-salt", default="", metavar="TEXT", help="share cached prompts only with this salt"
+    )
     what.add_argument("--echo", action="store_true", help="print the prompt too")
 
     choice = parser.add_argument_group("how tokens are chosen")

@@ -40,6 +40,7 @@ def request_of(args: argparse.Namespace, prompt: str) -> pb.GenerateRequest:
         stopping=stopping,
         speculation=speculation,
         output=pb.OutputOptions(echo=args.echo, logprobs=args.logprobs, num_samples=args.n),
+        cache_salt=args.cache_salt,
     )
     request.resume_token_ids.ids.extend(args.resume or ())
     _set_input(request, args, prompt)

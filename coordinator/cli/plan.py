@@ -11,6 +11,7 @@ from typing import Any
 from outrider.coordinator.bench.models.shapes import SHAPES
 from outrider.coordinator.cli import capacity
 from outrider.coordinator.cli.capacity import GIB, GPUS, Memory, read_model
+from outrider.shared.config.ngram import is_ngram
 
 
 def add_parser(commands: Any) -> None:
@@ -18,7 +19,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("plan", help="what fits on a GPU, and which K it favours")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True)
     parser.add_argument("--base", required=True, help=f"folder, or one of {', '.join(SHAPES)}")
-    parser.add_argument("--draft", help="likewise; without one the base is planned alone")
+    parser.add_argument(
+        "--draft", help="likewise, or ngram, which needs no GPU; without one the base alone"
+    )
     parser.add_argument("--sequences", type=int, default=4, help="at once (default: 4)")
     parser.add_argument("--context", type=int, default=4096, help="tokens each (default: 4096)")
     parser.add_argument(
@@ -30,13 +33,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit status 1 where it does not fit."""
+    from_text = args.draft is not None and is_ngram(args.draft)
     found = capacity.plan(
         GPUS[args.gpu],
         read_model(args.base),
-        read_model(args.draft) if args.draft else None,
+        read_model(args.draft) if args.draft and not from_text else None,
         sequences=args.sequences,
         context=args.context,
         acceptance=args.acceptance,
+        from_text=from_text,
     )
     print(json.dumps(asdict(found)) if args.json else describe(found, args))
     return 0 if found.fits else 1

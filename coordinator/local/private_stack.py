@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
+import secrets
 import shutil
 import tempfile
 import threading
@@ -33,6 +34,10 @@ class Deployed:
     """By name."""
     base: str
     draft: str | None
+    config: Config
+    """With the addresses of the services."""
+    environment: Mapping[str, str]
+    """What is added to that of the processes."""
 
 
 @contextmanager
@@ -84,13 +89,33 @@ def deployments(
         _wait(running, events, progress, log)
         threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
         target = private.coordinator
-        yield Deployed(targets, target.base_target, target.draft_target)
+        yield Deployed(targets, target.base_target, target.draft_target, private, own)
     finally:
         # Nobody is served any more, so they need not stop in order.
         children.stop(running, STOP_SECONDS)
         for child in running:
             child.let_go()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def fresh_coordinator(deployed: Deployed, log: TextIO | None = None) -> Iterator[str]:
+    """One more coordinator over the services that run, for as long as the block; its target.
+
+    It has learnt nothing yet. Raises ``ServiceUnavailable`` where it does not start.
+    """
+    listen = f"{deployed.config.coordinator.listen}-{secrets.token_hex(4)}"
+    part = dataclasses.replace(deployed.config.coordinator, listen=listen)
+    events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
+    config = dataclasses.replace(deployed.config, coordinator=part)
+    child = children.start("coordinator", config, events, deployed.environment)
+    try:
+        _wait([child], events, lambda name, text: None, log)
+        threading.Thread(target=_watch, args=([child], events, log), daemon=True).start()
+        yield listen
+    finally:
+        children.stop([child], STOP_SECONDS)
+        child.let_go()
 
 
 def over_sockets(config: Config, folder: Path) -> Config:

@@ -99,6 +99,9 @@ def _rounds(profile: pb.ProfileResponse) -> list[dict[str, Any]]:
                 "verify_epoch": one.verify_epoch,
                 "draft_epoch": one.draft_epoch,
                 "lost": one.lost,
+                "k_reason": one.k_reason,
+                "foreseen_rate": one.foreseen_rate,
+                "foreseen_plain_rate": one.foreseen_plain_rate,
                 "phases": {
                     "draft": min(one.draft.model_seconds, parts.draft),
                     "verify": min(one.verify.model_seconds, parts.verify),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from outrider.coordinator.requests.acceptance_rate import Acceptance
+from outrider.coordinator.requests.acceptance_rate import Acceptance, Everyone
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.detokenize import Decoder
 from outrider.coordinator.requests.text.output import Output
@@ -24,9 +26,13 @@ class Job:
         decoder: Decoder | None,
         ids: Iterator[int],
         arrived_ns: int,
-        acceptance: Acceptance,
+        everyone: Everyone,
+        *,
+        draft: PrefixCache,
+        verify: PrefixCache,
     ) -> None:
-        """``ids`` gives sequence ids; ``acceptance`` is where new sequences' estimates start."""
+        """``ids`` gives sequence ids; ``everyone``: what new sequences lean on; ``draft`` and
+        ``verify`` know what the services have of other sequences."""
         self.request = request
         self.changed = asyncio.Event()
         """Set when there may be something to drain."""
@@ -43,8 +49,10 @@ class Job:
                     sample_index=index,
                     decoding=request.sample_decoding(index),
                     output=self._output(decoder),
-                    acceptance=Acceptance(acceptance),
+                    acceptance=Acceptance(everyone),
                     statistics=Statistics(arrived_ns),
+                    draft=ServiceState(cache=draft),
+                    verify=ServiceState(cache=verify),
                     parent=self.samples[0] if index else None,
                 )
             )
@@ -120,6 +128,7 @@ class Job:
             usage=pb.Usage(
                 prompt_tokens=len(self.request.prompt_ids),
                 completion_tokens=sample.output.emitted,
+                cached_prompt_tokens=sample.statistics.cached_prompt_tokens,
             ),
             speculation=sample.statistics.message(),
             seed=sample.decoding.seed,

@@ -9,42 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.acceptance_rate import Acceptance
+from outrider.coordinator.requests.prefix_cache import TokenBlocks
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.requests.statistics import Statistics
 from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.validation import GenerationRequest
 from outrider.shared.core.types import Decoding, OpenSequence
-
-
-@dataclass(slots=True)
-class ServiceState:
-    """What one service holds of one sequence."""
-
-    open: bool = False
-    reserved: bool = False
-    """It was opened on this stream and not closed: an extent may be held there for it, whatever
-    the service answered since."""
-    epoch: int = 0
-    length: int = 0
-    """Tokens of the log whose KV is valid there."""
-    blocked: bool = False
-    """An open was refused for want of room; not asked again until room was made."""
-    given_up: bool = False
-    """The service can't serve this sequence at all."""
-    strikes: int = 0
-    """Refusals in a row."""
-    full_since: float | None = None
-    """When room was first refused to a sequence that had it before; monotonic seconds."""
-
-    def lose(self) -> None:
-        """The service does not know the sequence, or is to begin anew."""
-        self.open = False
-        self.length = 0
-
-    def release(self) -> bool:
-        """It is to be closed there, or the stream is gone; whether anything may be held."""
-        self.lose()
-        reserved, self.reserved = self.reserved, False
-        return reserved
 
 
 @dataclass(slots=True, eq=False)
@@ -66,9 +36,12 @@ class Sequence:
     children: list[Sequence] = field(default_factory=list)
     by_host: bool = False
     """The devices can't take its turns by themselves."""
+    blocks: TokenBlocks = field(init=False)
+    """The log, as prompts that begin like it are found."""
 
     def __post_init__(self) -> None:
         self.log = [*self.request.prompt_ids, *self.request.resume_ids]
+        self.blocks = TokenBlocks(self.request.cache_salt, self.log)
         # The last token of the prompt is each sample's own pending token. A prompt of one token
         # leaves nothing to share.
         if self.prefix_len == 0:
@@ -141,26 +114,64 @@ class Sequence:
         return state.length if state.open else self._inherited(state)
 
     def _inherited(self, state: ServiceState) -> int:
-        """Tokens whose KV there is for it before it is opened: the parent's prompt, or none."""
+        """Tokens whose KV there is for it before it is opened: of the parent's prompt, or of a
+        sequence that begins alike, or none."""
         donor = self._donor(state)
-        return self.prefix_len if donor is not None and donor.length >= self.prefix_len else 0
+        if donor is not None:
+            return self.prefix_len if donor.length >= self.prefix_len else 0
+        match = state.match(self.blocks, len(self.log) - 1)
+        return 0 if match is None else match.length
 
     def opening(self, state: ServiceState) -> OpenSequence:
         """The message that opens it on the service of ``state``, under a new epoch.
 
-        With the prompt's KV of the sample that shares it, where that is there.
+        With the KV that there is for it: the prompt's of the sample that shares it, or a copy of
+        that of another sequence.
         """
+        shared = self._donor(state) is not None
+        inherited = self._inherited(state)
+        origin: int | None = None
+        if inherited and shared and self.parent is not None:
+            origin = self.parent.sequence_id
+        elif inherited:
+            match = state.match(self.blocks, len(self.log) - 1)
+            origin = None if match is None else match.sequence_id
         state.epoch += 1
         state.open = state.reserved = True
-        state.length = self._inherited(state)
+        state.length = state.inherited = inherited
+        state.branch = shared and inherited > 0
+        if not state.branch:
+            state.cache.offer(self.sequence_id, self.blocks, state)
         return OpenSequence(
             self.sequence_id,
             state.epoch,
             self.capacity,
             self.decoding,
-            self.parent.sequence_id if self.parent is not None and state.length else None,
-            state.length,
+            origin,
+            inherited,
+            copy=inherited > 0 and not shared,
         )
+
+    def leave(self, state: ServiceState, *, cache: bool) -> bool:
+        """It is over at the service of ``state``, which is told with the next message; whether
+        anything may be held there.
+
+        ``cache``: whether that may stay, for others to begin with.
+        """
+        length = min(state.length, len(self.log)) if cache and not state.branch else 0
+        held = state.release()
+        if held:
+            state.cache.retire(self.sequence_id, self.blocks, length)
+        return held
+
+    def confirm(self, state: ServiceState) -> None:
+        """The service of ``state`` has served it: it had what the sequence was opened with."""
+        if state.inherited:
+            state.cache.hit(state.inherited)
+            if state is self.verify:
+                prompt = len(self.request.prompt_ids)
+                self.statistics.cached_prompt_tokens = min(state.inherited, prompt)
+            state.inherited = 0
 
     def _donor(self, state: ServiceState) -> ServiceState | None:
         """What the service of ``state`` holds of the parent, if the parent still runs there."""

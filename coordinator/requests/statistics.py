@@ -19,6 +19,8 @@ class Statistics:
     admitted_ns: int = 0
     first_token_ns: int = 0
     finished_ns: int = 0
+    cached_prompt_tokens: int = 0
+    """Tokens of the prompt that the base took over from another sequence."""
     rounds: int = 0
     emitted: int = 0
     proposed: list[int] = field(default_factory=list)

@@ -19,6 +19,7 @@ from outrider.shared.core.types import Decoding
 MAX_SAMPLES = 16
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_SALT_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class GenerationRequest:
     num_samples: int
     capacity: int
     """Token slots that each sample reserves on each service."""
+    cache_salt: str = ""
+    """Requests take over KV only from those with the same salt."""
     traceparent: str = ""
 
     def sample_decoding(self, index: int) -> Decoding:
@@ -109,6 +112,12 @@ def validate(
     samples = _ranged("output.num_samples", message.output, "num_samples", 1, 1, MAX_SAMPLES)
     if samples > 1 and resume_ids:
         raise InvalidRequest("output.num_samples", samples, "1 where resume_token_ids is set")
+    if len(message.cache_salt) > MAX_SALT_CHARACTERS:
+        raise InvalidRequest(
+            "cache_salt",
+            f"{len(message.cache_salt)} characters",
+            f"at most {MAX_SALT_CHARACTERS} characters",
+        )
     logprobs = None
     if message.output.HasField("logprobs"):
         logprobs = _ranged("output.logprobs", message.output, "logprobs", 0, 0, limits.max_logprobs)
@@ -150,6 +159,7 @@ def validate(
         echo=message.output.echo and not resume_ids,
         num_samples=samples,
         capacity=capacity,
+        cache_salt=message.cache_salt,
         traceparent=traceparent,
     )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.choose_k import Speculation
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.recording import DoneRound
 from outrider.coordinator.rounds.verifying import Verdicts, VerifyAsked
 from outrider.coordinator.telemetry.records import WallClock
@@ -77,15 +77,21 @@ class Commit:
         plan, proposals, verdicts = done.plan, done.proposals, done.verdicts
         for asked, verdict in verdicts.given:
             if asked.proposed:
-                asked.sequence.acceptance.observe(len(asked.proposed), verdict.num_accepted)
+                seq = asked.sequence
+                seq.acceptance.observe(
+                    len(asked.proposed), verdict.num_accepted, seq.output.emitted
+                )
         if plan.prefill or verdicts.lost or not plan.decode or not proposals.clean:
             return
+        seconds = (done.finished_ns - done.started_ns) / 1e9
+        drafting = proposals.timing.seconds
         self._speculation.observe(
             len(plan.decode),
+            len(proposals.by_id),
             max((len(one.tokens) for one in proposals.by_id.values()), default=0),
             verdicts.timing.rows,
-            proposals.timing.seconds,
-            verdicts.timing.seconds,
+            drafting,
+            max(seconds - drafting, verdicts.timing.seconds),
         )
 
     def _append(

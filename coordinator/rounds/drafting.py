@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence as Seq
-from outrider.coordinator.requests.sequence import ServiceState
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.rounds.draft_messages import (
     DraftAsked,
     DraftGrant,
@@ -30,6 +30,7 @@ from outrider.coordinator.rounds.draft_messages import (
     append_item,
     append_wanted,
 )
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.scheduler import share_out
 from outrider.coordinator.services.connection import DraftConnection
 from outrider.coordinator.telemetry.records import ServiceTiming, WallClock
@@ -45,13 +46,19 @@ class Drafting:
     """Talks to the draft service."""
 
     def __init__(
-        self, connection: DraftConnection | None, *, budget: PromptBudget, patience: float
+        self,
+        connection: DraftConnection | None,
+        *,
+        cache: PrefixCache,
+        budget: PromptBudget,
+        patience: float,
     ) -> None:
-        """``budget``: of what is caught up at a time; ``patience``: seconds to wait for answers."""
+        """``cache``: what the draft has of other sequences, and of those that are over.
+        ``budget``: of what is caught up at a time; ``patience``: seconds to wait for answers."""
         self._connection = connection
         self._budget = budget
         self._patience = patience
-        self._close: list[int] = []
+        self.cache = cache
         self._late = False  # an answer that nobody waited for is still to come
         self._clock = WallClock()
         self._blocked: set[Seq] = set()
@@ -225,9 +232,9 @@ class Drafting:
         return True
 
     async def flush(self) -> None:
-        """Sends what is to be closed, when no other message will carry it."""
+        """Sends what is to be closed or cached, when no other message will carry it."""
         connection = self._connection
-        if connection is None or not connection.up or not self._close:
+        if connection is None or not connection.up or not self.cache.waits:
             return
         await self._send_behind(connection, self._request(connection), {})
 
@@ -235,14 +242,15 @@ class Drafting:
         """The verdict on a proposal: what of the draft's KV is of the log."""
         sequence.draft.length = min(n + accepted, n + proposed - 1)
 
-    def forget(self, sequence: Seq) -> None:
-        """The sequence is over: its extent is freed with the next message."""
+    def forget(self, sequence: Seq, *, cache: bool = False) -> None:
+        """The sequence is over: its extent is freed with the next message, or cached if
+        ``cache``."""
         self._blocked.discard(sequence)
-        self._release(sequence)
+        self._release(sequence, cache=cache)
 
     def lost(self, sequences: Iterable[Seq]) -> None:
         """The stream is gone, and all that the draft held with it."""
-        self._close.clear()
+        self.cache.lost()
         self._blocked.clear()
         self._late = False
         if self._behind is not None:
@@ -255,20 +263,17 @@ class Drafting:
 
     # --- parts -------------------------------------------------------------------------------
 
-    def _release(self, sequence: Seq) -> None:
+    def _release(self, sequence: Seq, *, cache: bool = False) -> None:
         """What the draft may hold of it makes room for those that were refused it."""
-        if sequence.draft.release():
-            self._close.append(sequence.sequence_id)
+        if sequence.leave(sequence.draft, cache=cache):
             for other in self._blocked:
                 other.draft.blocked = False
             self._blocked.clear()
 
     def _request(self, connection: DraftConnection, traceparent: str = "") -> pb.DraftRequest:
-        """The next message, with what is to be closed."""
-        request = pb.DraftRequest(
-            round=connection.next_number(), traceparent=traceparent, close=self._close
-        )
-        self._close.clear()
+        """The next message, with what is to be closed and cached."""
+        request = pb.DraftRequest(round=connection.next_number(), traceparent=traceparent)
+        self.cache.fill(request)
         return request
 
     async def _send(
@@ -338,6 +343,11 @@ class Drafting:
         self._absorb(answer, asked)
 
     def _absorb(self, response: pb.DraftResponse, asked: dict[int, DraftAsked]) -> None:
+        self.cache.evicted(response.evicted)
+        for proposal in response.proposals:
+            found = asked.get(proposal.sequence_id)
+            if found is not None and found.sequence.draft.epoch == proposal.epoch:
+                found.sequence.confirm(found.sequence.draft)
         for error in response.errors:
             found = asked.get(error.sequence_id)
             if found is not None and found.sequence.draft.epoch == error.epoch:
@@ -348,7 +358,7 @@ class Drafting:
             return  # an item behind an open that was refused, or a sequence that is over
         code = int(error.code)
         if code == RefusalCode.KV_MISSING:
-            state.length = min(state.length, error.held_len)
+            state.lack(error.held_len)
         elif code == RefusalCode.NO_CAPACITY:
             state.lose()
             state.blocked = True

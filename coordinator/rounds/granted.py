@@ -114,6 +114,11 @@ class GrantedRounds:
             and self._fits(len(plan.decode), max(ks), drafted)
         )
 
+    @property
+    def by_device(self) -> bool:
+        """Whether the devices take the turns where they can."""
+        return bool(self._rounds) and _by_device(self._mailbox_setup.link)
+
     async def start(
         self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str, wake: Callable[[], None]
     ) -> GrantRun | None:

@@ -11,8 +11,8 @@ from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.stopping import Finish, FinishReason
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.commit import Outcome
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.recording import request_record
 from outrider.coordinator.rounds.scheduler import Scheduler
@@ -54,7 +54,15 @@ class Jobs:
 
     def submit(self, request: GenerationRequest, arrived_ns: int) -> Job:
         """Queues a request; raises ``CapacityError``."""
-        job = Job(request, self._tokenizer, self._ids, arrived_ns, self._speculation.acceptance)
+        job = Job(
+            request,
+            self._tokenizer,
+            self._ids,
+            arrived_ns,
+            self._speculation.everyone,
+            draft=self._drafting.cache,
+            verify=self._verifying.cache,
+        )
         self._scheduler.submit(job.samples)
         for sample in job.samples:
             self._jobs[sample] = job
@@ -105,13 +113,14 @@ class Jobs:
                 )
 
     def finish(self, sequence: Sequence, error: OutriderError | None = None) -> None:
-        """A sequence is over, with ``error`` if that is why; both services let go of it."""
+        """A sequence is over, with ``error`` if that is why; both services let go of it, or cache
+        what is not in doubt."""
         job = self._jobs.pop(sequence, None)
         if job is None:
             return
         self._scheduler.remove(sequence)
-        self._drafting.forget(sequence)
-        self._verifying.forget(sequence)
+        self._drafting.forget(sequence, cache=error is None)
+        self._verifying.forget(sequence, cache=error is None)
         sequence.statistics.finished_ns = self._clock()
         if error is not None:
             job.fail(error)

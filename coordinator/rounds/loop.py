@@ -11,12 +11,14 @@ import contextlib
 import logging
 import time
 
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.stopping import FinishReason
 from outrider.coordinator.requests.validation import GenerationRequest
-from outrider.coordinator.rounds.choose_k import Speculation
 from outrider.coordinator.rounds.commit import Outcome
+from outrider.coordinator.rounds.controller.choose_k import Speculation
+from outrider.coordinator.rounds.controller.costs import Point
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantRun
 from outrider.coordinator.rounds.jobs import Jobs
@@ -67,7 +69,7 @@ class RoundLoop:
         self._away_since: float | None = None
         self._last_ns = 0  # end of the last round; 0 after a pause
         self._regrant = False  # something changed that rounds running by themselves can't know
-        self._limit_k()
+        self._learn_limits()
 
     @property
     def running(self) -> int:
@@ -78,6 +80,14 @@ class RoundLoop:
     def waiting(self) -> int:
         """Sequences waiting for admission."""
         return self._scheduler.waiting
+
+    @property
+    def prefix_caches(self) -> dict[str, PrefixCache]:
+        """What is cached at each service, by its name."""
+        caches = {"verify": self._verifying.cache}
+        if self._draft_connection is not None:
+            caches["draft"] = self._drafting.cache
+        return caches
 
     # --- called from clients' calls ------------------------------------------------------------
 
@@ -107,7 +117,7 @@ class RoundLoop:
         else:
             self._away_since = None
             self._note_connection("verify", up, reason, 0)
-            self._limit_k()
+            self._learn_limits()
         self._regrant = True
         self._scheduler.retry()
         self._wake.set()
@@ -118,7 +128,7 @@ class RoundLoop:
         if not up:
             self._drafting.lost(running)
         else:
-            self._limit_k()
+            self._learn_limits()
         self._note_connection("draft", up, reason, 0 if up else len(running))
         self._regrant = True
         self._wake.set()
@@ -216,7 +226,7 @@ class RoundLoop:
         self._jobs.settle(outcome, None if info is None else info.model.arena_longest)
 
     async def _idle(self) -> None:
-        """Nothing can run: tell the services what to free and wait."""
+        """Nothing can run: tell the services what to free and to cache, and wait."""
         self._last_ns = 0
         await self._verifying.flush()
         await self._drafting.flush()
@@ -257,14 +267,17 @@ class RoundLoop:
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _limit_k(self) -> None:
-        """Takes the largest K that the services allow now."""
+    def _learn_limits(self) -> None:
+        """Takes the largest K that the services allow now, and what their rounds cost."""
         limits = [
             one.info.max_k
             for one in (self._verify_connection, self._draft_connection)
             if one and one.info
         ]
         self._speculation.max_k = min([self._speculation.limit, *limits])
+        self._speculation.costs.calibrate(
+            _measured(self._verify_connection), _measured(self._draft_connection)
+        )
 
     def _hand_over(self) -> None:
         """Gives records to the observer; called while the verifier works, or nobody does."""
@@ -276,3 +289,11 @@ class RoundLoop:
             self._observer.connection(
                 ConnectionRecord(service, up, self._clock(), reason, sequences)
             )
+
+
+def _measured(connection: VerifyConnection | DraftConnection | None) -> list[Point]:
+    """What a service measured of its rounds at its start."""
+    info = connection.info if connection is not None else None
+    if info is None:
+        return []
+    return [(one.sequences, one.amount, one.seconds) for one in info.costs]

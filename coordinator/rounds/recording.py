@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.coordinator.requests.sequence import Sequence
+from outrider.coordinator.rounds.controller.choose_k import ChosenKs
 from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Verdicts
 from outrider.coordinator.telemetry.records import RequestRecord, RoundRecord, SequenceRound
 from outrider.shared.core.errors import OutriderError
 from outrider.shared.core.links import MESSAGES
+
+NO_CHOICE = ChosenKs((), 0.0, 0.0, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class DoneRound:
     finished_ns: int
     waiting: int
     """Sequences waiting for admission."""
+    choice: ChosenKs
+    """The server's choice of Ks that was in force."""
     link: str = MESSAGES
 
 
@@ -64,6 +69,7 @@ def round_record(done: DoneRound) -> RoundRecord:
                 refused=verdicts.refusals.get(key, 0),
             )
         )
+    choice = done.choice if any(seq.request.k is None for seq in plan.decode) else NO_CHOICE
     return RoundRecord(
         round=done.number,
         traceparent=done.traceparent,
@@ -75,6 +81,9 @@ def round_record(done: DoneRound) -> RoundRecord:
         waiting=done.waiting,
         link=done.link,
         lost="verify" if verdicts.lost else "",
+        k_reason=choice.why,
+        foreseen_rate=choice.rate,
+        foreseen_plain_rate=choice.plain,
     )
 
 
@@ -93,6 +102,7 @@ def request_record(sequence: Sequence, error: OutriderError | None) -> RequestRe
         first_token_ns=statistics.first_token_ns,
         finished_ns=statistics.finished_ns,
         prompt_tokens=len(request.prompt_ids),
+        cached_prompt_tokens=statistics.cached_prompt_tokens,
         completion_tokens=sequence.output.emitted,
         reason=reason,
         error="" if error is None else str(error),

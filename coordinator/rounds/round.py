@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable
 
 from outrider.coordinator.requests.sequence import Sequence
-from outrider.coordinator.rounds.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.commit import Commit, Outcome
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.rounds.controller.choose_k import Speculable, Speculation
 from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.recording import DoneRound, round_record
 from outrider.coordinator.rounds.scheduler import RoundPlan
 from outrider.coordinator.rounds.verifying import Prepared, Verdicts, Verifying
@@ -72,8 +72,9 @@ class RoundRunner:
         verdicts = await self._verify(plan, proposals, prepared, meanwhile, traceparent)
         outcome = self._commit.apply(verdicts, started_ns)
         done = DoneRound(
-            number, traceparent, plan, ks, proposals, verdicts, started_ns, self._clock(), waiting
-        )
+            number, traceparent, plan, ks, proposals, verdicts, started_ns, self._clock(), waiting,
+            self._speculation.choice,
+        )  # fmt: skip
         self._commit.account(done)
         self._reflect()  # where the verifier was lost before anybody had time to
         self._last = done
@@ -117,9 +118,15 @@ class RoundRunner:
         if not decode:
             return []
         near = drafting.near(decode) if drafting.available and not drafting.busy else set()
+        self._speculation.together = self._granted.by_device
         return self._speculation.choose(
             [
-                Speculable(seq.acceptance, seq.max_k if seq in near else 0, seq.request.k)
+                Speculable(
+                    seq.acceptance,
+                    seq.max_k if seq in near else 0,
+                    seq.request.k,
+                    seq.output.emitted,
+                )
                 for seq in decode
             ]
         )
@@ -148,13 +155,14 @@ class RoundRunner:
         return [
             seq
             for seq in dict.fromkeys([*parents, *plan.held, *sequences])
-            if seq.started and seq.output.finish is None and wanted(seq.request.k)
+            if seq.started and seq.output.finish is None and wanted(seq.request.k, seq.acceptance)
         ]
 
     def _others_wait(self, plan: RoundPlan[Sequence]) -> bool:
         """Whether what the draft takes in meanwhile delays proposals for others."""
         wanted = self._speculation.wanted
-        return any(wanted(seq.request.k) for seq in self._drafting.near(plan.decode))
+        near = self._drafting.near(plan.decode)
+        return any(wanted(seq.request.k, seq.acceptance) for seq in near)
 
     # --- VERIFY ------------------------------------------------------------------------------
 
@@ -244,7 +252,7 @@ class RoundRunner:
             self._observer.follow(self._round, _request_ids(run.plan), traceparent)
         return DoneRound(
             self._round, traceparent, run.plan, run.ks, told.proposals, told.verdicts,
-            told.started_ns, told.finished_ns, waiting, run.grant.link,
+            told.started_ns, told.finished_ns, waiting, self._speculation.choice, run.grant.link,
         )  # fmt: skip
 
     # --- parts -------------------------------------------------------------------------------

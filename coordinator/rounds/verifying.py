@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.draft_messages import DraftOffer
 from outrider.coordinator.rounds.scheduler import RoundPlan
@@ -71,9 +73,10 @@ class Verdicts:
 class Verifying:
     """Talks to the verify service."""
 
-    def __init__(self, connection: VerifyConnection) -> None:
+    def __init__(self, connection: VerifyConnection, cache: PrefixCache) -> None:
+        """``cache``: what the verifier has of other sequences, and of those that are over."""
         self._connection = connection
-        self._close: list[int] = []
+        self.cache = cache
         self._clock = WallClock()
 
     @property
@@ -92,8 +95,10 @@ class Verifying:
         for sequence in plan.decode:
             self._append(made, sequence, len(sequence.log))
         for sequence, rows in plan.prefill:
-            self._append(made, sequence, sequence.base_len(sequence.verify) + rows)
-        self._fill_close(made.request)
+            # What it may begin with can be more than when the round was planned.
+            most = len(sequence.log) - sequence.shares
+            self._append(made, sequence, min(sequence.base_len(sequence.verify) + rows, most))
+        self.cache.fill(made.request)
         return made
 
     async def verify(
@@ -123,6 +128,7 @@ class Verifying:
             verdicts.lost = True
             return verdicts
         verdicts.timing = ServiceTiming.told(sent, self._clock(), response.timing)
+        self.cache.evicted(response.evicted)
         for verdict in response.verdicts:
             found = asked.get(verdict.sequence_id)
             if found is not None and found.sequence.verify.epoch == verdict.epoch:
@@ -172,26 +178,31 @@ class Verifying:
         return verdicts
 
     async def flush(self) -> None:
-        """Sends what is to be closed, when no other message will carry it."""
-        if self._close and self._connection.up:
+        """Sends what is to be closed or cached, when no other message will carry it."""
+        if self.cache.waits and self._connection.up:
             request = pb.VerifyRequest(round=self._connection.next_number())
-            self._fill_close(request)
+            self.cache.fill(request)
             try:
-                await self._connection.send(request)
+                answer = await self._connection.send(request)
             except ServiceUnavailable:
                 return
+            answer.add_done_callback(self._flushed)
 
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence is over: its extent is freed with the next message."""
-        if sequence.verify.release():
-            self._close.append(sequence.sequence_id)
+    def forget(self, sequence: Sequence, *, cache: bool) -> None:
+        """The sequence is over: its extent is freed with the next message, or cached if
+        ``cache``."""
+        sequence.leave(sequence.verify, cache=cache)
 
     def lost(self, sequences: Iterable[Sequence]) -> None:
         """The stream is gone, and all that the verifier held with it."""
-        self._close.clear()
+        self.cache.lost()
         for sequence in sequences:
             sequence.verify.release()
             sequence.verify.strikes = 0
+
+    def _flushed(self, answer: asyncio.Future[pb.VerifyResponse]) -> None:
+        if not answer.cancelled() and answer.exception() is None:
+            self.cache.evicted(answer.result().evicted)
 
     # --- parts of a message ------------------------------------------------------------------
 
@@ -209,11 +220,6 @@ class Verifying:
             extend_only=upto < n,
         )
         made.asked[sequence.sequence_id] = VerifyAsked(sequence, n, upto, upto - base, item)
-
-    def _fill_close(self, request: pb.VerifyRequest) -> None:
-        if self._close:
-            request.close.extend(self._close)
-            self._close.clear()
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -238,6 +244,7 @@ class Verifying:
         sequence.verify.length = one.upto + accepted
         sequence.verify.strikes = 0
         sequence.verify.full_since = None
+        sequence.confirm(sequence.verify)
         verdicts.given.append((one, verdict))
 
     def _refused(self, verdicts: Verdicts, one: VerifyAsked, error: pb.SequenceError) -> None:
@@ -253,7 +260,7 @@ class Verifying:
             verdicts.full.append(sequence)
             return
         if code == RefusalCode.KV_MISSING:
-            state.length = min(state.length, error.held_len)
+            state.lack(error.held_len)
         elif code in (RefusalCode.UNKNOWN, RefusalCode.STALE_EPOCH):
             state.lose()
         elif code == RefusalCode.NOTHING_ALLOWED:

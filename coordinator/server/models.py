@@ -8,12 +8,18 @@ from pathlib import Path
 from outrider.coordinator.requests.text.tokenizer import Tokenizer, load_tokenizer
 from outrider.protos.generation_pb2 import ModelDescription
 from outrider.shared.core.errors import ConfigError, VocabularyMismatch
+from outrider.shared.core.model_facts import read_description
 
 log = logging.getLogger(__name__)
 
 
 def check_vocabulary(base: ModelDescription, draft: ModelDescription) -> None:
-    """Raises ``VocabularyMismatch`` unless draft and base have one vocabulary."""
+    """Raises ``VocabularyMismatch`` unless draft and base have one vocabulary.
+
+    A draft without a model has none: its tokens are those of the text.
+    """
+    if not read_description(draft).is_model:
+        return
     if base.vocab_fingerprint == draft.vocab_fingerprint:
         return
     raise VocabularyMismatch(

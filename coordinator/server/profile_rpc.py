@@ -79,6 +79,9 @@ def _round(record: RoundRecord, one: SequenceRound) -> pb.RoundProfile:
         verify_epoch=one.verify_epoch,
         draft_epoch=one.draft_epoch,
         lost=record.lost,
+        k_reason=record.k_reason,
+        foreseen_rate=record.foreseen_rate,
+        foreseen_plain_rate=record.foreseen_plain_rate,
     )
 
 

@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from outrider.coordinator.requests.prefix_cache import PrefixCache
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.requests.text.tokenizer import Tokenizer
 from outrider.coordinator.requests.validation import Limits
-from outrider.coordinator.rounds.choose_k import Speculation
-from outrider.coordinator.rounds.costs import PromptBudget
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRounds
 from outrider.coordinator.rounds.jobs import Jobs
 from outrider.coordinator.rounds.loop import RoundLoop
+from outrider.coordinator.rounds.prompt_budget import PromptBudget
 from outrider.coordinator.rounds.round import RoundRunner
 from outrider.coordinator.rounds.scheduler import Scheduler
 from outrider.coordinator.rounds.verifying import Verifying
@@ -206,10 +207,11 @@ def _round_loop(
     """The round loop and all that it is made of."""
     drafting = Drafting(
         draft_connection,
+        cache=PrefixCache(config.prefix_cache),
         budget=_prompt_budget(config),
         patience=config.draft_patience_seconds,
     )
-    verifying = Verifying(verify_connection)
+    verifying = Verifying(verify_connection, PrefixCache(config.prefix_cache))
     granted = GrantedRounds(
         drafting,
         verifying,

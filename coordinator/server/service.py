@@ -14,6 +14,7 @@ import grpc.aio
 from outrider.coordinator.requests import validation
 from outrider.coordinator.requests.running import Job
 from outrider.coordinator.requests.text.stopping import FinishReason
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.server import profile_rpc, runtime
 from outrider.coordinator.server.runtime import Runtime
 from outrider.coordinator.services.connection import DraftConnection, VerifyConnection
@@ -81,6 +82,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         if coordinator.draft_connection is not None and coordinator.draft_connection.up:
             connections.append(coordinator.draft_connection)
         services = await asyncio.gather(*(connection.describe() for connection in connections))
+        caches = coordinator.loop.prefix_caches
         response = pb.InfoResponse(
             version=metadata.version("outrider"),
             base=services[0].model,
@@ -91,7 +93,11 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             waiting=coordinator.loop.waiting,
             link=coordinator.mailbox_setup.link,
             link_reason=coordinator.mailbox_setup.reason,
+            base_cache=caches["verify"].describe(),
+            draft_cache=caches["draft"].describe() if "draft" in caches else None,
         )
+        if limits.default_k is None and coordinator.draft_connection is not None:
+            response.speculation.CopyFrom(_speculation(coordinator.speculation))
         if len(services) > 1:
             response.draft.CopyFrom(services[1].model)
         return response
@@ -120,6 +126,26 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         return asyncio.get_running_loop().call_later(
             max(0.0, remaining - margin), self._runtime.loop.end, job, FinishReason.DEADLINE
         )
+
+
+def _speculation(speculation: Speculation) -> pb.SpeculationState:
+    choice = speculation.choice
+    return pb.SpeculationState(
+        measured=speculation.costs.measured,
+        sequences=len(choice.ks),
+        k=speculation.k,
+        reason=choice.why,
+        acceptance=speculation.everyone.rate,
+        outlook=[
+            pb.KOutlook(
+                k=one.k,
+                draft_seconds=one.draft_seconds,
+                rest_seconds=one.rest_seconds,
+                tokens_per_second=one.rate,
+            )
+            for one in speculation.outlook()
+        ],
+    )
 
 
 async def serve(

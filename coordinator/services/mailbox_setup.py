@@ -17,6 +17,7 @@ from outrider.shared.config.schema import CoordinatorConfig
 from outrider.shared.core import links
 from outrider.shared.core.errors import ConfigError, ServiceUnavailable
 from outrider.shared.core.links import AUTO, LINKS, MESSAGES, Link, Reached
+from outrider.shared.core.model_facts import read_description
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +93,7 @@ class MailboxSetup:
     def _asked_for(self) -> tuple[Link, str]:
         """The link to ask the services for, and why it is no better one; both are up."""
         assert self._draft_connection is not None
-        verify, draft = (
-            Reached(one.role, one.endpoint.target, one.info.device_uuid if one.info else "")
-            for one in (self._verify_connection, self._draft_connection)
-        )
+        verify, draft = (_reached(one) for one in (self._verify_connection, self._draft_connection))
         return links.wanted(self._wanted, verify, draft)
 
     def _possible(self) -> bool:
@@ -133,3 +131,11 @@ class MailboxSetup:
     def _note_lack(self, link: Link, reason: str) -> None:
         level = logging.WARNING if self._wanted == AUTO else logging.ERROR
         log.log(level, "draft and verifier do without the link %s: %s", link.name, reason)
+
+
+def _reached(connection: DraftConnection | VerifyConnection) -> Reached:
+    """The service as it was when last reached."""
+    role, target, info = connection.role, connection.endpoint.target, connection.info
+    if info is None:
+        return Reached(role, target)
+    return Reached(role, target, info.device_uuid, read_description(info.model).is_model)

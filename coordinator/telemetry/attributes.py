@@ -40,6 +40,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("gen_ai.request.seed", int, ("request",), "seed in force, as a signed number"),
     Attribute("gen_ai.request.stream", bool, ("request",), "always true"),
     Attribute("gen_ai.usage.input_tokens", int, ("request",), "tokens of the prompt"),
+    Attribute("outrider.cached_prompt_tokens", int, ("request",),
+              "tokens of the prompt that the base took over from another sequence"),
     Attribute("gen_ai.usage.output_tokens", int, ("request",), "tokens emitted"),
     Attribute("gen_ai.response.finish_reasons", tuple, ("request",), "one reason"),
     Attribute("gen_ai.response.time_to_first_chunk", float, ("request",),

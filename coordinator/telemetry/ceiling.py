@@ -32,10 +32,10 @@ def shared_device(
 def rate_ceiling(base: Service, draft: Service | None, tokens: float, k: float) -> float | None:
     """Tokens per second that memory allows at ``tokens`` and mean ``k`` per round.
 
-    None where the memory's speed is unknown.
+    None where the memory's speed is unknown, and for a model without weights.
     """
     speed, weights = base.memory_bandwidth, base.model.weight_bytes
-    if not speed:
+    if not speed or not weights:
         return None
     if draft is None or not k:
         return shared_device(weights, 0, speed, tokens, 0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.attributes import OPERATION, PROVIDER
@@ -18,6 +19,18 @@ WINDOW = 256
 Points = Iterable[tuple[float, Mapping[str, str | int]]]
 
 
+class PrefixCacheFigures(Protocol):
+    """What a prefix cache counts."""
+
+    tokens: int
+    hits: int
+    hit_tokens: int
+    evictions: int
+
+    def __len__(self) -> int:
+        """Cached sequences."""
+
+
 @dataclass(frozen=True, slots=True)
 class Now:
     """How the coordinator stands at this moment."""
@@ -26,6 +39,8 @@ class Now:
     waiting: int = 0
     link: str = MESSAGES
     model: str = ""
+    caches: Mapping[str, PrefixCacheFigures] = field(default_factory=dict)
+    """By service."""
     ceiling: Callable[[float, float], float | None] = lambda tokens, k: None
     """Tokens and mean K per round -> tokens per second that memory allows; None: not known."""
 
@@ -56,12 +71,23 @@ class Metering:
         self._up: dict[str, bool] = {}
         # Of each round that decoded: seconds, sequences, K summed, proposed, accepted, emitted.
         self._window: deque[tuple[float, int, int, int, int, int]] = deque(maxlen=WINDOW)
+        self._last_choice: tuple[float, float] | None = None
         observe = instruments.observe
         observe("outrider.requests.running", lambda: [(self._now().running, {})])
         observe("outrider.requests.waiting", lambda: [(self._now().waiting, {})])
         observe("outrider.link.in_use", lambda: [(1, {"outrider.link": self._now().link})])
         observe("outrider.service.up", self._services)
+        caches: dict[str, Callable[[PrefixCacheFigures], int]] = {
+            "outrider.prefix_cache.sequences": len,
+            "outrider.prefix_cache.tokens": lambda one: one.tokens,
+            "outrider.prefix_cache.hits": lambda one: one.hits,
+            "outrider.prefix_cache.hit.tokens": lambda one: one.hit_tokens,
+            "outrider.prefix_cache.evictions": lambda one: one.evictions,
+        }
+        for name, read in caches.items():
+            observe(name, lambda read=read: self._cached(read))  # type: ignore[misc]
         observe("outrider.speculation.length", lambda: self._over_window(2, 1))
+        observe("outrider.speculation.foreseen.rate", self._foreseen)
         observe("outrider.acceptance.rate", lambda: self._over_window(4, 3))
         observe("outrider.accepted.length.mean", lambda: self._over_window(5, 1))
         observe("outrider.ceiling.share", self._ceiling_share)
@@ -97,6 +123,8 @@ class Metering:
             self._emitted.add(accepted, "accepted")
         if proposed > accepted:
             self._wasted.add(proposed - accepted)
+        if record.k_reason:
+            self._last_choice = record.foreseen_rate, record.foreseen_plain_rate
         if decoded:
             self._window.append((parts.total, decoded, ks, proposed, accepted, emitted))
 
@@ -137,6 +165,18 @@ class Metering:
 
     def _services(self) -> Points:
         return [(int(up), {"outrider.service": name}) for name, up in self._up.items()]
+
+    def _cached(self, read: Callable[[PrefixCacheFigures], int]) -> Points:
+        return [(read(one), {"outrider.service": name}) for name, one in self._now().caches.items()]
+
+    def _foreseen(self) -> Points:
+        if self._last_choice is None:
+            return []
+        ways = ("chosen", "plain")
+        return [
+            (rate, {"outrider.choice": way})
+            for way, rate in zip(ways, self._last_choice, strict=True)
+        ]
 
     def _over_window(self, numerator: int, denominator: int) -> Points:
         window = tuple(self._window)

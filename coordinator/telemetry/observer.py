@@ -124,6 +124,7 @@ class TelemetryObserver:
             waiting=runtime.loop.waiting,
             link=self._link(),
             model=model_name(runtime.base.model.name),
+            caches=runtime.loop.prefix_caches,
             ceiling=self._ceiling,
         )
 
@@ -142,6 +143,7 @@ def _line(record: RequestRecord) -> dict[str, Any]:
         "sample": record.sample_index,
         "reason": record.reason.lower(),
         "prompt_tokens": record.prompt_tokens,
+        "cached_prompt_tokens": record.cached_prompt_tokens,
         "completion_tokens": record.completion_tokens,
         "seconds": round((end - record.arrived_ns) / 1e9, 6),
         "queue_seconds": round(((record.admitted_ns or end) - record.arrived_ns) / 1e9, 6),

@@ -107,6 +107,12 @@ class RoundRecord:
     """How the round's proposals and verdicts travelled."""
     lost: str = ""
     """Name of the service that was lost during the round."""
+    k_reason: str = ""
+    """Why the server chose its Ks; empty where every K was the client's own."""
+    foreseen_rate: float = 0.0
+    """Tokens a second of all sequences that these Ks promised."""
+    foreseen_plain_rate: float = 0.0
+    """The same without a draft."""
 
     @property
     def overhead_seconds(self) -> float:
@@ -129,6 +135,8 @@ class RequestRecord:
     first_token_ns: int
     finished_ns: int
     prompt_tokens: int
+    cached_prompt_tokens: int
+    """Of them, those that the base took over from another sequence."""
     completion_tokens: int
     reason: str
     """Name of the finish reason, or of the error's gRPC status."""

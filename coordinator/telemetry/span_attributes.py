@@ -61,6 +61,7 @@ def of_request(record: RequestRecord, model: str) -> dict[str, Any]:
         "gen_ai.request.seed": (decoding.seed + _SIGN) % (2 * _SIGN) - _SIGN,
         "gen_ai.request.stream": True,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "outrider.cached_prompt_tokens": record.cached_prompt_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "gen_ai.response.finish_reasons": (record.reason.lower(),),
         "outrider.sample.index": record.sample_index,

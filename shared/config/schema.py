@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.shared.config import otel_environment
+from outrider.shared.config import ngram, otel_environment
 from outrider.shared.config.setting import DTYPE_ALIASES, Checked, Setting, coerce, setting
 from outrider.shared.config.telemetry import TelemetryConfig
 from outrider.shared.core.errors import ConfigError
@@ -77,6 +77,11 @@ class ModelConfig(Checked):
         None,
         help="folder for compiled kernels and what was tried out; none: the user's cache folder",
     )
+    calibrate: bool = setting(
+        True,
+        help="time rounds when a model is first served here, two seconds at most, so that K is "
+        "chosen by what they cost; kept in cache_dir",
+    )
     link_spin_seconds: float | None = setting(
         None,
         help="how long to watch for the other service before sleeping; none: 0.02 where cores are "
@@ -120,7 +125,12 @@ class ServeConfig(Checked):
 class DraftConfig(ModelConfig, ServeConfig):
     """The draft service, section ``[draft]``."""
 
-    path: str = setting("draft", help="folder or hub id; 'draft' is the bundled one")
+    path: str = setting(
+        "draft",
+        help="folder or hub id; 'draft' is the bundled one, 'ngram' proposes from the text alone",
+        allowed=f"a folder, a hub id, 'draft', or {ngram.ALLOWED}",
+        check=lambda v: not ngram.is_ngram(v) or ngram.read_name(v) is not None,
+    )
     # The draft's KV is a fraction of the base's, and both may share one device.
     arena_share: float = setting(
         0.2,
@@ -137,7 +147,12 @@ class DraftConfig(ModelConfig, ServeConfig):
 class VerifyConfig(ModelConfig, ServeConfig):
     """The verify service, section ``[base]``."""
 
-    path: str = setting("base", help="folder or hub id; 'base' is the bundled one")
+    path: str = setting(
+        "base",
+        help="folder or hub id; 'base' is the bundled one",
+        allowed="a folder, a hub id or 'base': ngram is a draft",
+        check=lambda v: not ngram.is_ngram(v),
+    )
     listen: str = setting("127.0.0.1:50052", help="host:port or unix:/path")
 
 
@@ -169,6 +184,12 @@ class CoordinatorConfig(ServeConfig):
     )
     prefill_chunk: int = setting(
         8192, help="most prompt tokens of one round, whatever time there is", low=1
+    )
+    prefix_cache: int = setting(
+        256,
+        help="sequences that are over and stay cached at each service, in room that nobody else "
+        "needs, for prompts that begin like them; 0: no prompt takes over what another has",
+        low=0,
     )
     max_logprobs: int = setting(20, help="most log-probabilities per token", low=0, high=20)
     draft_top: int = setting(

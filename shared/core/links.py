@@ -29,6 +29,8 @@ class Reached:
     """Its address."""
     device: str = ""
     """Identity of its device, where that can take turns by itself."""
+    is_model: bool = True
+    """Not where it proposes from the text alone."""
 
 
 Objection = Callable[[Reached, Reached], str | None]
@@ -49,6 +51,13 @@ def may_be_apart(verify: Reached, draft: Reached) -> str | None:
                 "may be on another host"
             )
     return None
+
+
+def no_device_memory(verify: Reached, draft: Reached) -> str | None:
+    """Why there is none for two services to share."""
+    if not draft.is_model:
+        return "the draft is no model and has no device memory"
+    return may_be_apart(verify, draft)
 
 
 def not_one_device(verify: Reached, draft: Reached) -> str | None:
@@ -104,7 +113,7 @@ LINKS: dict[str, Link] = {
             way="device",
             carrier="outrider.shared.link.device.handshake:DeviceMemoryCarrier",
             beneath="shm",
-            why_not=may_be_apart,
+            why_not=no_device_memory,
             why_by_name=not_one_device,
         ),
     )

@@ -14,7 +14,11 @@ from outrider.protos import generation_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model is; ``weight_bytes`` counts shared storage once."""
+    """What a model is; ``weight_bytes`` counts shared storage once.
+
+    A draft may be none: it proposes from the text alone. Then there are no parameters, and
+    ``vocab_size`` is 0: it has no vocabulary that could be another than the base's.
+    """
 
     name: str
     architecture: str
@@ -30,6 +34,11 @@ class ModelFacts:
     kernels: str = ""
     """What they were chosen to be on this machine, in words; empty where there are none."""
 
+    @property
+    def is_model(self) -> bool:
+        """Whether there is one."""
+        return self.vocab_size > 0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -38,10 +47,16 @@ class EngineInfo:
     facts: ModelFacts
     arena_tokens: int
     arena_tokens_used: int
+    """Of live sequences."""
+    arena_tokens_cached: int
+    """Of cached sequences, which give way to live ones."""
     arena_tokens_largest_free: int
     arena_longest: int
     """Slots that the longest sequence may ask for."""
     sequences: int
+    """Live ones."""
+    cached: int
+    """Sequences that are over and whose KV is cached."""
     max_k: int
 
 
@@ -51,6 +66,7 @@ def write_description(info: EngineInfo) -> pb.ModelDescription:
         **asdict(info.facts),
         arena_tokens=info.arena_tokens,
         arena_tokens_used=info.arena_tokens_used,
+        arena_tokens_cached=info.arena_tokens_cached,
         arena_longest=info.arena_longest,
     )
 

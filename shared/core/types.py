@@ -100,7 +100,8 @@ class OpenSequence:
 
     With ``parent_id``, its first ``prefix_len`` tokens are those of that sequence, and so is
     their KV where the service can share it; else nothing is held and the first item that relies
-    on it is refused as ``KV_MISSING``.
+    on it is refused as ``KV_MISSING``. With ``copy`` the sequence gets a copy of it, as far as it
+    is held, and the parent may be a cached sequence.
     """
 
     sequence_id: int
@@ -109,6 +110,7 @@ class OpenSequence:
     decoding: Decoding
     parent_id: int | None = None
     prefix_len: int = 0
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,18 @@ class Refusal:
     held_len: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CostPoint:
+    """What a round of one size takes an engine: model and host, until the answer is known.
+
+    ``amount``, of each sequence: rows for the verifier (1 + K), tokens proposed for the draft (K).
+    """
+
+    sequences: int
+    amount: int
+    seconds: float
+
+
 T = TypeVar("T")
 
 
@@ -202,3 +216,5 @@ class RoundResult(Generic[T]):
     rows: int = 0
     cut: int = 0
     """Proposed tokens that were left out, since they can't be judged."""
+    evicted: list[int] = field(default_factory=list)
+    """Cached sequences that are gone since the last answer."""

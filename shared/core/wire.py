@@ -26,7 +26,7 @@ from outrider.shared.core.types import (
     VerifyItem,
 )
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the round protocol; coordinator and services must agree."""
 
 
@@ -51,6 +51,7 @@ def write_open(item: OpenSequence) -> pb.OpenSequence:
         ),
         parent_id=item.parent_id,
         prefix_len=item.prefix_len,
+        copy=item.copy,
     )
 
 
@@ -78,6 +79,7 @@ def read_open(message: pb.OpenSequence) -> OpenSequence:
         ),
         message.parent_id if message.HasField("parent_id") else None,
         message.prefix_len,
+        message.copy,
     )
 
 
@@ -110,6 +112,7 @@ def write_draft_response(
         ],
         errors=_write_refusals(result.refusals),
         timing=_write_timing(result, service_seconds),
+        evicted=result.evicted or None,
     )
 
 
@@ -151,6 +154,7 @@ def write_verify_response(
         ],
         errors=_write_refusals(result.refusals),
         timing=_write_timing(result, service_seconds),
+        evicted=result.evicted or None,
     )
 
 

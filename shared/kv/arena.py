@@ -59,6 +59,16 @@ class Segment:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``count`` slots of a pool, from ``start`` on, whose contents go to those from ``to`` on."""
+
+    pool: int
+    start: int
+    to: int
+    count: int
+
+
 class Extent:
     """What one sequence owns: a place in every pool, and how much of it is valid.
 
@@ -157,6 +167,13 @@ class Arena:
         """Largest free extent of the first pool."""
         return self.allocators[0].largest_free
 
+    def room(self, capacity: int) -> int:
+        """Sequences of ``capacity`` tokens that the largest free extents of the pools hold."""
+        return min(
+            allocator.largest_free // pool.place_size(capacity)
+            for pool, allocator in zip(self.pools, self.allocators, strict=True)
+        )
+
     def admit(self, capacity: int) -> Extent:
         """Reserves the whole extent of a sequence, in every pool or in none.
 
@@ -193,6 +210,84 @@ class Arena:
         extent.freed = True
         if extent.branches == 0:
             self._release(extent)
+
+    def trim(self, extent: Extent, length: int) -> bool:
+        """Gives back what lies behind ``length``, which becomes its capacity and valid length.
+
+        False (and nothing done) where that isn't held, where branches still read what lies
+        behind it, or where nothing of the extent's own would be left.
+        """
+        if length <= extent.prefix_len or not self.rollback(extent, length):
+            return False
+        own = length - extent.prefix_len
+        # A ring whose end has come round to its start stays as it is: positions lie where they
+        # do because of its size.
+        unturned = not self._turned(extent)
+        places = []
+        for pool, allocator, (start, size) in zip(
+            self.pools, self.allocators, extent.places, strict=True
+        ):
+            if (pool.window is None or unturned) and own < size:
+                allocator.shrink(start, own)
+                size = own
+            places.append((start, size))
+        extent.places = tuple(places)
+        extent.capacity = length
+        if unturned:
+            extent.high = length
+        return True
+
+    def copies(self, source: Extent, target: Extent, length: int) -> list[Copy] | None:
+        """What to copy so that the first ``length`` positions of ``source`` are those of
+        ``target``, which is empty, too; None where the next row would lack some.
+
+        That is where ``source`` does not hold them, or has lost some in a ring of another size.
+        """
+        turned = self._turned(source)
+        if not 0 < length < target.capacity or not self.holds(source, length):
+            return None
+        if source.parent is not None and self.max_rows is not None:
+            return None  # what the parent's rings have lost since is not noted here
+        made = []
+        for number, pool in enumerate(self.pools):
+            first = 0
+            if pool.window is not None:
+                size = source.places[number][1]
+                if turned and size != target.places[number][1]:
+                    return None
+                first = max(0, source.high - size)
+            for here in self.segments(source, number, first, length):
+                # Contiguous here is not contiguous there, where one of the two is a ring.
+                for there in self.segments(
+                    target, number, here.position, here.position + here.count
+                ):
+                    start = here.slot + there.position - here.position
+                    made.append(Copy(number, start, there.slot, there.count))
+        return made
+
+    def copied(self, source: Extent, target: Extent, length: int) -> None:
+        """``copies`` were made: their positions are valid in ``target``."""
+        # Rings of one size with the same contents lack the same positions.
+        target.high = source.high if self._turned(source) else length
+        target.valid_len = length
+
+    def fits_without(self, capacity: int, extents: Sequence[Extent]) -> bool:
+        """Whether ``admit(capacity)`` would succeed if ``extents`` were freed before."""
+        return all(
+            allocator.fits_without(
+                pool.place_size(capacity), [extent.places[number][0] for extent in extents]
+            )
+            for number, (pool, allocator) in enumerate(
+                zip(self.pools, self.allocators, strict=True)
+            )
+        )
+
+    def _turned(self, extent: Extent) -> bool:
+        """Whether any ring of it has lost positions."""
+        return any(
+            pool.window is not None and extent.high - extent.prefix_len > size
+            for pool, (_, size) in zip(self.pools, extent.places, strict=True)
+        )
 
     def holds(self, extent: Extent, length: int) -> bool:
         """Whether everything a row at position ``length`` reads is still there."""

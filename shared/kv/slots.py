@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 from outrider.shared.core.errors import CapacityError
 
@@ -81,6 +82,28 @@ class SlotAllocator:
         self._starts.insert(index, start)
         self._size_at[start] = size
         insort(self._by_size, (size, start))
+
+    def shrink(self, start: int, size: int) -> None:
+        """Gives back all but the first ``size`` slots, at least 1, of the extent at ``start``."""
+        held = self._used[start]
+        if not 1 <= size <= held:
+            raise ValueError(f"size: got {size}; must be in 1..{held}")
+        if size < held:
+            self._used[start] = size
+            self._used[start + size] = held - size
+            self.free(start + size)
+
+    def fits_without(self, size: int, starts: Iterable[int]) -> bool:
+        """Whether ``size`` slots would fit if the extents at ``starts`` were free."""
+        free = sorted([*self._size_at.items(), *((one, self._used[one]) for one in starts)])
+        begin = end = 0
+        for start, held in free:
+            if start != end:
+                begin = start
+            end = start + held
+            if end - begin >= size:
+                return True
+        return False
 
     def _drop(self, start: int) -> int:
         """Takes a free extent out of the size order; returns its size."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.kv.arena import Arena, Extent, PoolPlan, Segment
+from outrider.shared.kv.arena import Arena, Copy, Extent, PoolPlan, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,22 @@ class Storage:
             row += part.count
 
     @torch.inference_mode()
-    def copy(self, source: Extent, target: Extent) -> None:
-        """Copies all valid KV of ``source`` to ``target``, whose places have the same sizes."""
-        for keys, values, (start, size), (to, _) in zip(
-            self.keys, self.values, source.places, target.places, strict=True
-        ):
-            count = min(size, source.high)
-            for tensor in (keys, values):
-                tensor[:, to : to + count].copy_(tensor[:, start : start + count])
+    def copy(self, source: Extent, target: Extent, length: int) -> bool:
+        """Copies the KV of the first ``length`` positions of ``source`` to ``target``, which is
+        empty; they are valid there then. False, and nothing done, where ``Arena.copies`` has
+        none."""
+        copies = self.arena.copies(source, target, length)
+        if copies is None:
+            return False
+        for one in copies:
+            whole, layers = self.tensors_of[one.pool], (self.keys[one.pool], self.values[one.pool])
+            if whole.numel():
+                _move(whole.movedim(2, 0), one)
+            else:
+                for tensor in layers:
+                    _move(tensor.movedim(1, 0), one)
+        self.arena.copied(source, target, length)
+        return True
 
     def views(self, layer: int, segments: Sequence[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Zero-copy (keys, values) of ``segments``, each ``[1, kv_heads, count, dim]``."""
@@ -132,6 +140,11 @@ class Storage:
             both = whole[:, s.slot : s.slot + s.count].transpose(1, 2).unsqueeze(1).unbind(0)
             per_segment.append(list(zip(both[0::2], both[1::2], strict=True)))
         return [list(layer) for layer in zip(*per_segment, strict=True)]
+
+
+def _move(slots: Tensor, one: Copy) -> None:
+    """Copies some of ``slots`` (the first dimension) to others."""
+    slots[one.to : one.to + one.count].copy_(slots[one.start : one.start + one.count])
 
 
 def shared_pools(

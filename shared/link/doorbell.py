@@ -73,6 +73,9 @@ class Doorbell:
         """What they share in device memory."""
         self.turns: Any = None
         """This side's turns over it, once there are any."""
+        self.prepared = threading.Event()
+        """Not set while this side does what it does with a mailbox before it is used."""
+        self.prepared.set()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         peer.setblocking(False)

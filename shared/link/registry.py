@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from outrider.shared.link.mailbox import MOST_K, MOST_ROW_ENTRIES, MOST_SEQUENCE
 
 if TYPE_CHECKING:
     from outrider.shared.link.device.handshake import DeviceSide
+
+log = logging.getLogger(__name__)
 
 MOST_MAILBOXES = 16
 """A coordinator needs one."""
@@ -40,6 +43,8 @@ class Mailboxes:
         """Seconds that doorbells made from now on watch before they sleep."""
         self.device: DeviceSide | None = None
         """What there is of device memory."""
+        self.prepare: Callable[[Doorbell], None] = lambda doorbell: None
+        """What is done with a mailbox before it is used."""
         self._open: dict[int, Doorbell] = {}
         self._offered: dict[int, float] = {}
         """When those were offered that no draft has fetched yet."""
@@ -125,6 +130,7 @@ class Mailboxes:
         self.close([oldest])
 
     def _keep(self, mailbox: int, doorbell: Doorbell) -> None:
+        doorbell.prepared.clear()
         with self._lock:
             self._offered.pop(mailbox, None)
             replaced = self._open.get(mailbox)
@@ -132,6 +138,12 @@ class Mailboxes:
             self._used[mailbox] = time.monotonic()
         if replaced is not None:
             replaced.close()
+        try:
+            self.prepare(doorbell)
+        except Exception:
+            log.exception("mailbox %d could not be prepared", mailbox)  # it may do without
+        finally:
+            doorbell.prepared.set()
 
     def _mark(self, mailbox: int, until: float) -> None:
         with self._lock:

@@ -21,6 +21,8 @@ from outrider.shared.model.hf.weight_files import check_weight_files
 from outrider.shared.model.llama.checkpoint import LlamaForCausalLM, load_plain
 from outrider.shared.model.llama.runner import LlamaRunner, why_not
 from outrider.shared.model.locate import model_path
+from outrider.shared.model.paced.loading import load_paced
+from outrider.shared.model.paced.spec import parse
 from outrider.shared.model.runner import Runner
 from outrider.shared.model.vocabulary import fingerprint
 
@@ -42,6 +44,9 @@ def load_runner(
     there or not a whole one, one that can't work, a device that is missing, an arena that is too
     small.
     """
+    spec = parse(config.path)
+    if spec is not None:
+        return load_paced(spec, config, _budget(config, torch.device("cpu")))
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

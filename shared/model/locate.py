@@ -6,13 +6,17 @@ from pathlib import Path
 
 from outrider.shared import pair
 from outrider.shared.core.errors import ConfigError
+from outrider.shared.model.paced.spec import parse
 
 
 def model_path(name: str) -> str:
     """The folder or hub id that ``name`` means; ``base`` and ``draft`` are the bundled pair.
 
-    Raises ``ConfigError`` for a folder that is not there or holds no model.
+    A paced model (``paced:…``) stays as it is. Raises ``ConfigError`` for a folder that is not
+    there or holds no model, and for a paced model that can't be.
     """
+    if parse(name) is not None:
+        return name
     if name in pair.NAMES and not Path(name).exists():
         try:
             return str(pair.path(name))

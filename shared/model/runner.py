@@ -11,14 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from outrider.shared.core.model_facts import ModelFacts
 from outrider.shared.core.types import Decoding, SparseRow
 from outrider.shared.kv.arena import Arena, Extent
-from outrider.shared.kv.storage import Storage
+
+if TYPE_CHECKING:  # an engine without a model starts without torch
+    from torch import Tensor
+
+    from outrider.shared.kv.storage import Storage
 
 NEVER = 1 << 62
 """A position that no row has."""
@@ -78,6 +80,9 @@ class Runner(ABC):
     """Most rows of a pass, but that all rows whose logits are wanted go in one; None: no limit
     but what the implementation sees to by itself."""
 
+    slow_calls = 1
+    """First calls of a size that take longer than those that follow."""
+
     def __init__(self, facts: ModelFacts, storage: Storage) -> None:
         """``storage`` holds the KV of every layer of the model."""
         self.facts = facts
@@ -111,6 +116,8 @@ class Runner(ABC):
 
     def finish(self) -> None:
         """Waits until the device has done what it was given."""
+        import torch
+
         kind = self.storage.device.type
         if kind == "cuda":
             torch.cuda.current_stream(self.storage.device).synchronize()
@@ -137,10 +144,17 @@ class Runner(ABC):
     @property
     def cores(self) -> int:
         """Cores of the host that a forward keeps busy."""
+        import torch
+
         return torch.get_num_threads() if self.storage.device.type == "cpu" else 0
 
     reads_branches = True
     """Whether a forward reads the KV that a branch shares with its parent where it lies."""
+
+    @property
+    def branches(self) -> bool:
+        """Whether ``share`` makes branches."""
+        return self.reads_branches and self.arena.max_rows is None
 
     def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent:
         """An extent whose first ``prefix_len`` positions are those of ``parent``, already valid.
@@ -149,14 +163,15 @@ class Runner(ABC):
         ``capacity`` counts the prefix. Nothing is valid where neither can be done. Raises
         ``CapacityError``.
         """
-        if self.reads_branches and self.arena.max_rows is None:
+        if self.branches:
             return self.arena.branch(parent, prefix_len, capacity)
         extent = self.arena.admit(capacity)
-        if [size for _, size in extent.places] == [size for _, size in parent.places]:
-            self.storage.copy(parent, extent)
-            # Equal rings with equal contents have lost the same positions.
-            extent.high, extent.valid_len = parent.high, prefix_len
+        self.copy(parent, extent, prefix_len)
         return extent
+
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None:
+        """Gives ``extent`` the first ``length`` positions of ``parent``; see ``Storage.copy``."""
+        self.storage.copy(parent, extent, length)
 
     def judge(
         self,

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.types import ProposeItem, VerifyItem
 from outrider.shared.link.doorbell import Doorbell, Watch
 from outrider.shared.model.cuda.turns.turns import Turns, TurnSequence
 from outrider.shared.rounds.grants import NotOnDevice
-from outrider.shared.rounds.session import Session
+from outrider.shared.rounds.session import Engine, Session
 
 LOOK_SECONDS = 5e-5
 """How often the host looks whether a turn is done. Nobody waits for the host meanwhile: the other
 side's turn is several times as long."""
+PREPARE_SECONDS = 10.0
+"""How long a grant waits for turns that are being rehearsed."""
 TurnsT = TypeVar("TurnsT", bound=Turns)
 ItemT = TypeVar("ItemT", ProposeItem, VerifyItem)
 
@@ -36,6 +40,7 @@ def taking(session: Session[Any, Any], doorbell: Doorbell, kind: type[TurnsT]) -
     runner: Any = engine.runner
     if not hasattr(runner, "turns"):
         raise NotOnDevice(f"the runner {engine.info().facts.runner!r} takes no turns by itself")
+    doorbell.prepared.wait(PREPARE_SECONDS)
     if not engine.lock.acquire(blocking=False):
         raise NotOnDevice("another coordinator's round is running")
     try:
@@ -45,6 +50,23 @@ def taking(session: Session[Any, Any], doorbell: Doorbell, kind: type[TurnsT]) -
             yield doorbell.turns
     finally:
         engine.lock.release()
+
+
+def prepare(engine: Engine[Any, Any], doorbell: Doorbell, kind: type[Turns]) -> None:
+    """Rehearses the turns over a mailbox with device memory before anybody asks for them."""
+    runner: Any = engine.runner
+    if not hasattr(runner, "turns"):
+        return
+    doorbell.turns = runner.turns(kind, doorbell.device)
+    rehearse(engine, doorbell.turns)
+
+
+def rehearse(engine: Engine[Any, Any], turns: Turns) -> None:
+    """Rehearses the turns that are likely to come; between them the engine is everybody's."""
+    for slots, steps in turns.sizes_ahead():
+        with engine.lock, torch.inference_mode():
+            turns.rehearse(slots, steps)
+        time.sleep(0)  # whoever waits for the engine has it now
 
 
 def in_order(

@@ -17,6 +17,8 @@ from outrider.shared.core.host import cores
 from outrider.shared.process import library_env, lifecycle, logs, seeding
 
 if TYPE_CHECKING:
+    from outrider.shared.core.types import CostPoint
+    from outrider.shared.link.device.handshake import DeviceSide
     from outrider.shared.telemetry.setup import Telemetry
 
 log = logging.getLogger(__name__)
@@ -97,14 +99,12 @@ def serve(
         seeding.seed_if_asked(part.process_seed)
         reporter.progress(f"loading {part.path}")
         engine = build(part, reporter.progress)
+        servicer.costs = _costs(part, engine, reporter.progress)
         _show(config, telemetry, servicer, engine, service)
-        # Imported late: torch comes with the model.
-        from outrider.shared.link.device.handshake import side_of
-
         spin = part.link_spin_seconds
         if spin is None:
             spin = spin_seconds(engine.cores, cores())
-        servicer.attach(engine, link_spin=spin, device=side_of(engine))
+        servicer.attach(engine, link_spin=spin, device=_device_of(engine))
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()
@@ -146,6 +146,38 @@ def spin_seconds(busy: int, cores: int) -> float:
     coordinator one: a thread that watches must have one more, or it holds them up.
     """
     return 0.02 if cores >= busy + 2 else 0.0
+
+
+def _device_of(engine: Any) -> DeviceSide | None:
+    """What there is of device memory."""
+    if not engine.info().facts.is_model:
+        return None
+    # Imported late: torch comes with the model.
+    from outrider.shared.link.device.handshake import side_of
+
+    return side_of(engine)
+
+
+def _costs(
+    config: ModelConfig, engine: Any, progress: Callable[[str], None]
+) -> Sequence[CostPoint]:
+    """What rounds take, where it is wanted and can be found out."""
+    if not config.calibrate:
+        return ()
+    try:
+        if not engine.info().facts.is_model:
+            from outrider.shared.rounds.calibration import calibrate, plan_for
+
+            return calibrate(engine, plan_for(engine))  # in less time than a file takes
+        # Imported late: torch comes with the model.
+        from outrider.shared.model.cpu.kept import cache_folder
+        from outrider.shared.rounds.kept_costs import costs_of
+
+        return costs_of(engine, cache_folder(config.cache_dir), progress)
+    except Exception:
+        # What rounds take shows while serving, too, only later.
+        log.warning("rounds could not be timed", exc_info=True)
+        return ()
 
 
 def _kind(error: Exception) -> str:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from outrider.shared.core.errors import RefusalCode, SequenceRefused, ServiceUna
 from outrider.shared.core.model_facts import write_description
 from outrider.shared.core.resident_memory import resident_bytes
 from outrider.shared.core.traceparent import stepped
-from outrider.shared.core.types import Refusal, RoundResult
+from outrider.shared.core.types import CostPoint, Refusal, RoundResult
 from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.registry import Mailboxes
 from outrider.shared.rounds import grant_loop
@@ -64,16 +64,28 @@ class RoundsServicer:
         read_items: Callable[[Any], list[Any]],
         write_response: Callable[[int, RoundResult[Any], float], Any],
         run_grant: RunGrant,
+        *,
+        prepare_stream: Callable[[Session[Any, Any]], None] = lambda session: None,
+        prepare_mailbox: Callable[[Engine[Any, Any], Doorbell], None] = lambda engine, doorbell: (
+            None
+        ),
     ) -> None:
-        """The two functions of ``wire`` for the service's messages, and its rounds by grant."""
+        """The two functions of ``wire`` for the service's messages, and its rounds by grant.
+
+        ``prepare_stream`` and ``prepare_mailbox``: what is done with either before it is used.
+        """
         self._read_items = read_items
         self._write_response = write_response
         self._run_grant = run_grant
+        self._prepare_stream = prepare_stream
         self._mailboxes = Mailboxes()
+        self._mailboxes.prepare = lambda doorbell: prepare_mailbox(self._ready(), doorbell)
         self._engine: Engine[Any, Any] | None = None
         self._seen: Seen | None = None
         self.memory_bandwidth = 0.0
         """Bytes per second, for ``Info``; 0 where it was not measured."""
+        self.costs: Sequence[CostPoint] = ()
+        """What rounds take, for ``Info``."""
         self._draining = False
         self._lock = threading.Lock()
         self._streams = 0
@@ -110,6 +122,7 @@ class RoundsServicer:
         farewell = False
         mailboxes: set[int] = set()
         try:
+            self._prepare_stream(session)
             inbox = Inbox(request_iterator)
             for message in inbox:
                 arrived = time.perf_counter()
@@ -182,6 +195,7 @@ class RoundsServicer:
             memory_bandwidth=self.memory_bandwidth,
             grants=True,
             device_uuid=device.uuid if device is not None else "",
+            costs=[pb.CostPoint(**asdict(point)) for point in self.costs],
         )
 
     def _ready(self) -> Engine[Any, Any]:
@@ -190,9 +204,11 @@ class RoundsServicer:
         return self._engine
 
     def _admit(self, session: Session[Any, Any], message: Any) -> list[Refusal]:
-        """Frees and reserves what the message asks for; returns what was refused."""
+        """Frees, caches and reserves what the message asks for; returns what was refused."""
         for sequence_id in message.close:
             session.close(sequence_id)
+        for one in message.cache:
+            session.cache(one.sequence_id, one.length)
         refusals = []
         for one in message.open:
             try:

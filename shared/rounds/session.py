@@ -15,16 +15,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from outrider.shared.core.errors import CapacityError, RefusalCode, SequenceRefused
-from outrider.shared.core.model_facts import EngineInfo
+from outrider.shared.core.model_facts import EngineInfo, ModelFacts
 from outrider.shared.core.types import Decoding, OpenSequence, Refusal, RoundResult
-from outrider.shared.kv.arena import Extent
-from outrider.shared.model.runner import NEVER, Runner, Span
+from outrider.shared.kv.arena import Arena, Extent
+from outrider.shared.model.runner import NEVER, RotarySwitch, Span
+from outrider.shared.rounds.cached import CachedSequence, CachedSequences
+
+if TYPE_CHECKING:  # an engine without a model starts without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,30 @@ Run = Callable[[Sequence[tuple[ItemT, Held]]], tuple[list[AnswerT | Refusal], in
 """See ``Engine.run``."""
 
 
+class SequenceMemory(Protocol):
+    """What sequences of an engine rest on. A ``Runner`` is one: with a model, and KV in the arena.
+
+    Everything is as ``Runner`` says.
+    """
+
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def arena(self) -> Arena: ...
+    @property
+    def switch(self) -> RotarySwitch | None: ...
+    @property
+    def slow_calls(self) -> int: ...
+    @property
+    def cores(self) -> int: ...
+    @property
+    def branches(self) -> bool: ...
+    def places(self, log_len: int) -> int: ...
+    def finish(self) -> None: ...
+    def share(self, parent: Extent, prefix_len: int, capacity: int) -> Extent: ...
+    def copy(self, parent: Extent, extent: Extent, length: int) -> None: ...
+
+
 class Engine(ABC, Generic[ItemT, AnswerT]):
     """A model, its arena, and the sequences of every stream.
 
@@ -69,7 +94,7 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
     at a time and the arena one owner.
     """
 
-    def __init__(self, runner: Runner, max_k: int) -> None:
+    def __init__(self, runner: SequenceMemory, max_k: int) -> None:
         """``max_k``: most draft tokens in one proposal."""
         limit = runner.arena.max_rows
         if limit is not None and limit < max_k + 1:
@@ -78,6 +103,8 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         self.max_k = max_k
         self.lock = threading.RLock()  # whoever holds it over many rounds goes on serving them
         self.sequences = 0
+        """Live ones."""
+        self.cached = CachedSequences(runner.arena)
 
     def connect(self) -> Session[ItemT, AnswerT]:
         """A new stream's sequences."""
@@ -94,19 +121,35 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         return EngineInfo(
             self.runner.facts,
             arena_tokens=arena.tokens,
-            arena_tokens_used=arena.used,
+            arena_tokens_used=max(0, arena.used - self.cached.tokens),
+            arena_tokens_cached=self.cached.tokens,
             arena_tokens_largest_free=arena.largest_free,
             arena_longest=arena.longest or self.runner.facts.max_positions + self.max_k + 1,
             sequences=self.sequences,
+            cached=len(self.cached),
             max_k=self.max_k,
         )
+
+    @property
+    @abstractmethod
+    def trial_amounts(self) -> tuple[int, ...]:
+        """What to time rounds of at start, see ``CostPoint.amount``; the most telling first."""
+
+    @abstractmethod
+    def trial(
+        self, opened: OpenSequence, base_len: int, tokens: Sequence[int], amount: int
+    ) -> ItemT:
+        """The item of a round to be timed: of one ``amount`` where the log goes on after
+        ``base_len`` with the pending token ``tokens[0]``; the others may be proposed.
+
+        With ``amount`` 0 all of ``tokens`` is only taken in.
+        """
 
     @abstractmethod
     def run(self, work: Sequence[tuple[ItemT, Held]]) -> tuple[list[AnswerT | Refusal], int]:
         """Serves items whose sequences are rolled back to ``base_len`` and ready.
 
-        Returns one answer or refusal per item, and the rows forwarded. Called with the lock
-        held and gradients off.
+        Returns one answer or refusal per item, and the rows forwarded. Called with the lock held.
         """
 
     @abstractmethod
@@ -145,12 +188,15 @@ class Session(Generic[ItemT, AnswerT]):
     def __init__(self, engine: Engine[ItemT, AnswerT]) -> None:
         self._engine = engine
         self._held: dict[int, Held] = {}
+        self._evicted: list[int] = []
+        self._cached: set[int] = set()
         self._released = False
         self.alone: Any = None
         """What the device takes turns with where there is no draft, once it was needed."""
 
     def open(self, request: OpenSequence) -> None:
-        """Reserves the whole extent of a sequence, less what it shares with its parent.
+        """Reserves the whole extent of a sequence, less what it shares with its parent; cached
+        sequences give way where there is no room.
 
         The same epoch again is a no-op; a higher one frees what was held first. Raises
         ``SequenceRefused``: NO_CAPACITY, STALE_EPOCH or INVALID.
@@ -172,13 +218,15 @@ class Session(Generic[ItemT, AnswerT]):
                 raise SequenceRefused(
                     RefusalCode.INVALID, f"capacity: got {request.capacity}; must be at least 1"
                 )
+            switch = self._engine.runner.switch
+            long_from = NEVER
+            if switch is not None:
+                long_from = switch.long_from(request.decoding.prompt_len)
             try:
-                extent, tokens = self._reserve(request)
+                extent, tokens = self._reserve(request, long_from)
             except CapacityError as error:
                 raise SequenceRefused(RefusalCode.NO_CAPACITY, str(error)) from error
-            held = Held(request.epoch, self._decoding(request), extent, tokens)
-            if self._engine.runner.switch is not None:
-                held.long_from = self._engine.runner.switch.long_from(request.decoding.prompt_len)
+            held = Held(request.epoch, self._decoding(request), extent, tokens, long_from)
             self._held[request.sequence_id] = held
             self._engine.sequences += 1
 
@@ -188,9 +236,39 @@ class Session(Generic[ItemT, AnswerT]):
         return decoding if decoding.vocab_size < own else replace(decoding, vocab_size=0)
 
     def close(self, sequence_id: int) -> None:
-        """Frees a sequence; an unknown id is a no-op."""
+        """Frees a sequence, live or cached; an unknown id is a no-op."""
         with self._engine.lock:
             self._free(sequence_id)
+            self._uncache(sequence_id)
+
+    def cache(self, sequence_id: int, length: int) -> None:
+        """Ends a sequence and caches its first ``length`` tokens, as far as their KV is held.
+
+        Where that is nothing, it counts as evicted. An unknown id is a no-op.
+        """
+        engine = self._engine
+        with engine.lock:
+            held = self._held.pop(sequence_id, None)
+            if held is None:
+                return
+            engine.sequences -= 1
+            arena, extent = engine.runner.arena, held.extent
+            # A branch is not worth the prompt that it would hold on to.
+            if extent.parent is not None or not arena.trim(extent, min(length, extent.valid_len)):
+                arena.free(extent)
+                self._evicted.append(sequence_id)
+                return
+            del held.log[extent.valid_len :]
+
+            def evicted() -> None:
+                self._cached.remove(sequence_id)
+                self._evicted.append(sequence_id)
+
+            self._cached.add(sequence_id)
+            engine.cached.add(
+                (self, sequence_id),
+                CachedSequence(extent, held.log, held.long_from, evicted),
+            )
 
     def release(self) -> None:
         """Frees every sequence; the session takes no more."""
@@ -198,6 +276,8 @@ class Session(Generic[ItemT, AnswerT]):
             self._released = True
             for sequence_id in list(self._held):
                 self._free(sequence_id)
+            for sequence_id in list(self._cached):
+                self._uncache(sequence_id)
 
     def held(self, sequence_id: int) -> Held:
         """A live sequence. Raises ``SequenceRefused``: UNKNOWN."""
@@ -214,13 +294,14 @@ class Session(Generic[ItemT, AnswerT]):
     def round(self, items: Sequence[ItemT]) -> RoundResult[AnswerT]:
         """Serves one ragged batch. A bad item becomes a ``Refusal``; the others are served."""
         engine = self._engine
-        with engine.lock, torch.inference_mode():
+        with engine.lock:
             began = time.perf_counter()
             result = self._served(items, engine.run)
             # Where no token was chosen nobody has looked at a result yet: the rows of a prompt
             # would count as taken in, at once, while the device has them still before it.
             engine.runner.finish()
             result.model_seconds = time.perf_counter() - began
+            result.evicted, self._evicted = self._evicted, []
         return result
 
     def settle(self, items: Sequence[ItemT], found: Sequence[Any]) -> RoundResult[AnswerT]:
@@ -350,23 +431,47 @@ class Session(Generic[ItemT, AnswerT]):
                     f"beyond {switch.border} tokens all of the sequence is read anew",
                 )
 
-    def _reserve(self, request: OpenSequence) -> tuple[Extent, list[int]]:
+    def _reserve(self, request: OpenSequence, long_from: int) -> tuple[Extent, list[int]]:
         """An extent, and the tokens whose KV it holds: those shared with a parent, or none.
 
         Where the parent is gone, or no longer holds the prefix, there is nothing to share: the
         coordinator sends those tokens. Raises ``CapacityError``.
         """
-        runner, prefix = self._engine.runner, request.prefix_len
-        parent = self._held.get(-1 if request.parent_id is None else request.parent_id)
+        engine, prefix, capacity = self._engine, request.prefix_len, request.capacity
+        runner, cached = engine.runner, engine.cached
+        parent: Held | CachedSequence | None = None
+        if request.parent_id is not None and 0 < prefix < capacity:
+            parent = self._held.get(request.parent_id)
+            if parent is None and request.copy:
+                parent = cached.find((self, request.parent_id))
+        if parent is None:
+            return cached.admit(capacity), []
+        if request.copy:
+            return self._copied(parent, request, long_from)
+        shared = parent.extent
         if (
-            parent is None
-            or parent.extent.parent is not None
-            or not 0 < prefix < request.capacity
+            shared.parent is not None
             or (runner.switch is not None and runner.switch.anew)
-            or not runner.arena.holds(parent.extent, prefix)
+            or not runner.arena.holds(shared, prefix)
         ):
-            return runner.arena.admit(request.capacity), []
-        extent = runner.share(parent.extent, prefix, request.capacity)
+            return cached.admit(capacity), []
+        extent = cached.reserve(
+            lambda: runner.share(shared, prefix, capacity),
+            capacity - prefix if runner.branches else capacity,
+        )
+        return extent, parent.log[: extent.valid_len]
+
+    def _copied(
+        self, parent: Held | CachedSequence, request: OpenSequence, long_from: int
+    ) -> tuple[Extent, list[int]]:
+        """An extent of its own with a copy of what ``parent`` holds of the prefix."""
+        engine = self._engine
+        extent = engine.cached.admit(request.capacity, (self, request.parent_id))
+        length = min(request.prefix_len, parent.extent.valid_len)
+        # The parent may have given way itself; and the same tokens have another KV where one of
+        # the two counts as long before the prefix ends.
+        if not parent.extent.freed and min(parent.long_from, length) == min(long_from, length):
+            engine.runner.copy(parent.extent, extent, length)
         return extent, parent.log[: extent.valid_len]
 
     def _free(self, sequence_id: int) -> None:
@@ -374,6 +479,10 @@ class Session(Generic[ItemT, AnswerT]):
         if held is not None:
             self._engine.runner.arena.free(held.extent)
             self._engine.sequences -= 1
+
+    def _uncache(self, sequence_id: int) -> None:
+        self._cached.discard(sequence_id)
+        self._engine.cached.drop((self, sequence_id))
 
 
 def refusal(item: Item, code: RefusalCode, message: str, held_len: int = 0) -> Refusal:

@@ -42,8 +42,10 @@ class ServiceTelemetry:
         self._refusals = instruments.counter("outrider.service.refusals")
         gauges: dict[str, Callable[[EngineInfo], float]] = {
             "outrider.service.sequences": lambda one: one.sequences,
+            "outrider.service.sequences.cached": lambda one: one.cached,
             "outrider.arena.tokens.limit": lambda one: one.arena_tokens,
             "outrider.arena.tokens.used": lambda one: one.arena_tokens_used,
+            "outrider.arena.tokens.cached": lambda one: one.arena_tokens_cached,
             "outrider.arena.tokens.largest_free": lambda one: one.arena_tokens_largest_free,
             "outrider.arena.occupancy": occupancy,
             "outrider.arena.fragmentation": fragmentation,
@@ -103,11 +105,11 @@ class ServiceTelemetry:
 
 
 def occupancy(info: EngineInfo) -> float:
-    """Share of the arena that is reserved."""
+    """Share of the arena that live sequences have reserved."""
     return info.arena_tokens_used / info.arena_tokens if info.arena_tokens else 0.0
 
 
 def fragmentation(info: EngineInfo) -> float:
     """Share of the free slots that the largest free extent does not have."""
-    free = info.arena_tokens - info.arena_tokens_used
+    free = info.arena_tokens - info.arena_tokens_used - info.arena_tokens_cached
     return 1.0 - info.arena_tokens_largest_free / free if free > 0 else 0.0

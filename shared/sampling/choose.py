@@ -62,6 +62,11 @@ def reshapes(d: Decoding) -> bool:
     return is_penalised(d) or truncates(d)
 
 
+def takes_likeliest(d: Decoding) -> bool:
+    """Whether the token of a row is the largest of its logits as they are, and that is all."""
+    return d.temperature == 0 and d.logprobs is None and not reshapes(d)
+
+
 def choose(processed: Tensor, rows: Sequence[RowContext], noise: Tensor | None = None) -> list[int]:
     """The token of each row; one transfer from the device.
 

@@ -161,6 +161,67 @@ class ArenaMachine(RuleBasedStateMachine):
         live.branches.append(child)
         return self.remember(child)
 
+    @rule(live=sequences, back=st.integers(-1, SLACK))
+    def trim(self, live: Live, back: int) -> None:
+        """Of a sequence that is over its first positions stay; it is not written again."""
+        if live.gone:
+            return
+        length = len(live.stamps) - back
+        before, was = [list(part) for part in self.memory], self.places()
+        possible = self.arena.holds(live.extent, length) if length > 0 else False
+        done = self.arena.trim(live.extent, length)
+        assert self.memory == before
+        own = length - live.extent.prefix_len
+        if not done:
+            assert self.places() == was
+            assert not possible or own <= 0 or length < live.extent.pinned
+            return
+        del live.stamps[length:]
+        assert live.extent.places[0][1] == own, "room that nobody needs was kept"
+        assert live.extent.capacity == length
+
+    @rule(target=sequences, live=sequences, back=st.integers(0, 24), more=st.integers(1, 8))
+    def copy(self, live: Live, back: int, more: int) -> Live | MultipleResults[Live]:
+        """A sequence of its own that begins with what another one has."""
+        prefix = max(1, len(live.stamps) - back)
+        if live.gone:
+            return multiple()
+        try:
+            extent = self.arena.admit(prefix + more)
+        except CapacityError:
+            return multiple()
+        made = Live(extent)
+        rings = [
+            (live.extent.places[pool][1], extent.places[pool][1])
+            for pool in range(1, len(self.pools))
+        ]
+        copies = self.arena.copies(live.extent, extent, prefix)
+        if copies is None:
+            held = prefix <= len(live.stamps) and self.arena.holds(live.extent, prefix)
+            lost = any(one != two and live.extent.high > one for one, two in rings)
+            assert not held or lost or (live.parent is not None and rings)
+            return self.remember(made)
+        for one in copies:
+            memory = self.memory[one.pool]
+            assert one.to + one.count <= one.start or one.start + one.count <= one.to
+            memory[one.to : one.to + one.count] = memory[one.start : one.start + one.count]
+        self.arena.copied(live.extent, extent, prefix)
+        made.stamps = live.stamps[:prefix]
+        return self.remember(made)
+
+    @rule(size=st.integers(1, 40), data=st.data())
+    def fits_without(self, size: int, data: st.DataObject) -> None:
+        alive = [live for live in self.known if not live.gone and not live.children()]
+        alive = [live for live in alive if live.parent is None]
+        chosen = [live for live in alive if data.draw(st.booleans())]
+        told = self.arena.fits_without(size, [live.extent for live in chosen])
+        for live in chosen:
+            live.gone = True
+        fits = all(need <= self.largest_gap(pool) for pool, need in enumerate(self.sizes(size)))
+        for live in chosen:
+            live.gone = False
+        assert told == fits
+
     @rule(live=consumes(sequences))
     def free(self, live: Live) -> None:
         self.arena.free(live.extent)
@@ -303,9 +364,15 @@ def rollback_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Arena, "rollback", Arena.holds)
 
 
+def turned_ring_trimmed(patch: pytest.MonkeyPatch) -> None:
+    """A ring gives slots back although positions lie where they do because of its size."""
+    patch.setattr(Arena, "_turned", lambda self, extent: False)
+
+
 @pytest.mark.parametrize(
     "mutation",
     [
+        turned_ring_trimmed,
         ring_too_small,
         ring_losses_forgotten,
         prefix_not_pinned,

@@ -45,6 +45,7 @@ class ModelProcess:
         part: dict[str, Any] = {
             "path": str(model), "device": "cuda", "dtype": "bfloat16",
             "arena_bytes": 64 << 20, "listen": self.listen, "max_calls": 16,
+            "calibrate": False,
         }  # fmt: skip
         config = load(None, flags={}, environment={})
         section = SECTIONS[role]

@@ -173,7 +173,9 @@ def deployed(tiny_base: Path, short_folder: Path) -> Iterator[dict[str, children
     """All three processes, by their section; the draft is often right."""
     draft = write_llama(short_folder / "model", layers=2, hidden=64, seed=1, rms_norm_eps=0.1)
     config = load(None, flags={}, environment={})
-    small: dict[str, Any] = {"arena_bytes": 16 << 20, "threads": 1, "device": "cpu"}
+    small: dict[str, Any] = {
+        "arena_bytes": 16 << 20, "threads": 1, "device": "cpu", "calibrate": False,
+    }  # fmt: skip
     config = over_sockets(
         dataclasses.replace(
             config,

@@ -246,7 +246,10 @@ def collector() -> Iterator[tuple[str, Collector]]:
 def cluster(tiny_base: Path, collector: tuple[str, Collector]) -> Iterator[Cluster]:
     """All three parts, traced and metered; the draft is the base, so it is often right."""
     folder = Path(tempfile.mkdtemp(prefix="or-", dir="/tmp"))
-    model = {"path": str(tiny_base), "device": "cpu", "threads": 1, "arena_bytes": 32 << 20}
+    model = {
+        "path": str(tiny_base), "device": "cpu", "threads": 1, "arena_bytes": 32 << 20,
+        "calibrate": False,
+    }  # fmt: skip
     config = Config(
         base=VerifyConfig(listen=f"unix:{folder}/base", **model),
         draft=DraftConfig(listen=f"unix:{folder}/draft", **model),

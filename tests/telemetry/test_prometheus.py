@@ -151,6 +151,7 @@ def test_prometheus_answers(query: Callable[..., Any], expression: str) -> None:
 @pytest.mark.parametrize("role", ["coordinator", "base", "draft"])
 def test_endpoint_passes_promtool_and_is_complete(cluster: Any, role: str) -> None:
     cluster.generate(tokens=16)
+    cluster.generate(tokens=16, k=None)
     text = get(f"http://127.0.0.1:{ports(cluster)[role]}/metrics")
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -209,10 +209,47 @@ class CutRejection(Rejection):
     draft_top = 2
 
 
+class PointMass(Rejection):
+    """A draft that is certain of its proposal, as one from the text alone is, and has now two
+    tokens to propose, now one, now none."""
+
+    def propose(self, logits, seeds, positions):
+        token = logits.argmax(-1)
+        return token, token[:, None], torch.ones(len(token), 1)
+
+    def judge(self, logits, proposals, ids, q, seeds, positions):
+        items, rows = logits.shape[:2]
+        first = rows * torch.arange(items)
+        lengths = self.lengths(seeds, positions, proposals.shape[1])
+        return rejection.judge_rejection(
+            logits.flatten(0, 1), first, proposals, ids, q, lengths, seeds, positions
+        )
+
+    def lengths(self, seeds, positions, k):
+        return (seeds + positions) % (k + 1)
+
+    def acceptance_bounds(self, p, q):
+        # Of all items, a third of which have no proposal.
+        rate = 2 / 3 * float(p[q.argmax()])
+        return rate, rate
+
+
+class PointMassThatIsReplacedByTheBase(PointMass):
+    """Draws from ``p`` after a rejection, the rejected token included."""
+
+    def judge(self, logits, proposals, ids, q, seeds, positions):
+        accepted, following = super().judge(logits, proposals, ids, q, seeds, positions)
+        here, last = torch.arange(len(logits)), positions + accepted
+        drawn = sample(logits[here, accepted], seeds, last, stream=Stream.RESIDUAL)
+        whole = accepted == self.lengths(seeds, positions, proposals.shape[1])
+        return accepted, torch.where(whole, following, drawn)
+
+
 @pytest.mark.parametrize(
     ("rule", "base", "draft"),
     [(rule, *case) for rule in (Coupled, Rejection) for case in CASES]
-    + [(CutRejection, "full", draft) for draft in ("equal", "close", "uniform")],
+    + [(CutRejection, "full", draft) for draft in ("equal", "close", "uniform")]
+    + [(PointMass, *case) for case in CASES if "uniform" not in case],
 )
 def test_output_has_the_law_of_the_base(rule, base, draft):
     assert violations(rule(), base, draft) == set()
@@ -361,6 +398,7 @@ def test_the_rule_assembled_from_its_parts_passes():
         (ResidualIsTheBase, "law"),
         (ResidualIgnoresTheSign, "law"),
         (ResidualExcludesOnlyTheProposal, "law"),
+        (PointMassThatIsReplacedByTheBase, "law"),
         (CoupledWithFreshNoiseAfterRejection, "law"),
         (CoupledWithNoiseFromTheProposal, "invariance"),
         (CoupledWithoutThePosition, "law"),

@@ -14,9 +14,13 @@ from outrider.shared.core.links import MESSAGES
 from outrider.shared.core.rules import COUPLED
 from outrider.shared.core.types import Decoding, OpenSequence, VerifyItem
 from outrider.shared.model.cuda.runner import CudaRunner
+from outrider.shared.model.cuda.turns import turns
 from outrider.shared.model.loading import make_runner
 from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grants import Control
+from outrider.verify_service import cuda_turns
+from outrider.verify_service.alone_rounds import prepare
+from outrider.verify_service.cuda_turns import AloneVerifyTurns
 from outrider.verify_service.engine import VerifyEngine
 from outrider.verify_service.service import SIDE
 from outrider_testing import engines, host_device
@@ -44,6 +48,7 @@ class Stream:
         if not isinstance(engine, VerifyEngine):
             engine = VerifyEngine(engine, 4)
         self.session = engine.connect()
+        self.session.alone = AloneVerifyTurns.of(engine.runner)
         self.logs, self.decoding = [list(prompt) for prompt in prompts], decoding
         for i, log in enumerate(self.logs):
             self.session.open(OpenSequence(i, 1, len(log) + 40, decoding))
@@ -89,9 +94,31 @@ def plain(runner: Any, prompts: list[list[int]], count: int, decoding: Decoding)
     return found
 
 
+def test_prepare_rehearses_the_turns_that_are_likely_to_come(
+    runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is launched that was not captured, when sequences come and go."""
+    monkeypatch.setattr(turns, "SLOTS", (1, 2, 4))
+    monkeypatch.setattr(cuda_turns, "SLOTS", (1, 2, 4))
+    engine = VerifyEngine(runner, 4)
+    session = engine.connect()
+    prepare(session)
+    assert session.alone.sizes_ahead() == [(1, 0), (2, 0), (4, 0)]
+    rehearsed: list[tuple[int, int]] = []
+    monkeypatch.setattr(AloneVerifyTurns, "_rehearse", lambda self: rehearsed.append(self._sizes()))
+    for count in (3, 2, 1, 4):
+        stream = Stream(engine, PROMPTS[:count], Decoding())
+        stream.session.alone = session.alone
+        stream.grant(rounds=3)
+        assert taken_by_device(stream)
+        assert stream.logs == plain(runner, PROMPTS[:count], 3, Decoding())
+        stream.session.release()
+    assert not rehearsed
+
+
 def taken_by_device(stream: Stream) -> bool:
-    turns = stream.session.alone
-    return turns is not None and turns.turn >= 0
+    alone = stream.session.alone
+    return alone is not None and alone.turn >= 0
 
 
 @pytest.mark.parametrize("decoding", [Decoding(), DRAWN], ids=["greedy", "coupled"])

@@ -34,5 +34,8 @@ SHAPES = {
     "llama-3.1-8b": ModelShape("llama", 4096, 32, 32, 8, 128, 14336, 128256, 131072),
     "gpt2": ModelShape("gpt2", 768, 12, 12, 12, 64, 3072, 50257, 1024),
     "distilgpt2": ModelShape("gpt2", 768, 6, 12, 12, 64, 3072, 50257, 1024),
+    # The bundled pair's, with room for longer texts.
+    "pair-base": ModelShape("llama", 384, 8, 6, 2, 64, 640, 8192, 8192),
+    "pair-draft": ModelShape("llama", 160, 2, 4, 2, 64, 384, 8192, 8192),
     "tiny": ModelShape("llama", 128, 2, 4, 2, 32, 256, 512, 2048),
 }

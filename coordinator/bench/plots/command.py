@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.coordinator.bench.plots import arena, drawing, links, serve, speed, timeline
+from outrider.coordinator.bench.plots import (
+    adaptive,
+    arena,
+    drawing,
+    links,
+    serve,
+    speed,
+    timeline,
+)
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ConfigError
 
@@ -18,6 +26,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "copy_bandwidth": speed.draw_step,
     "bare": links.draw,
     "timelines": timeline.draw,
+    "points": adaptive.draw,
     "levels": serve.draw,
     "variants": speed.draw_bench,
 }
@@ -59,8 +68,8 @@ def render(file: Path) -> dict[str, str]:
                     for part, figure in draw(figures).items()
                 }
     raise ConfigError(
-        f"{file} holds no figures of `outrider bench`, its arena, step, links, timeline or serve "
-        "study"
+        f"{file} holds no figures of `outrider bench` or of its studies adaptive, arena, step, "
+        "links, timeline and serve"
     )
 
 

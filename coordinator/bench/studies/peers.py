@@ -20,16 +20,19 @@ from outrider.shared.core.errors import ConfigError
 
 ALONE = "transformers"
 ASSISTED = "transformers, assisted"
+LOOKUP = "transformers, prompt lookup"
+LOOKUP_TOKENS = 10
+"""Tokens of a proposal there, the number that its documentation uses."""
 
 
 class Peers:
     """The process, from its start to ``close``. One request at a time."""
 
-    names = (ALONE, ASSISTED)
-
     def __init__(self, base: str, draft: str, dtype: str, prompts: Sequence[Sequence[int]]) -> None:
-        """``base``, ``draft``: folders or hub ids. ``prompts``: token ids. Raises ``ConfigError``
-        where it can't load them."""
+        """``base``, ``draft``: folders or hub ids; without a draft, "", proposals are looked up in
+        the text there, too. ``prompts``: token ids. Raises ``ConfigError`` where it can't load
+        them."""
+        self.names = (ALONE, ASSISTED if draft else LOOKUP)
         # What is set for our own processes (see ``library_env``) is not what a user has.
         clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
         self._process = subprocess.Popen(
@@ -47,7 +50,7 @@ class Peers:
         """All prompts of the workload, one after the other."""
         assert self._process.stdin is not None
         asked = {
-            "assisted": name == ASSISTED,
+            "variant": name,
             "prompts": self._prompts,
             "max_new_tokens": workload.max_new_tokens,
             "temperature": workload.temperature,
@@ -98,7 +101,8 @@ def _serve(base: str, draft: str, dtype: str) -> None:
 
         transformers.logging.set_verbosity_error()
         load = AutoModelForCausalLM.from_pretrained
-        models = [load(path, dtype=getattr(torch, dtype)).eval() for path in (base, draft)]
+        paths = [path for path in (base, draft) if path]
+        models = [load(path, dtype=getattr(torch, dtype)).eval() for path in paths]
     except Exception as error:  # the other side says it in one line
         answer({"error": f"{type(error).__name__}: {error}"})
         return
@@ -113,8 +117,10 @@ def _serve(base: str, draft: str, dtype: str) -> None:
         }
         if asked["temperature"] > 0:
             options |= {"temperature": asked["temperature"], "top_k": 0, "top_p": 1.0}
-        if asked["assisted"]:
+        if asked["variant"] == ASSISTED:
             options["assistant_model"] = models[1]
+        if asked["variant"] == LOOKUP:
+            options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         outputs = []
         began = time.perf_counter()
         for ids in asked["prompts"]:

@@ -293,7 +293,7 @@ def _end(rounds: int) -> RequestRecord:
     return RequestRecord(
         request_id="r", sample_index=0, sequence_id=1, traceparent="", arrived_ns=now - 10**9,
         admitted_ns=now - 9 * 10**8, first_token_ns=now - 8 * 10**8, finished_ns=now,
-        prompt_tokens=10, completion_tokens=4 * rounds, reason="MAX_TOKENS",
+        prompt_tokens=10, cached_prompt_tokens=0, completion_tokens=4 * rounds, reason="MAX_TOKENS",
         error="", k=4, rule="GREEDY", temperature=0.0, rounds=rounds,
         proposed_by_position=(rounds,) * 4, accepted_by_position=(rounds,) * 3 + (0,),
         decoding=Decoding(), max_new_tokens=4 * rounds, num_samples=1,

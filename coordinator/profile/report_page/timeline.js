@@ -60,6 +60,12 @@
     return `round ${one.round}, ${one.mode}: K ${one.k}, ${one.accepted} of ${one.proposed} accepted, ${milliseconds(one.seconds)}`;
   }
 
+  function why(one) {
+    if (!one.k_reason) return "";
+    const rate = (tokens) => `${Math.round(tokens)} tokens/s`;
+    return ` K as chosen: speculation ${one.k_reason}, ${rate(one.foreseen_rate)} foreseen, ${rate(one.foreseen_plain_rate)} without.`;
+  }
+
   function choose(index) {
     chosen = Math.max(0, Math.min(rounds.length - 1, index));
     const one = rounds[chosen];
@@ -72,7 +78,7 @@
     head.textContent = `Round ${one.round} (${one.mode})`;
     details.append(head, ` at ${milliseconds(one.at)}, ${milliseconds(one.seconds)}; K ${one.k}, ` +
       `${one.accepted} of ${one.proposed} accepted, ${one.emitted} emitted, ${one.rows} rows, batch of ${one.batch_size}. ` +
-      parts.join(", ") + (one.hidden ? `, hidden ${milliseconds(one.hidden)}` : "") + (one.lost ? `; lost the ${one.lost} service` : "") + ".");
+      parts.join(", ") + (one.hidden ? `, hidden ${milliseconds(one.hidden)}` : "") + (one.lost ? `; lost the ${one.lost} service` : "") + "." + why(one));
     draw();
   }
 

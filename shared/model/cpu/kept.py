@@ -15,11 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from outrider.kernels.cpu.keeping import keep
 
 log = logging.getLogger(__name__)
+
+FoundT = TypeVar("FoundT")
 
 
 def cache_folder(asked: str | None = None) -> Path:
@@ -35,11 +37,16 @@ def cache_folder(asked: str | None = None) -> Path:
 
 
 def found(
-    folder: Path, what: str, circumstances: Mapping[str, Any], find: Callable[[], Any]
-) -> Any:
+    folder: Path,
+    what: str,
+    circumstances: Mapping[str, Any],
+    find: Callable[[], Any],
+    read: Callable[[Any], FoundT],
+) -> FoundT:
     """What ``find`` returned when it was last called in these ``circumstances``; else calls it.
 
-    ``what`` names the kind of thing; both it and what is found must be JSON.
+    ``what`` names the kind of thing; both it and what is found must be JSON. ``read`` makes of it
+    what is returned; a file for which it raises ``ValueError`` or ``TypeError`` is replaced.
     """
     whole = {"what": what, **circumstances}
     name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
@@ -47,20 +54,25 @@ def found(
     try:
         kept = json.loads(place.read_text("utf-8"))
         if kept["circumstances"] == json.loads(json.dumps(whole)):
-            return kept["found"]
-    except (OSError, ValueError, KeyError, TypeError):
+            return read(kept["found"])
+        log.debug("%s was found elsewhere", place)
+    except FileNotFoundError:
         pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("%s is of no use: %r", place, error)
     result = find()
     keep(place, json.dumps({"circumstances": whole, "found": result}).encode())
-    return result
+    return read(result)
 
 
 @contextmanager
-def alone(place: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Draft and base start at once; what is timed by one should not be disturbed by the other.
 
-    Where the lock can't be had it goes on without.
+    Those that keep what they find in one ``folder`` take turns. Where its lock can't be had it
+    goes on without.
     """
+    place = folder / "timing.lock"
     with ExitStack() as stack:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)

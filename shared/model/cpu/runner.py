@@ -30,7 +30,7 @@ from outrider.shared.model.cpu.team import Team
 from outrider.shared.model.cpu.weights import narrowest
 from outrider.shared.model.llama.shapes import head_dim, positions_of
 from outrider.shared.model.runner import Runner, Span
-from outrider.shared.sampling.choose import reshapes
+from outrider.shared.sampling.choose import takes_likeliest
 
 
 def why_not(model: Any, storage: Storage) -> str | None:
@@ -131,7 +131,7 @@ class CpuRunner(Runner):
     ) -> list[tuple[int, int]] | None:
         """See ``Runner.judge``: where every sequence takes the likeliest token."""
         asked = [d for d, span in zip(decodings, spans, strict=True) if span.wanted]
-        if not all(map(_likeliest, asked)) or not self._in_one_pass(spans):
+        if not all(map(takes_likeliest, asked)) or not self._in_one_pass(spans):
             return None
         self.check(spans)
         with self._writing(spans):
@@ -161,7 +161,7 @@ class CpuRunner(Runner):
         asked = [i for i, k in enumerate(ks) if k > 0]
         if not asked or not self._in_one_pass(spans):
             return None
-        if not all(_likeliest(decodings[i]) for i in asked):
+        if not all(takes_likeliest(decodings[i]) for i in asked):
             return None
         asked.sort(key=lambda i: -ks[i])
         ends = [span.end + max(k - 1, 0) for span, k in zip(spans, ks, strict=True)]
@@ -221,11 +221,6 @@ class CpuRunner(Runner):
         begin = time.perf_counter()
         self._call(self._words.buffer_info()[0], size)
         self._team.took(kind, size, time.perf_counter() - begin)
-
-
-def _likeliest(decoding: Decoding) -> bool:
-    """Whether the token of a row is the largest of its logits as they are."""
-    return decoding.temperature == 0 and decoding.logprobs is None and not reshapes(decoding)
 
 
 def _parts(spans: Sequence[Span]) -> list[list[Span]]:

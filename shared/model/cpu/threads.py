@@ -42,10 +42,10 @@ def choose_threads(runner: CpuRunner, kept: Path) -> None:
     }
 
     def find() -> int:
-        with alone(kept / "threads.lock"):
+        with alone(kept):
             return smallest_of_the_best({size: _time(runner, size) for size in sizes})
 
-    runner.use(int(found(kept, "threads", circumstances, find)))
+    runner.use(found(kept, "threads", circumstances, find, int))
 
 
 def smallest_of_the_best(seconds: Mapping[int, float]) -> int:

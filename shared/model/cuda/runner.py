@@ -59,6 +59,8 @@ _PASS_SHARE = 1 / 64
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
 
+    slow_calls = 2  # see ``Graphs``: one that compiles, one that captures
+
     def __init__(
         self,
         model: Any,

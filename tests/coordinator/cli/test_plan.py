@@ -89,3 +89,13 @@ def test_command_prints_a_table_and_fails_where_it_does_not_fit(capsys):
     args = parser.parse_args(["plan", "--gpu", "t4", "--base", "llama-3.1-8b", "--json"])
     assert args.run(args) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_draft_from_the_text_takes_nothing_of_the_gpu_and_costs_no_step():
+    alone = _plan("h200", "llama-3.2-3b", None)
+    found = _plan("h200", "llama-3.2-3b", None, from_text=True)
+    assert (found.base, found.draft, found.free) == (alone.base, None, alone.free)
+    assert [speed.k for speed in alone.speeds] == [0]
+    for speed in found.speeds:
+        wanted = alone.speeds[0].tokens_per_second * sum(0.8**j for j in range(speed.k + 1))
+        assert speed.tokens_per_second == pytest.approx(wanted)

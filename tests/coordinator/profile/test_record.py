@@ -34,7 +34,7 @@ TEXT = {
 
 
 def service(facts: ModelFacts, speed: float) -> pb.ServiceProfile:
-    model = write_description(EngineInfo(facts, 1000, 10, 990, 1000, 1, 8))
+    model = write_description(EngineInfo(facts, 1000, 10, 0, 990, 1000, 1, 0, 8))
     return pb.ServiceProfile(
         model=model, arena_tokens_largest_free=990, resident_bytes=1 << 20, memory_bandwidth=speed
     )

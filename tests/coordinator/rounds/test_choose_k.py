@@ -1,148 +1,317 @@
-"""K against simulated machines: near the best fixed K, and never far below plain decoding."""
+"""K against simulated pairs of services: near the best fixed Ks from the first round on."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance
-from outrider.coordinator.rounds.choose_k import Speculable, Speculation
-from outrider.coordinator.rounds.costs import Curve
+from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance, Everyone, survival
+from outrider.coordinator.rounds.controller.choose_k import PROBE_LATE, Speculable, Speculation
+
+MAX_K = 8
+SIZES, ROWS, KS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 5, 9), (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Milliseconds that the rounds of two services take."""
+
+    draft: float = 0.2
+    token: float = 0.7
+    draft_row: float = 0.02
+    verify: float = 2.6
+    verify_row: float = 0.035
+
+    def drafting(self, drafted: int, k: int) -> float:
+        return self.draft + k * (self.token + self.draft_row * drafted) if k else 0.0
+
+    def verifying(self, rows: int) -> float:
+        return self.verify + self.verify_row * rows
+
+
+GPU = Pair()
+LARGE_BASE = Pair(token=0.8, verify=5.0, verify_row=0.03)
+CPU = Pair(draft=0.5, token=3.0, draft_row=1.0, verify=10.0, verify_row=2.5)
+SLOW_DRAFT = Pair(token=2.0, verify=3.0, verify_row=0.02)
+PAIRS = (GPU, LARGE_BASE, CPU, SLOW_DRAFT)
+
+Chance = Callable[[int], float]
+"""Of acceptance, where a text has so many tokens."""
 
 
 @dataclass
-class Machine:
-    """Seconds of a round: linear in K and rows, with reproducible jitter and pauses."""
+class Simulation:
+    """A pair of services, noisy, and the sequences of one batch."""
 
-    draft_base: float = 0.2e-3
-    draft_each: float = 1.0e-3
-    verify_base: float = 5.0e-3
-    verify_row: float = 0.1e-3
-    jitter: float = 0.05
+    pair: Pair
+    chances: Sequence[Chance]
+    seed: int = 1
+    jitter: float = 0.03
     pause_every: int = 0
+    factor: Callable[[int], float] = lambda number: 1.0
+    """What all times are multiplied by in a round."""
+    ks: list[list[int]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.rng = random.Random(1)
-        self.rounds = 0
+    def run(
+        self, tokens: int, *, fixed: int | None = None, controller: Speculation | None = None
+    ) -> float:
+        """Tokens a second until every text has ``tokens``."""
+        control = controller if controller is not None else calibrated(self.pair, self.seed)
+        times, fates = random.Random(self.seed), random.Random(self.seed + 1)
+        ways = [Acceptance(control.everyone) for _ in self.chances]
+        at, count = [0] * len(ways), len(ways)
 
-    def _noisy(self, seconds: float) -> float:
-        pause = 20.0 if self.pause_every and self.rounds % self.pause_every == 0 else 1.0
-        return seconds * (1 + self.jitter * self.rng.random()) * pause
+        def noisy(milliseconds: float) -> float:
+            pause = 20.0 if self.pause_every and len(self.ks) % self.pause_every == 0 else 1.0
+            jitter = 1 + self.jitter * times.random()
+            return milliseconds / 1e3 * jitter * pause * self.factor(len(self.ks))
 
-    def draft(self, k: int) -> float:
-        return self._noisy(self.draft_base + self.draft_each * k) if k else 0.0
-
-    def verify(self, rows: int) -> float:
-        self.rounds += 1
-        return self._noisy(self.verify_base + self.verify_row * rows)
-
-
-def accepted(rng: random.Random, k: int, alpha: float) -> int:
-    count = 0
-    while count < k and rng.random() < alpha:
-        count += 1
-    return count
-
-
-def run(
-    machine: Machine,
-    alpha: Callable[[int], float],
-    rounds: int,
-    *,
-    fixed: int | None = None,
-    batch: int = 1,
-    controller: Speculation | None = None,
-) -> tuple[float, list[int]]:
-    """Tokens per second, and the K of each round."""
-    control = controller or Speculation(16)
-    rng = random.Random(2)
-    ways = [Acceptance(control.acceptance) for _ in range(batch)]
-    tokens, seconds, chosen = 0, 0.0, []
-    for number in range(rounds):
-        ks = control.choose([Speculable(way, 100, fixed) for way in ways])
-        counts = [accepted(rng, k, alpha(number)) for k in ks]
-        for way, k, count in zip(ways, ks, counts, strict=True):
-            way.observe(k, count)
-        rows = sum(k + 1 for k in ks)
-        draft, verify = machine.draft(max(ks)), machine.verify(rows)
-        control.observe(batch, max(ks), rows, draft, verify)
-        tokens += sum(counts) + batch
-        seconds += draft + verify
-        chosen.append(max(ks))
-    return tokens / seconds, chosen
+        while min(at) < tokens:
+            ks = control.choose(
+                [Speculable(way, 100, fixed, n) for way, n in zip(ways, at, strict=True)]
+            )
+            for i, (way, k) in enumerate(zip(ways, ks, strict=True)):
+                accepted = 0
+                while accepted < k and fates.random() < self.chances[i](at[i]):
+                    accepted += 1
+                if k:
+                    way.observe(k, accepted, at[i])
+                at[i] += accepted + 1
+                self.tokens += accepted + 1
+            rows, drafted = sum(ks) + count, sum(k > 0 for k in ks)
+            draft = noisy(self.pair.drafting(drafted, max(ks)))
+            rest = noisy(self.pair.verifying(rows))
+            control.observe(count, drafted, max(ks), rows, draft, rest)
+            self.seconds += draft + rest
+            self.ks.append(ks)
+        return self.tokens / self.seconds
 
 
-def best_fixed(machine: Callable[[], Machine], alpha: float, batch: int = 1) -> tuple[float, int]:
-    return max(
-        (run(machine(), lambda _: alpha, 800, fixed=k, batch=batch)[0], k) for k in range(13)
+def calibrated(pair: Pair, seed: int = 1, max_k: int = MAX_K) -> Speculation:
+    """A controller that was told what the pair takes, 3 % off here and there."""
+    rng, control = random.Random(seed), Speculation(max_k)
+
+    def measured(milliseconds: float) -> float:
+        return milliseconds / 1e3 * (0.97 + 0.06 * rng.random())
+
+    control.costs.calibrate(
+        [(n, rows, measured(pair.verifying(n * rows))) for n in SIZES for rows in ROWS],
+        [(n, k, measured(pair.drafting(n, k))) for n in SIZES for k in KS],
+    )
+    return control
+
+
+def always(chance: float) -> Chance:
+    return lambda at: chance
+
+
+def expected(pair: Pair, chances: Sequence[float], k: int) -> float:
+    """Tokens a second of a fixed K, in the mean."""
+    tokens = sum(1 + sum(chance**j for j in range(1, k + 1)) for chance in chances)
+    count = len(chances)
+    return 1e3 * tokens / (pair.drafting(count, k) + pair.verifying(count * (k + 1)))
+
+
+def best_fixed(pair: Pair, chances: Sequence[float]) -> float:
+    return max(expected(pair, chances, k) for k in range(MAX_K + 1))
+
+
+@lru_cache
+def reached(pair: Pair, chances: tuple[float, ...]) -> float:
+    """Mean rate from the first token of fresh services on, over texts of 256 tokens."""
+    runs = max(1, 24 // len(chances))
+    return statistics.fmean(
+        # As many rows take as long with jitter, so the best fixed K gets the same share of it.
+        Simulation(pair, [always(one) for one in chances], seed).run(256) * 1.015
+        for seed in range(1, runs + 1)
     )
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.6, 0.8, 0.95])
-@pytest.mark.parametrize("draft_each", [0.1e-3, 0.7e-3, 2.0e-3])
-def test_speculation_adaptive_comes_near_the_best_fixed_k(alpha: float, draft_each: float) -> None:
-    def machine() -> Machine:
-        return Machine(draft_each=draft_each)
-
-    best, k = best_fixed(machine, alpha)
-    rate, chosen = run(machine(), lambda _: alpha, 3000)
-    assert rate >= 0.95 * best, (k, sorted(chosen)[len(chosen) // 2])
-
-
-@pytest.mark.parametrize("batch", [4, 32])
-def test_speculation_adaptive_comes_near_the_best_fixed_k_in_batches(batch: int) -> None:
-    def machine() -> Machine:
-        return Machine(verify_row=0.25e-3)  # many rows begin to cost
-
-    best, _ = best_fixed(machine, 0.7, batch)
-    rate, _ = run(machine(), lambda _: 0.7, 2000, batch=batch)
-    assert rate >= 0.94 * best
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("chance", [0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_speculation_is_near_the_best_fixed_k_from_the_first_token(
+    pair: Pair, chance: float, count: int
+) -> None:
+    chances = (chance,) * count
+    # One sequence shows little of its acceptance in 256 tokens.
+    least = 0.95 if count < 4 else 0.97
+    assert reached(pair, chances) >= least * best_fixed(pair, chances)
 
 
-@pytest.mark.parametrize(
-    ("alpha", "draft_each"), [(0.0, 1e-3), (0.2, 3e-3), (0.6, 5.5e-3), (0.9, 20e-3)]
+def test_speculation_loses_little_over_all() -> None:
+    ratios = [
+        reached(pair, (chance,) * count) / best_fixed(pair, (chance,) * count)
+        for pair, chance, count in itertools.product(
+            PAIRS, (0.2, 0.5, 0.8, 0.95), (1, 2, 4, 8, 16, 32, 64)
+        )
+    ]
+    assert statistics.fmean(ratios) >= 0.985
+
+
+@pytest.mark.parametrize("count", [4, 16, 64])
+@pytest.mark.parametrize("pair", [GPU, LARGE_BASE])
+def test_speculation_of_mixed_batches_beats_any_single_k(pair: Pair, count: int) -> None:
+    chances = (0.95, 0.2) * (count // 2)
+    assert reached(pair, chances) >= 0.985 * best_fixed(pair, chances)
+    if pair is LARGE_BASE:  # there a row costs enough for the difference to show
+        assert reached(pair, chances) >= 1.0 * best_fixed(pair, chances)
+
+
+@settings(max_examples=60)
+@given(
+    token=st.floats(0.05, 6.0),
+    draft_row=st.floats(0.0, 0.5),
+    verify=st.floats(1.0, 20.0),
+    verify_row=st.floats(0.0, 1.0),
+    chance=st.floats(0.0, 0.98),
+    count=st.sampled_from([1, 3, 8, 24]),
+    seed=st.integers(1, 1000),
 )
-def test_speculation_steps_aside_where_it_does_not_pay(alpha: float, draft_each: float) -> None:
-    plain, _ = run(Machine(draft_each=draft_each), lambda _: alpha, 4000, fixed=0)
-    rate, chosen = run(Machine(draft_each=draft_each), lambda _: alpha, 4000)
-    assert rate >= 0.97 * plain
-    assert sum(k > 0 for k in chosen[1000:]) < 0.1 * 3000
+def test_speculation_regret_is_small_on_any_pair_of_services(
+    token: float,
+    draft_row: float,
+    verify: float,
+    verify_row: float,
+    chance: float,
+    count: int,
+    seed: int,
+) -> None:
+    pair = Pair(0.2, token, draft_row, verify, verify_row)
+    control = calibrated(pair, seed)
+    chances = [always(chance)] * count
+    Simulation(pair, chances, seed).run(400, controller=control)
+    # What it has learnt by now it keeps; these texts are new.
+    rate = Simulation(pair, chances, seed + 1).run(3000 // count, controller=control) * 1.015
+    # A thousandfold repeated draw of 3,000 tokens is itself off by some hundredths.
+    assert rate >= 0.93 * best_fixed(pair, [chance] * count)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("chance", [0.3, 0.7, 0.9])
+def test_speculation_regret_after_a_while_is_two_hundredths(pair: Pair, chance: float) -> None:
+    control = calibrated(pair)
+    chances = [always(chance)] * 8
+    Simulation(pair, chances).run(500, controller=control)
+    rate = Simulation(pair, chances, 5).run(2500, controller=control) * 1.015
+    assert rate >= 0.98 * best_fixed(pair, [chance] * 8)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_speculation_follows_costs_that_change_by_half(pair: Pair, factor: float) -> None:
+    chances = [always(0.8)] * 4
+    simulation = Simulation(pair, chances, factor=lambda number: factor if number > 200 else 1.0)
+    control = calibrated(pair)
+    simulation.run(2000, controller=control)
+    after = Simulation(pair, chances, 7, factor=lambda number: factor)
+    rate = after.run(1000, controller=control) * 1.015
+    assert rate >= 0.95 * best_fixed(pair, [0.8] * 4) / factor
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_speculation_corrects_a_calibration_that_is_wrong(pair: Pair) -> None:
+    """As of a machine that was busy with something else when the draft was timed."""
+    control = calibrated(pair)
+    control.costs.calibrate(
+        [(n, rows, pair.verifying(n * rows) / 1e3) for n in SIZES for rows in ROWS],
+        [(n, k, pair.drafting(n, k) / 2e3) for n in SIZES for k in KS],
+    )
+    chances = [always(0.7)] * 4
+    Simulation(pair, chances).run(300, controller=control)
+    rate = Simulation(pair, chances, 3).run(1500, controller=control) * 1.015
+    assert rate >= 0.96 * best_fixed(pair, [0.7] * 4)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_speculation_learns_what_nobody_measured(count: int) -> None:
+    control = Speculation(MAX_K)
+    chances = [always(0.8)] * count
+    Simulation(GPU, chances).run(500, controller=control)
+    rate = Simulation(GPU, chances, 3).run(1500, controller=control) * 1.015
+    assert rate >= 0.95 * best_fixed(GPU, [0.8] * count)
+
+
+def test_speculation_never_tries_what_the_costs_rule_out() -> None:
+    pair = Pair(draft=1.0, token=30.0, verify=5.0, verify_row=0.5)
+    for count in (1, 8, 64):
+        simulation = Simulation(pair, [always(0.99)] * count)
+        simulation.run(600)
+        assert not any(map(sum, simulation.ks))
+
+
+def test_speculation_probes_cost_half_a_hundredth() -> None:
+    simulation = Simulation(SLOW_DRAFT, [always(0.1)] * 4)
+    simulation.run(5000)
+    lost = sum(SLOW_DRAFT.drafting(sum(k > 0 for k in ks), max(ks)) for ks in simulation.ks[50:])
+    assert lost <= 0.01 * 1e3 * simulation.seconds
 
 
 def test_speculation_probes_again_and_comes_back() -> None:
     # The draft is useless for a while, then good.
-    _, chosen = run(Machine(), lambda number: 0.0 if number < 1500 else 0.9, 4000)
-    assert sum(k > 0 for k in chosen[500:1500]) < 100
-    assert sorted(chosen[3000:])[500] >= 3
+    simulation = Simulation(GPU, [lambda at: 0.0 if at < 800 else 0.9])
+    simulation.run(2500)
+    drafted = [sum(ks) > 0 for ks in simulation.ks]
+    assert sum(drafted[100:800]) < 70
+    assert sum(drafted[-200:]) > 190
 
 
 def test_speculation_gives_up_when_acceptance_falls() -> None:
-    control = Speculation(16)
-    run(Machine(draft_each=3e-3), lambda _: 0.95, 1000, controller=control)
+    control = calibrated(SLOW_DRAFT)
+    Simulation(SLOW_DRAFT, [always(0.95)]).run(500, controller=control)
     assert control.k > 0
-    run(Machine(draft_each=3e-3), lambda _: 0.05, 1000, controller=control)
+    Simulation(SLOW_DRAFT, [always(0.05)]).run(300, controller=control)
     assert control.k == 0
 
 
-def test_speculation_pauses_of_the_machine_do_not_mislead() -> None:
-    def machine() -> Machine:
-        return Machine(pause_every=37)
-
-    best, _ = best_fixed(machine, 0.8)
-    rate, _ = run(machine(), lambda _: 0.8, 3000)
-    assert rate >= 0.93 * best
+@pytest.mark.parametrize("seed", range(4))
+def test_speculation_pauses_of_the_machine_do_not_mislead(seed: int) -> None:
+    """The very first round is one."""
+    pair, chances = GPU, [always(0.8)] * 4
+    fixed = max(
+        Simulation(pair, chances, seed, pause_every=37).run(1500, fixed=k) for k in (2, 3, 4)
+    )
+    rate = Simulation(pair, chances, seed, pause_every=37).run(1500)
+    assert rate >= 0.96 * fixed
 
 
 def test_speculation_is_deterministic() -> None:
-    assert run(Machine(), lambda _: 0.7, 500) == run(Machine(), lambda _: 0.7, 500)
+    runs = [Simulation(GPU, [always(0.7)] * 3) for _ in range(2)]
+    assert runs[0].run(300) == runs[1].run(300)
+    assert runs[0].ks == runs[1].ks
+
+
+def test_speculation_gives_each_sequence_its_own_k() -> None:
+    simulation = Simulation(LARGE_BASE, [always(0.95), always(0.1)] * 8)
+    simulation.run(600)
+    last = [statistics.fmean(column) for column in zip(*simulation.ks[-40:], strict=True)]
+    assert min(last[::2]) > 2.5
+    assert max(last[1::2]) < 1.0
+
+
+def test_speculation_of_devices_is_for_all_or_none() -> None:
+    control = calibrated(LARGE_BASE)
+    control.together = True
+    simulation = Simulation(LARGE_BASE, [always(0.95), always(0.1)] * 8)
+    simulation.run(600, controller=control)
+    probed = [ks for ks in simulation.ks if any(ks) and not all(ks)]
+    assert len(probed) < 0.05 * len(simulation.ks)
+    assert any(all(ks) and max(ks) > min(ks) for ks in simulation.ks)
 
 
 def test_speculation_fixed_k_is_kept_and_limits_hold() -> None:
-    control = Speculation(8)
-    way = control.acceptance
+    control = calibrated(GPU)
+    way = Acceptance(control.everyone)
     for _ in range(200):
         ks = control.choose(
             [
@@ -155,21 +324,25 @@ def test_speculation_fixed_k_is_kept_and_limits_hold() -> None:
         )
         assert ks[:4] == [5, 2, 0, 0]
         assert 0 <= ks[4] <= 3
-        control.observe(5, max(ks), sum(ks) + 5, 1e-3, 5e-3)
+        control.observe(5, 3, max(ks), sum(ks) + 5, 1e-3, 5e-3)
     control.max_k = 3  # a service came back with less
     assert control.choose([Speculable(way, 100, 5)]) == [3]
 
 
-def test_speculation_plain_requests_never_want_the_draft() -> None:
-    control = Speculation(8)
-    assert not control.wanted(0)
-    assert control.wanted(3)
-    assert control.wanted(None)
+def test_speculation_wants_the_draft_only_where_it_is_of_use() -> None:
+    control = calibrated(SLOW_DRAFT)
+    way = Acceptance(control.everyone)
+    assert not control.wanted(0, way)
+    assert control.wanted(3, way)
+    assert control.wanted(None, way)  # nothing is known of it
+    Simulation(SLOW_DRAFT, [always(0.05)]).run(PROBE_LATE // 8, controller=control)
+    assert not control.wanted(None, Acceptance(control.everyone))
 
 
 def test_acceptance_estimates_each_position() -> None:
-    way = Acceptance()
-    assert way.rate(0) == PRIOR
+    everyone = Everyone()
+    way = Acceptance(everyone)
+    assert way.rate() == PRIOR
     rng = random.Random(3)
     chances = [0.9, 0.5, 0.8]
     for _ in range(4000):
@@ -177,29 +350,43 @@ def test_acceptance_estimates_each_position() -> None:
         while count < 3 and rng.random() < chances[count]:
             count += 1
         way.observe(3, count)
-    for position, chance in enumerate(chances):
-        assert way.rate(position) == pytest.approx(chance, abs=0.12)
-    assert way.rate(7) == way.rate(2)
-    assert way.survival(2) == pytest.approx([way.rate(0), way.rate(0) * way.rate(1)])
+    found = survival(way.rate(), everyone.shape(3))
+    for position, chance in enumerate(itertools.accumulate(chances, float.__mul__)):
+        assert found[position] == pytest.approx(chance, abs=0.12)
+    assert everyone.shape(5)[3:] == [1.0, 1.0]
+
+
+def test_acceptance_positions_say_nothing_of_sequences_that_never_reach_them() -> None:
+    """Only the well accepted get far: that makes late positions no better than early ones."""
+    everyone = Everyone()
+    good, bad = Acceptance(everyone), Acceptance(everyone)
+    rng = random.Random(4)
+    for _ in range(2000):
+        for way, chance in ((good, 0.95), (bad, 0.2)):
+            count = 0
+            while count < 4 and rng.random() < chance:
+                count += 1
+            way.observe(4, count)
+    assert everyone.shape(4) == pytest.approx([1.0] * 4, abs=0.12)
+    assert good.rate() == pytest.approx(0.95, abs=0.05)
+    assert bad.rate() == pytest.approx(0.2, abs=0.1)
 
 
 def test_acceptance_new_sequences_start_from_what_others_showed() -> None:
-    everyone = Acceptance(floor=0.01)
+    everyone = Everyone()
     one = Acceptance(everyone)
     for _ in range(50):
         one.observe(2, 2)
-    assert Acceptance(everyone).rate(0) > 0.95
+    assert Acceptance(everyone).rate() > 0.95
 
 
-def test_curve_interpolates_between_points_and_is_hopeful_beyond() -> None:
-    curve = Curve()
-    assert curve.at(3) is None
-    curve.add(2, 4.0, 1)
-    assert curve.at(2) == curve.at(9) == curve.at(1) == 4.0
-    curve.add(6, 8.0, 2)
-    assert curve.at(3) == 5.0
-    assert curve.at(8) == 10.0
-    assert curve.at(1) == 3.0
-    for seconds in (4.1, 4.2, 90.0):
-        curve.add(2, seconds, 3)
-    assert curve.at(2) == pytest.approx(4.1)  # one outlier changes nothing
+def test_acceptance_moves_with_the_text() -> None:
+    everyone = Everyone()
+    one = Acceptance(everyone)
+    for at in range(0, 300, 3):
+        one.observe(2, 2, at)
+    assert one.rate(300) > 0.9
+    for _ in range(300):
+        Acceptance(everyone).observe(2, 0)
+    assert one.rate(300) > 0.85  # its own verdicts say more of it than others' do
+    assert one.rate(1300) < 0.2  # but not of a text that long past them

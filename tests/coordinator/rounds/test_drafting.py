@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
-from outrider.coordinator.requests.sequence import ServiceState
-from outrider.coordinator.rounds.costs import ALONE, START_ROWS, PromptBudget
+from outrider.coordinator.requests.prefix_cache import PrefixCache
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.rounds.draft_messages import DraftGrant
 from outrider.coordinator.rounds.drafting import LAG, Drafting
+from outrider.coordinator.rounds.prompt_budget import ALONE, START_ROWS, PromptBudget
 from outrider.protos import speculation_pb2 as pb
 
 
 def drafting_over(connection: Any, patience: float = 600.0, most: int = 8192) -> Drafting:
-    return Drafting(connection, budget=PromptBudget(0.1, most), patience=patience)
+    return Drafting(
+        connection, cache=PrefixCache(), budget=PromptBudget(0.1, most), patience=patience
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from outrider.coordinator.rounds.costs import LEAST_ROWS
+from outrider.coordinator.rounds.prompt_budget import LEAST_ROWS
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider_testing import engines, fakes
@@ -78,7 +78,8 @@ async def test_prompts_a_running_stream_goes_on_in_every_round_of_a_long_prompt(
 async def test_prompts_go_as_one_where_nobody_decodes(services: Make, client_of: Make) -> None:
     base = services("verify")
     seen = Seen()
-    async with client_of(base, observer=seen, prefill_delay_seconds=60.0) as client:
+    settings = {"prefill_delay_seconds": 60.0, "prefix_cache": 0}
+    async with client_of(base, observer=seen, **settings) as client:
         await client.generate(ask(LONG, 1))
         await client.generate(ask(LONG, 1))
     assert [record.verify.rows for record in seen.rounds] == [512, 988, 1500]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from outrider.coordinator.requests.sequence import ServiceState
+from outrider.coordinator.requests.prefix_cache import PrefixCache
+from outrider.coordinator.requests.service_state import ServiceState
 from outrider.coordinator.requests.text.stopping import Finish, FinishReason
 from outrider.coordinator.rounds.verifying import Verifying
 from outrider.protos import speculation_pb2 as pb
@@ -17,6 +18,7 @@ def sequence() -> Any:
         log=[7] * 10,
         verify=ServiceState(open=True, epoch=1, length=9),
         output=SimpleNamespace(finish=None),
+        confirm=lambda state: None,
     )
 
 
@@ -35,7 +37,7 @@ def report(committed_len: int, proposed: int, accepted: int) -> pb.VerifyRespons
 
 def test_verifying_takes_reports_one_after_the_other() -> None:
     own = sequence()
-    verifying = Verifying(None)  # type: ignore[arg-type]
+    verifying = Verifying(None, PrefixCache())  # type: ignore[arg-type]
     for proposed, accepted in ((4, 2), (4, 0), (0, 0)):
         n = len(own.log)
         verdicts = verifying.granted_round({4: own}, report(n, proposed, accepted))
@@ -49,7 +51,7 @@ def test_verifying_takes_reports_one_after_the_other() -> None:
 
 def test_verifying_passes_over_rounds_of_a_sequence_that_is_over_by_the_clients_will() -> None:
     own = sequence()
-    verifying = Verifying(None)  # type: ignore[arg-type]
+    verifying = Verifying(None, PrefixCache())  # type: ignore[arg-type]
     own.output.finish = Finish(FinishReason.DEADLINE)
     # The grant goes on for a round or two: the log does not, so the later ones can't follow it.
     for committed_len in (10, 12, 13):

@@ -34,7 +34,7 @@ async def test_samples_equal_independent_requests_with_their_seeds(
 ) -> None:
     count = 4
 
-    settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": chunk}
+    settings = {"tokenizer": str(model_pair.folder), "prefill_chunk": chunk, "prefix_cache": 0}
     async with client_of(model_pair.verify, model_pair.draft, **settings) as client:
         wanted = []
         for index in range(count):

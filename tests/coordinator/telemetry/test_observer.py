@@ -37,9 +37,10 @@ def ended(request_id: str = "r", **changes: Any) -> RequestRecord:
     made = RequestRecord(
         request_id=request_id, sample_index=0, sequence_id=1, traceparent="", arrived_ns=10**9,
         admitted_ns=2 * 10**9, first_token_ns=3 * 10**9, finished_ns=4 * 10**9, prompt_tokens=5,
-        completion_tokens=8, reason="MAX_TOKENS", error="", k=4, rule="GREEDY",
-        temperature=0.0, rounds=2, proposed_by_position=(2, 2), accepted_by_position=(2, 1),
-        decoding=Decoding(seed=2**64 - 1), max_new_tokens=8, num_samples=1,
+        cached_prompt_tokens=3, completion_tokens=8, reason="MAX_TOKENS", error="", k=4,
+        rule="GREEDY", temperature=0.0, rounds=2, proposed_by_position=(2, 2),
+        accepted_by_position=(2, 1), decoding=Decoding(seed=2**64 - 1),
+        max_new_tokens=8, num_samples=1,
     )  # fmt: skip
     return replace(made, **changes)
 

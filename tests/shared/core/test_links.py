@@ -28,9 +28,12 @@ HERE, THERE = "unix:/run/base", "unix:/run/draft"
 
 
 def reached(
-    verify: str = HERE, draft: str = THERE, devices: tuple[str, str] = ("", "")
+    verify: str = HERE,
+    draft: str = THERE,
+    devices: tuple[str, str] = ("", ""),
+    is_model: bool = True,
 ) -> tuple[Reached, Reached]:
-    return Reached("verify", verify, devices[0]), Reached("draft", draft, devices[1])
+    return Reached("verify", verify, devices[0]), Reached("draft", draft, devices[1], is_model)
 
 
 @each
@@ -99,6 +102,9 @@ def test_link_lies_above_one_that_is_always_there(name: str) -> None:
         ("shm", reached(draft="far:1"), "grpc", "the draft service is reached at far:1"),
         ("cuda-ipc", reached(devices=("one", "two")), "cuda-ipc", ""),
         ("cuda-ipc", reached("far:1"), "grpc", "the verify service is reached at far:1"),
+        ("auto", reached(devices=("one", ""), is_model=False), "shm", ""),
+        ("cuda-ipc", reached(is_model=False), "shm", "the draft is no model"),
+        ("cuda-ipc", reached("far:1", is_model=False), "grpc", "the draft is no model"),
     ],
 )
 def test_link_wanted_is_the_best_that_nothing_speaks_against(

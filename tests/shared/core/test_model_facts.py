@@ -31,13 +31,14 @@ FACTS = ModelFacts(
 
 
 def test_description_of_facts_reads_back_as_them() -> None:
-    message = write_description(EngineInfo(FACTS, 100, 60, 30, 100, 2, 8))
+    message = write_description(EngineInfo(FACTS, 100, 60, 5, 30, 100, 2, 1, 8))
     assert (message.arena_tokens, message.arena_tokens_used) == (100, 60)
+    assert message.arena_tokens_cached == 5
     assert read_description(ModelDescription.FromString(message.SerializeToString())) == FACTS
 
 
 def test_description_has_a_field_for_every_fact_and_the_arena() -> None:
-    arena = {"arena_tokens", "arena_tokens_used", "arena_longest"}
+    arena = {"arena_tokens", "arena_tokens_used", "arena_tokens_cached", "arena_longest"}
     facts = {one.name for one in fields(ModelFacts)}
     assert set(ModelDescription.DESCRIPTOR.fields_by_name) == facts | arena
 

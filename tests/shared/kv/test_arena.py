@@ -19,6 +19,20 @@ TOKENS, WINDOW, SLACK = 96, 8, 5
 RING = WINDOW + SLACK
 
 
+def test_room_is_what_can_be_admitted() -> None:
+    arena = Arena([PoolPlan(TOKENS), PoolPlan(5 * RING, WINDOW, SLACK)])
+    for capacity in (1, 7, RING, 20, 48, TOKENS, TOKENS + 1):
+        extents = []
+        count = arena.room(capacity)
+        for _ in range(count):
+            extents.append(arena.admit(capacity))
+        with pytest.raises(CapacityError):
+            arena.admit(capacity)
+        assert arena.room(capacity) == 0
+        for extent in extents:
+            arena.free(extent)
+
+
 def test_slots_coalesce_whatever_the_order_of_frees() -> None:
     allocator = SlotAllocator(64)
     starts = [allocator.reserve(16) for _ in range(4)]
@@ -135,6 +149,91 @@ def test_a_parent_outlives_its_free_until_its_last_branch_is_freed() -> None:
     assert [s.position for s in arena.segments(two, 0, 0, 25)] == [0, 20]
     arena.free(two)
     assert arena.used == 0
+
+
+@pytest.mark.parametrize("written", [3, RING, RING + 4, 3 * RING])
+@pytest.mark.parametrize("capacity", [RING - 2, 60])
+def test_a_copy_can_be_rolled_back_to_whatever_is_there_and_no_further(
+    written: int, capacity: int
+) -> None:
+    """Of a sequence in full attention and a ring, at every length, and every rollback of that."""
+    arena = Arena([PoolPlan(200), PoolPlan(5 * RING, WINDOW, SLACK)])
+    memory: list[list[int | None]] = [[None] * pool.tokens for pool in arena.pools]
+    source = arena.admit(max(written + 1, 20))
+    for position in range(written):
+        for pool, slots in enumerate(memory):
+            (segment,) = arena.segments(source, pool, position, position + 1)
+            slots[segment.slot] = position
+        source.advance(position + 1)
+    taken = 0
+    for length in range(1, min(written + 1, capacity)):
+        copies = arena.copies(source, target := arena.admit(capacity), length)
+        lost = written > RING and capacity < RING
+        assert (copies is not None) == (arena.holds(source, length) and not lost)
+        there = [list(slots) for slots in memory]
+        for one in copies or ():
+            there[one.pool][one.to : one.to + one.count] = there[one.pool][
+                one.start : one.start + one.count
+            ]
+        if copies is not None:
+            taken += 1
+            arena.copied(source, target, length)
+            for back in range(1, length + 1):
+                target.valid_len = length
+                if not arena.rollback(target, back):
+                    continue
+                for pool, slots in enumerate(there):
+                    first = arena.first_read(pool, back)
+                    found = arena.segments(target, pool, first, back)
+                    held = [slots[one.slot + i] for one in found for i in range(one.count)]
+                    assert held == list(range(first, back))
+            assert arena.rollback(target, target.valid_len), "the last one may always be taken"
+        arena.free(target)
+    assert taken or written > RING > capacity
+    arena.free(source)
+    assert arena.used == 0
+
+
+def test_trim_gives_back_the_rest_and_keeps_what_is_read() -> None:
+    arena = Arena([PoolPlan(100), PoolPlan(4 * RING, WINDOW, SLACK)])
+    short, long = arena.admit(50), arena.admit(50)
+    short.advance(9)
+    long.advance(9)
+    long.advance(RING)
+    long.advance(RING + 5)
+    assert arena.trim(short, 7)
+    assert (short.capacity, short.places[0][1], short.places[1][1]) == (7, 7, 7)
+    assert arena.trim(long, RING + 2)
+    assert (long.places[0][1], long.places[1][1]) == (RING + 2, RING)
+    assert not arena.trim(long, 1), "what the ring has lost can't be kept"
+    assert not arena.trim(short, 0)
+    assert arena.used == 7 + RING + 2
+    arena.free(short)
+    arena.free(long)
+    assert [one.used for one in arena.allocators] == [0, 0]
+
+
+def test_slots_shrink_at_their_end_and_coalesce() -> None:
+    allocator = SlotAllocator(64)
+    first, second = allocator.reserve(32), allocator.reserve(32)
+    allocator.shrink(first, 10)
+    assert (allocator.used, allocator.largest_free) == (42, 22)
+    assert allocator.reserve(22) == first + 10
+    allocator.shrink(second, 32)
+    for wrong in (0, 33):
+        with pytest.raises(ValueError, match=f"got {wrong}"):
+            allocator.shrink(second, wrong)
+    assert allocator.used == 64
+
+
+def test_slots_tell_what_would_fit_without_some() -> None:
+    allocator = SlotAllocator(40)
+    starts = [allocator.reserve(10) for _ in range(4)]
+    assert not allocator.fits_without(1, ())
+    assert allocator.fits_without(10, [starts[1]])
+    assert not allocator.fits_without(11, [starts[1], starts[3]])
+    assert allocator.fits_without(30, [starts[3], starts[1], starts[2]])
+    assert allocator.used == 40
 
 
 class ArenaMachine(RuleBasedStateMachine):

@@ -110,6 +110,7 @@ def ask(
     output: dict[str, Any] | None = None,
     resume: list[int] | None = None,
     rule: pb.AcceptanceRule = pb.ACCEPTANCE_RULE_UNSPECIFIED,
+    salt: str = "",
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """A request by token ids for ``n`` more; ``sampling``: fields of ``SamplingParameters``."""
@@ -119,6 +120,7 @@ def ask(
         stopping=pb.StopConditions(max_new_tokens=n, **(stopping or {})),
         speculation=pb.SpeculationParameters(k=k, rule=rule),
         output=pb.OutputOptions(**(output or {})),
+        cache_salt=salt,
     )
     if resume:
         request.resume_token_ids.ids.extend(resume)

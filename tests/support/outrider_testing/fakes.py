@@ -97,11 +97,19 @@ class Toy:
     model: str = "toy"
     used: int = 0
     live: int = 0
+    cached: dict[tuple[Any, int], list[int]] = field(default_factory=dict)
+    """Tokens of cached sequences, by session and id, the oldest first; they take as many slots."""
+    hits: list[int] = field(default_factory=list)
+    """Tokens that each sequence took over from another one by copy."""
     rounds: int = 0
     items: list[Any] = field(default_factory=list)
     """Every item that came, in order."""
     opened: list[OpenSequence] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def tokens_cached(self) -> int:
+        return sum(map(len, self.cached.values()))
 
     def stand(self) -> Gate:
         """From now on rounds hang until ``set`` of what this returns."""
@@ -121,6 +129,7 @@ class _Session:
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
         self.held: dict[int, _Held] = {}
+        self.evicted: list[int] = []
 
     def open(self, request: OpenSequence) -> None:
         toy = self.toy
@@ -137,20 +146,44 @@ class _Session:
                 raise SequenceRefused(
                     RefusalCode.NO_CAPACITY, f"{toy.arena_tokens - toy.used} tokens are free"
                 )
+            held = _Held(request)
+            if request.copy and request.parent_id is not None:
+                live = self.held.get(request.parent_id)
+                tokens = toy.cached.get((self, request.parent_id)) if live is None else live.tokens
+                held.tokens = (tokens or [])[: request.prefix_len]
+                toy.hits.append(len(held.tokens))
             toy.used += request.capacity
             toy.live += 1
             toy.opened.append(request)
-            self.held[request.sequence_id] = _Held(request)
+            self.held[request.sequence_id] = held
+            self._make_room()
 
     def close(self, sequence_id: int) -> None:
         with self.toy.lock:
             if sequence_id in self.held:
                 self._free(sequence_id)
+            self.toy.cached.pop((self, sequence_id), None)
+
+    def cache(self, sequence_id: int, length: int) -> None:
+        with self.toy.lock:
+            if sequence_id in self.held:
+                self.toy.cached[self, sequence_id] = self.held[sequence_id].tokens[:length]
+                self._free(sequence_id)
+                self._make_room()
+
+    def _make_room(self) -> None:
+        toy = self.toy
+        while toy.used + toy.tokens_cached > toy.arena_tokens:
+            session, sequence_id = next(iter(toy.cached))
+            del toy.cached[session, sequence_id]
+            session.evicted.append(sequence_id)
 
     def release(self) -> None:
         with self.toy.lock:
             for sequence_id in list(self.held):
                 self._free(sequence_id)
+            for key in [key for key in self.toy.cached if key[0] is self]:
+                del self.toy.cached[key]
 
     def _free(self, sequence_id: int) -> None:
         self.toy.used -= self.held.pop(sequence_id).request.capacity
@@ -183,6 +216,7 @@ class _Session:
         elif pause:
             time.sleep(pause)
         result.model_seconds = time.perf_counter() - started
+        result.evicted, self.evicted = self.evicted, []
         return result
 
     def _check(self, item: Any) -> Refusal | None:
@@ -281,9 +315,11 @@ class _Engine:
             facts,
             arena_tokens=toy.arena_tokens,
             arena_tokens_used=toy.used,
-            arena_tokens_largest_free=toy.arena_tokens - toy.used,
+            arena_tokens_cached=toy.tokens_cached,
+            arena_tokens_largest_free=toy.arena_tokens - toy.used - toy.tokens_cached,
             arena_longest=toy.arena_tokens,
             sequences=toy.live,
+            cached=len(toy.cached),
             max_k=toy.max_k,
         )
 

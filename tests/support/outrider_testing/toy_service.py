@@ -26,7 +26,9 @@ def main(role: str, listen: str, toy: dict[str, Any]) -> int:
 
     name, part = SECTIONS[role]
     config = load(None, flags={}, environment={})
-    config = dataclasses.replace(config, **{name: part(listen=listen, max_calls=16)})
+    config = dataclasses.replace(
+        config, **{name: part(listen=listen, max_calls=16, calibrate=False)}
+    )
     made = fakes.Toy(**toy)
     return program.serve(
         config,

@@ -33,6 +33,11 @@ from outrider.shared.model.cuda.support import simple
 from outrider.shared.model.cuda.turns.stream import DeviceStream, Mark
 
 _LOOK_SECONDS = 1e-4
+SLOTS = (*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 56, MAX_SEQUENCES)
+"""Numbers of sequences that turns are launched for: they come and go all the time, and each number
+costs a capture of some milliseconds."""
+AHEAD = ((1, MAX_SEQUENCES), (2, MAX_SEQUENCES), (3, 8), (4, 2))
+"""K, and up to how many sequences its turns are captured before anybody asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +118,49 @@ class Turns(ABC):
     def start(self, grant: int, sequences: Sequence[TurnSequence]) -> None:
         """Brings the numbers that the first turn begins with; ``why_not`` had no objection."""
         self._grant, self._count = grant, len(sequences)
-        self._slots = self._slots_for(self._count)
-        self._steps = max(one.k for one in sequences)
+        steps = max(one.k for one in sequences)
+        self.rehearse(self._slots_for(self._count, steps), steps)
         self.turn = -1
         host = self._inputs.host
-        for name in host:
-            host[name][...] = 0
-        if self._sizes() not in self._ready:
-            # With every limit at 0 nothing is written and nobody is answered: the chains are
-            # compiled and captured here, since a capture waits for the device and the device,
-            # later on, for the other side.
-            self._inputs.upload()
-            for _ in range(2):
-                self._rehearse()
-            self._ready.add(self._sizes())
-            rehearsed = self._stream.mark()
-            while not rehearsed.reached():  # the upload still reads what is written next
-                time.sleep(_LOOK_SECONDS)
         places(host, [one.extent for one in sequences])
         for s, one in enumerate(sequences):
             host["committed"][s], host["pending"][s] = one.committed_len, one.pending
             host["limits"][s], host["ks"][s] = one.limit, one.k
             self._place(s, one)
         self._inputs.upload()
+
+    def sizes_ahead(self) -> list[tuple[int, int]]:
+        """(Slots, K) of the turns that are worth rehearsing before they are asked for."""
+        layout, steps = self._mailbox.layout, min(self._mailbox.layout.max_k, self._parts.max_k)
+        return [
+            (slots, k)
+            for k, most in AHEAD
+            for slots in SLOTS
+            if k <= steps
+            and slots <= min(most, layout.max_sequences)
+            and slots * self._width(k) <= HEAD_ROWS
+        ]
+
+    def rehearse(self, slots: int, steps: int) -> None:
+        """Has the next turns be of ``slots`` sequences and up to ``steps`` tokens, with all their
+        numbers at 0; the first time it compiles and captures what they launch.
+
+        With every limit at 0 nothing is written and nobody is answered. It is done before a turn
+        is queued: a capture waits for the device and the device, in a turn, for the other side.
+        """
+        self._slots, self._steps = slots, steps
+        host = self._inputs.host
+        for name in host:
+            host[name][...] = 0
+        if self._sizes() in self._ready:
+            return
+        self._inputs.upload()
+        for _ in range(2):
+            self._rehearse()
+        self._ready.add(self._sizes())
+        rehearsed = self._stream.mark()
+        while not rehearsed.reached():  # the upload still reads what is written next
+            time.sleep(_LOOK_SECONDS)
 
     def queue(self) -> None:
         """Queues the next turn; the one before it is done."""
@@ -171,9 +196,10 @@ class Turns(ABC):
     @abstractmethod
     def _queue(self, turn: int) -> None: ...
 
-    def _slots_for(self, count: int) -> int:
+    def _slots_for(self, count: int, steps: int) -> int:
         """Sequences that a turn of ``count`` is launched for; the others are over."""
-        return count
+        slots = min(bucket(count, SLOTS), self._mailbox.layout.max_sequences)
+        return slots if slots * self._width(steps) <= HEAD_ROWS else count
 
     def _sizes(self) -> tuple[Hashable, ...]:
         return self._slots, self._steps

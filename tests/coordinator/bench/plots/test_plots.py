@@ -109,6 +109,20 @@ TIMELINE = {
         for link, wait in (("grpc", 2.0), ("shm", 1.0))
     ],
 }
+ADAPTIVE = {
+    "hardware": MACHINE,
+    "base": "paced:step=8ms",
+    "draft": "paced:step=1ms",
+    "device": "cpu",
+    "max_new_tokens": 9,
+    "repeats": 2,
+    "points": [
+        {"agreement": agreement, "sequences": count, "ratio": ratio, "speedup": 2 * ratio}
+        for agreement, count, ratio in (
+            ("0.8", 1, 0.99), ("0.8", 32, 0.87), ("0.2/0.95", 1, 1.01), ("0.2/0.95", 32, 1.04),
+        )
+    ],
+}  # fmt: skip
 
 SERVE = {
     "hardware": MACHINE,
@@ -202,6 +216,17 @@ def test_timeline_plot_holds_lanes_and_shares(tmp_path: Path) -> None:
     assert any("with CUDA MPS" in word for word in found)
 
 
+def test_adaptive_plot_holds_series_and_their_worst(tmp_path: Path) -> None:
+    plots = drawn(ADAPTIVE, tmp_path)
+    assert list(plots) == ["some.svg"]
+    found = words(plots["some.svg"])
+    assert {"0.87 at worst, agreement 0.8", "1.01 at worst, agreement 0.2/0.95"} <= found
+    assert {"1", "32", "sequences", "against K = 0"} <= found
+    points = [{**one, "agreement": None} for one in ADAPTIVE["points"][:2]]
+    (plot,) = drawn({**ADAPTIVE, "points": points}, tmp_path).values()
+    assert "0.87 at worst" in words(plot)
+
+
 def test_serve_plot_holds_levels_that_were_served(tmp_path: Path) -> None:
     plots = drawn(SERVE, tmp_path)
     assert list(plots) == ["some.svg"]
@@ -215,7 +240,7 @@ def test_serve_plot_holds_levels_that_were_served(tmp_path: Path) -> None:
 def test_every_colour_of_text_and_ground_has_one_for_dark_screens(tmp_path: Path) -> None:
     from outrider.coordinator.bench.plots.drawing import SERIES
 
-    for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE, SERVE):
+    for figures in (ARENA, STEP, BENCH, LINKS, TIMELINE, ADAPTIVE, SERVE):
         for text in drawn(figures, tmp_path).values():
             rules = text[text.index("@media (prefers-color-scheme: dark)") :].split("</style>")[0]
             used = set(re.findall(r'style="[^"]*?(?:fill|stroke): (#\w{6})', text))

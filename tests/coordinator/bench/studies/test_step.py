@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.coordinator.bench.studies.step_prompts import _flops, sizes
+from outrider.coordinator.bench.studies.step.prompts import _flops, sizes
 from outrider.coordinator.cli.main import main
 
 

@@ -17,16 +17,18 @@ HERE = {"processor": "znver4 +avx512f", "torch": "2.13.0", "threads": 8}
 
 def test_found_asks_once_for_the_same_circumstances(tmp_path: Path) -> None:
     answers = iter([4, 2])
-    assert found(tmp_path, "team", HERE, lambda: next(answers)) == 4
-    assert found(tmp_path, "team", HERE, lambda: next(answers)) == 4
+    assert found(tmp_path, "team", HERE, lambda: next(answers), int) == 4
+    assert found(tmp_path, "team", HERE, lambda: next(answers), int) == 4
     for name, other in {"processor": "znver5", "torch": "2.14.0", "threads": 9}.items():
-        assert found(tmp_path, "team", HERE | {name: other}, lambda: 7) == 7
-    assert found(tmp_path, "other", HERE, lambda: next(answers)) == 2
+        assert found(tmp_path, "team", HERE | {name: other}, lambda: 7, int) == 7
+    assert found(tmp_path, "other", HERE, lambda: next(answers), int) == 2
 
 
-@pytest.mark.parametrize("damage", ["copied", "cut", "empty", "odd"])
-def test_found_does_not_use_a_file_made_on_another_processor(tmp_path: Path, damage: str) -> None:
-    found(tmp_path, "team", HERE, lambda: 4)
+@pytest.mark.parametrize("damage", ["copied", "cut", "empty", "odd", "no number"])
+def test_found_replaces_a_file_that_is_damaged_or_of_another_processor(
+    tmp_path: Path, damage: str
+) -> None:
+    found(tmp_path, "team", HERE, lambda: 4, int)
     (place,) = tmp_path.iterdir()
     if damage == "copied":
         # By its name it is for here; what it holds says otherwise.
@@ -34,15 +36,17 @@ def test_found_does_not_use_a_file_made_on_another_processor(tmp_path: Path, dam
         whole["circumstances"]["processor"] = "skylake"
         place.write_text(json.dumps(whole))
     else:
-        text = {"cut": place.read_text()[:-4], "empty": "", "odd": "[1, 2]"}[damage]
-        place.write_text(text)
-    assert found(tmp_path, "team", HERE, lambda: 2) == 2
-    assert found(tmp_path, "team", HERE, lambda: 9) == 2
+        text = place.read_text()
+        damaged = {"cut": text[:-4], "empty": "", "odd": "[1, 2]"}
+        damaged["no number"] = text.replace('"found": 4', '"found": "many"')
+        place.write_text(damaged[damage])
+    assert found(tmp_path, "team", HERE, lambda: 2, int) == 2
+    assert found(tmp_path, "team", HERE, lambda: 9, int) == 2
 
 
 def test_found_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert found(tmp_path / "file" / "below", "team", HERE, lambda: 3) == 3
+    assert found(tmp_path / "file" / "below", "team", HERE, lambda: 3, int) == 3
 
 
 def test_cache_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench import hardware
-from outrider.coordinator.bench.studies.step_prompts import (
+from outrider.coordinator.bench.studies.step.prompts import (
     PromptFigure,
     measure_prompts,
     product_speed,
@@ -266,7 +266,7 @@ def _prompts(runner: Any, shape: Any, model: Any, args: argparse.Namespace) -> l
 def _parts(runner: Any, args: argparse.Namespace, count: int) -> list[Any]:
     import torch
 
-    from outrider.coordinator.bench.studies.step_profile import parts
+    from outrider.coordinator.bench.studies.step.profile import parts
     from outrider.shared.model.cuda.forward import Batch
 
     def new(values: list[int]) -> Any:
@@ -288,7 +288,7 @@ def _parts(runner: Any, args: argparse.Namespace, count: int) -> list[Any]:
 
 def _bandwidth(device: Any) -> float:
     if device.type == "cuda":
-        from outrider.coordinator.bench.studies.step_profile import copy_bandwidth
+        from outrider.coordinator.bench.studies.step.profile import copy_bandwidth
 
         return copy_bandwidth(device)
     from outrider.shared.core.host import read_bandwidth

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.coordinator.rounds.costs import (
+from outrider.coordinator.rounds.prompt_budget import (
     ALONE,
     GROWTH,
     LEAST_ROWS,

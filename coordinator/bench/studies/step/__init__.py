@@ -1,0 +1,1 @@
+"""What one model process takes: steps, their operations, and whole prompts."""

@@ -1,0 +1,1 @@
+"""Chooses how many tokens the draft proposes."""

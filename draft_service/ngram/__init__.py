@@ -1,0 +1,1 @@
+"""A draft without a model: it proposes what followed in the text the last time it went so."""

@@ -1,0 +1,89 @@
+"""What rounds take, kept between starts: timed once for a device, a model and these versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.shared.core.host import cores
+from outrider.shared.core.types import CostPoint
+from outrider.shared.model.cpu.kept import alone, found
+from outrider.shared.rounds.calibration import calibrate, plan_for
+from outrider.shared.rounds.session import Engine
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the table, and of how its times are taken: another one is found out anew."""
+
+
+def costs_of(
+    engine: Engine[Any, Any], kept: Path, progress: Callable[[str], None]
+) -> list[CostPoint]:
+    """What rounds of ``engine`` take: as kept in the folder, else timed now.
+
+    Raises ``OutriderError`` as ``calibrate``; then nothing is kept.
+    """
+    plan = plan_for(engine)
+
+    def find() -> list[tuple[int, int, float]]:
+        progress("calibrating")
+        with alone(kept):
+            began = time.perf_counter()
+            points = calibrate(engine, plan)
+        log.info(
+            "timed rounds of %d of %d sizes in %.1f s",
+            len(points), len(plan.sizes), time.perf_counter() - began,
+        )  # fmt: skip
+        return [dataclasses.astuple(point) for point in points]
+
+    return found(kept, "costs", circumstances(engine) | {"sizes": plan.sizes}, find, _read)
+
+
+def circumstances(engine: Engine[Any, Any]) -> dict[str, Any]:
+    """All that the times of an engine depend on."""
+    runner: Any = engine.runner
+    facts, device = runner.facts, runner.storage.device
+    return {
+        "format": FORMAT,
+        "outrider": metadata.version("outrider"),
+        "torch": torch.__version__,
+        "host": f"{_processor()}, {cores()} cores, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "engine": type(engine).__name__,
+        "runner": f"{type(runner).__name__}, {facts.kernels}",
+        "architecture": facts.architecture,
+        "parameters": facts.parameters,
+        "weight_bytes": facts.weight_bytes,
+        "vocab_size": facts.vocab_size,
+        "dtype": facts.dtype,
+        "layers": [f"{n} of {kind}" for kind, n in Counter(runner.storage.layers).items()],
+    }
+
+
+def _processor() -> str:
+    try:
+        from outrider.kernels.cpu.compile import processor
+
+        return processor()
+    except ImportError:
+        return platform.processor() or platform.machine()
+
+
+def _read(kept: Any) -> list[CostPoint]:
+    """Raises ``ValueError`` or ``TypeError`` where it is no table."""
+    points = [CostPoint(int(count), int(amount), float(s)) for count, amount, s in kept]
+    for one in points:
+        if min(one.sequences, one.amount) < 1 or not 0 < one.seconds < math.inf:
+            raise ValueError(f"no cost of a round: {one}")
+    return points
