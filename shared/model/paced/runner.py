@@ -34,8 +34,6 @@ CERTAIN = 100.0
 """Logit of the one token that can follow; all others have 0."""
 SPIN_SECONDS = 2e-4
 """Watched before a forward's end: whoever sleeps wakes late."""
-_NONE = -1
-"""In the place of a token before the first one."""
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = (np.uint64(30), np.uint64(27))
 _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -141,9 +139,9 @@ class PacedRunner(Runner):
         ]
         places = np.repeat(places, wanted, 0)
         positions = _last(wanted, ends)
+        # Before the first token stands the first one again.
         tails = [
-            np.where(at < 0, _NONE, self._tokens[_slots(np.maximum(at, 0), places)])
-            for at in (positions - back for back in range(TAIL))
+            self._tokens[_slots(np.maximum(positions - back, 0), places)] for back in range(TAIL)
         ]
         first = self._tokens[_slots(np.zeros_like(positions), places)].astype(np.int64)
         return self._following([positions, *tails], self._shares[first % len(self._shares)])
@@ -155,9 +153,8 @@ class PacedRunner(Runner):
         for word in words:
             mixed = _mixed(mixed + word.astype(np.int64).view(np.uint64) + _INCREMENT)
         own = mixed % vocab
-        # From other numbers of the same hash, since whether it agrees may not depend on the token.
-        chance = (_mixed(mixed + _INCREMENT) >> np.uint64(11)) * 2.0**-53
-        other = _mixed(mixed - _INCREMENT) % (vocab - np.uint64(1))
+        chance = (mixed >> np.uint64(11)) * 2.0**-53
+        other = _mixed(mixed + _INCREMENT) % (vocab - np.uint64(1))
         wrong = (own + other + np.uint64(1)) % vocab
         return np.where(chance < shares, own, wrong).astype(np.int64)
 

@@ -144,10 +144,10 @@ def test_calibrate_spends_no_time_on_what_is_compiled() -> None:
         seen.add((count, amount))
         return 0.5 if first else 1e-3
 
-    sizes = ((1, 1), (8, 1), (8, 5), (32, 1), (32, 5))
+    sizes = ((1, 1), (1, 5), (8, 1), (8, 5), (32, 1), (32, 5))
     points = timed(fake(took, slow_calls=2), TrialPlan(sizes, 16, 25), seconds=2.0)
     assert set(table(points)) == set(sizes)
-    assert set(table(points).values()) == {1e-3}
+    assert list(table(points).values()) == pytest.approx([1e-3] * len(sizes))
 
 
 def test_calibrate_times_slow_rounds_less_often() -> None:
@@ -178,6 +178,14 @@ def test_calibrate_ends_in_time_with_what_tells_most(cost: float) -> None:
         assert sizes[:3] == [(1, 1), (1, 5), (8, 1)]
     assert all(one.seconds == pytest.approx(took(one.sequences, one.amount)) for one in points)
     assert not engine.open
+
+
+def test_calibrate_begins_no_round_that_would_end_too_late() -> None:
+    for tenths in range(2, 400, 3):
+        engine = fake(lambda count, amount, cost=tenths * 1e-4: cost * (1 + 0.01 * count * amount))
+        began = engine.now
+        timed(engine, plan_for(engine))
+        assert engine.now - began <= 2.0 + 1e-9
 
 
 def test_calibrate_goes_on_with_what_is_small_where_something_large_has_no_time() -> None:
