@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from outrider.shared.link.device.mailbox import DeviceMailbox, bell
 from outrider.shared.model.cuda.passes import HEAD_ROWS, MAX_SEQUENCES, POWERS, ROW_SIZES, bucket
-from outrider.shared.model.cuda.step import draft, signed
+from outrider.shared.model.cuda.step import draft_step, signed
 from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
 from outrider.shared.rounds.grants import next_k
@@ -45,33 +47,53 @@ class DraftTurns(Turns):
         host["active"][: next_k(one.k, one.limit, n), s] = 1
 
     def _rehearse(self) -> None:
-        for first in (True, False):
-            self._run(first)
+        self._follow()
+        self._propose()
+
+    def _rehearsed(self) -> set[tuple[int, int]]:
+        # Each token is a chain of its own: those of fewer are among them.
+        return {(self._slots, k) for k in range(1, self._steps + 1)}
 
     def _queue(self, turn: int) -> None:
         if turn:
             self._stream.wait(self._mailbox.heard, bell(self._grant, turn))
         self._began = self._stream.mark()
-        self._run(turn == 0)
+        if turn:
+            self._follow()
+        self._propose()
         self._stream.write(self._mailbox.rung, bell(self._grant, turn + 1))
 
-    def _run(self, first: bool) -> None:
-        self._stream.run((*self._sizes(), first), lambda: self._chain(first))
-
-    def _chain(self, first: bool) -> None:
+    def _follow(self) -> None:
+        """From the verdicts to the rows of the first forward."""
         step, own, box = self._parts.step, self._inputs.device, self._mailbox
-        count, steps = self._slots, self._steps
-        if not first:
+
+        def chain() -> None:
             step.calls["follow"](
                 bell=box.heard, slots=box.verdicts, chosen=self._chosen,
                 pending=own["pending"], ks=own["ks"], limits=own["limits"], tokens=own["tokens"],
                 positions=own["positions"], noise_positions=own["noise_positions"],
-                row_counts=own["row_counts"], active=own["active"], seen=self._seen, count=count,
-                overlap=step.tuning.overlap,
+                row_counts=own["row_counts"], active=own["active"], seen=self._seen,
+                count=self._slots, overlap=step.tuning.overlap,
             )  # fmt: skip
             self._seen_host.copy_(self._seen, non_blocking=True)
-        sequences = bucket(count, POWERS)
-        size = bucket(2 * count, ROW_SIZES), sequences, 2
-        draft(step, own, size, own["picks"], self._iota, self._chosen, steps)
-        box.proposals[:count, :steps].copy_(self._chosen[:steps, :count].T)
-        self._chosen_host.copy_(self._chosen, non_blocking=True)
+
+        self._stream.run(("follow", self._slots), chain)
+
+    def _propose(self) -> None:
+        """One token after the other, and what the verifier is to have of them."""
+        own, box, slots = self._inputs.device, self._mailbox, self._slots
+        size = bucket(2 * slots, ROW_SIZES), bucket(slots, POWERS), 2
+
+        def token(j: int) -> None:
+            step = self._parts.step
+            draft_step(step, own, size, own["picks"], self._iota, self._chosen, j)
+
+        for j in range(self._steps):
+            self._stream.run(("token", slots, j), partial(token, j))
+
+        def tell() -> None:
+            steps = min(box.layout.max_k, self._chosen.shape[0])
+            box.proposals[:slots, :steps].copy_(self._chosen[:steps, :slots].T)
+            self._chosen_host.copy_(self._chosen, non_blocking=True)
+
+        self._stream.run(("tell", slots), tell)

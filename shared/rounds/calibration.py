@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from outrider.shared.core.errors import OutriderError
@@ -76,7 +75,8 @@ def calibrate(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[CostPoint]:
-    """Times rounds of an engine that serves nobody yet; each time is the median of a few.
+    """Times rounds of an engine that serves nobody yet; each time is the lower quartile of a few,
+    for other programs can only make a round longer.
 
     What would not be done ``seconds`` from now is left out, as far as that can be foreseen; the
     first size never is. So is a size of which no other amount was timed, where others were. The
@@ -165,7 +165,7 @@ class _Trials:
         return opened, [self._random.randrange(vocab_size) for _ in range(self._plan.capacity)]
 
     def _time(self, count: int, amount: int) -> float:
-        """Seconds of a round, the median of a few; one of them however late it is."""
+        """Seconds of a round, the lower quartile of a few; one of them however late it is."""
         items = [
             self._engine.trial(opened, self._base_len, tokens[self._base_len :], amount)
             for opened, tokens in self._opened[:count]
@@ -185,7 +185,7 @@ class _Trials:
             if now + seconds[-1] > self._deadline:
                 break
             seconds.append(self._round(items))
-        return median(seconds)
+        return sorted(seconds)[len(seconds) // 4]
 
     def _round(self, items: Sequence[Any]) -> float:
         """Seconds of a round. Raises ``OutriderError``."""

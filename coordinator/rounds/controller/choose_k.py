@@ -48,6 +48,8 @@ PROBE_SEQUENCES = 8
 """Sequences that are probed, at most: with few, it takes more rounds to learn as much."""
 PROBE_ROUNDS = 4
 """Rounds of a probe, at most."""
+PROBE_ROUNDS_BESIDE = 4
+"""Rounds that a probe costs besides: the draft has to come near to the texts first."""
 PROBE_SHARE = 0.005
 """Share of the time that probes may cost while speculation does not pay."""
 PROBE_SOON, PROBE_LATE = 32, 4096
@@ -411,7 +413,7 @@ class Speculation:
         rate = self._rate_of(batch, ks)
         # A probing round writes rate * its time; plain decoding would have done so in less.
         lost = max(0.0, 1 - rate / plain) if plain > 0 else 0.0
-        gap = int(rounds * lost / PROBE_SHARE)
+        gap = int((rounds * lost + PROBE_ROUNDS_BESIDE) / PROBE_SHARE)
         self._probe_at = self._round + min(max(gap, PROBE_SOON), PROBE_LATE)
         self._probing = rounds - 1
         self._decide_at = self._round + rounds

@@ -70,29 +70,43 @@ def draft(
     chosen: Tensor,
     steps: int,
 ) -> None:
-    """Proposes ``steps`` tokens a sequence: chosen[j, s] is the j-th of sequence s.
+    """Proposes ``steps`` tokens a sequence: chosen[j, s] is the j-th of sequence s; arguments as
+    of ``draft_step``."""
+    for j in range(steps):
+        draft_step(step, own, size, picks, iota, chosen, j)
+
+
+def draft_step(
+    step: Forward,
+    own: dict[str, Tensor],
+    size: tuple[int, int, int],
+    picks: Tensor | None,
+    iota: Tensor,
+    chosen: Tensor,
+    j: int,
+) -> None:
+    """Proposes the j-th token (from 0) of each sequence, to ``chosen[j]``.
 
     ``own``: ``numbers`` on the device; ``size``: rows, sequences and most rows of one sequence
     of the first forward, whose row of sequence s is ``picks[s]`` (s where None); ``iota``: 0, 1, …
     """
     _, sequences, _ = size
-    for j in range(steps):
-        if j == 0:
-            step.run(batch_of(own), *size, head=False)
-            step.head(sequences, picks)
-        else:
-            # Its row stands j - 1 after the position that the first proposed token is for.
-            batch = replace(
-                batch_of(own),
-                tokens=chosen[j - 1],
-                first_rows=iota,
-                row_counts=own["active"][j],
-                positions=own["noise_positions"],
-            )
-            step.run(batch, sequences, sequences, 1, offset=j - 1)
-        step.choose(
-            sequences, None, own["temperatures"], own["seeds"], own["noise_positions"], chosen[j], j
+    if j == 0:
+        step.run(batch_of(own), *size, head=False)
+        step.head(sequences, picks)
+    else:
+        # Its row stands j - 1 after the position that the first proposed token is for.
+        batch = replace(
+            batch_of(own),
+            tokens=chosen[j - 1],
+            first_rows=iota,
+            row_counts=own["active"][j],
+            positions=own["noise_positions"],
         )
+        step.run(batch, sequences, sequences, 1, offset=j - 1)
+    step.choose(
+        sequences, None, own["temperatures"], own["seeds"], own["noise_positions"], chosen[j], j
+    )
 
 
 def signed(seed: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ _LOOK_SECONDS = 1e-4
 SLOTS = (*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 56, MAX_SEQUENCES)
 """Numbers of sequences that turns are launched for: they come and go all the time, and each number
 costs a capture of some milliseconds."""
-AHEAD = ((1, MAX_SEQUENCES), (2, MAX_SEQUENCES), (3, 8), (4, 2))
+AHEAD = ((1, MAX_SEQUENCES), (2, MAX_SEQUENCES), (3, 16), (4, 8), (5, 2), (6, 2), (7, 2), (8, 2))
 """K, and up to how many sequences its turns are captured before anybody asks for them."""
 
 
@@ -84,7 +84,7 @@ class Turns(ABC):
             ],
             parts.device,
         )
-        self._ready: set[Hashable] = set()
+        self._ready: set[tuple[int, int]] = set()
         self._grant = self._count = self._slots = self._steps = 0
         self.turn = -1
         """Number of the turn that was queued last, from 0 within a grant."""
@@ -134,7 +134,7 @@ class Turns(ABC):
         layout, steps = self._mailbox.layout, min(self._mailbox.layout.max_k, self._parts.max_k)
         return [
             (slots, k)
-            for k, most in AHEAD
+            for k, most in reversed(AHEAD)
             for slots in SLOTS
             if k <= steps
             and slots <= min(most, layout.max_sequences)
@@ -157,7 +157,7 @@ class Turns(ABC):
         self._inputs.upload()
         for _ in range(2):
             self._rehearse()
-        self._ready.add(self._sizes())
+        self._ready |= self._rehearsed()
         rehearsed = self._stream.mark()
         while not rehearsed.reached():  # the upload still reads what is written next
             time.sleep(_LOOK_SECONDS)
@@ -193,6 +193,10 @@ class Turns(ABC):
     def _rehearse(self) -> None:
         """Runs every chain of a turn."""
 
+    def _rehearsed(self) -> set[tuple[int, int]]:
+        """The (slots, K) whose chains were run."""
+        return {self._sizes()}
+
     @abstractmethod
     def _queue(self, turn: int) -> None: ...
 
@@ -201,7 +205,7 @@ class Turns(ABC):
         slots = min(bucket(count, SLOTS), self._mailbox.layout.max_sequences)
         return slots if slots * self._width(steps) <= HEAD_ROWS else count
 
-    def _sizes(self) -> tuple[Hashable, ...]:
+    def _sizes(self) -> tuple[int, int]:
         return self._slots, self._steps
 
     def _pinned(self, *shape: int) -> Tensor:
