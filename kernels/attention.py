@@ -183,7 +183,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Arguments]:
     yield _case(device, dtype, Heads(4, 4, 64, 70, 90), [(150, 5), (60, 4)])
     prefixes, ring = (130, 0, 5), Heads(2, 2, 128, 70, 110)
     yield _case(device, dtype, Heads(4, 2, 64), [(131, 2), (3, 5), (40, 1)], prefixes=prefixes)
-    yield _case(device, dtype, Heads(6, 2, 64), [(70, 50), (7, 0), (3, 1), (0, 33)], norms=True)
+    yield _case(device, dtype, Heads(6, 2, 64), [(70, 34), (7, 0), (3, 1), (0, 33)], norms=True)
     yield _case(device, dtype, ring, [(150, 40), (60, 4)], prefixes=(120, 0))
     yield _case(device, dtype, Heads(4, 1, 64), [(131, 34), (3, 1), (40, 20)], prefixes=prefixes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack
@@ -39,6 +40,9 @@ def client_of(tmp_path: Path) -> Callable[..., Any]:
 def services(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """``services("draft", agreement=90)``: a running toy service, stopped after the test."""
     made: list[Any] = []
+    # A real service has PyTorch before it serves. Here the first grant without a draft would load
+    # it, and take seconds of a test's rounds.
+    importlib.import_module("outrider.verify_service.alone_rounds")
 
     def start(role: str, **toy: Any) -> Any:
         # The model's "folder" exists and holds no tokenizer: requests carry ids.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def test_wheel_generates_outside_the_checkout(tmp_path: Path) -> None:
     )
     (wheel,) = wheels.glob("outrider-*.whl")
     assert wheel.stat().st_size < 35 << 20
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    with zipfile.ZipFile(wheel) as packed:  # which is all that installing it does
+        packed.extractall(site)
     for name in (
         "protos/generation.proto",
         "protos/py.typed",

@@ -8,7 +8,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,9 +63,10 @@ class EmulatedCompiler:
             f"  run_grid(gx, gy, threads, shared, late, body);\n}}\n"
         )
         flags = [f"-D{k}={v}" for k, v in {**defines, "ARCH": self.arch}.items()]
-        included = [*sorted(self.sources.glob("*.cuh")), HERE / "emulation.h"]
-        headers = "".join(p.read_text() for p in included)
-        key = hashlib.sha256((text + source + headers + str(flags)).encode()).hexdigest()[:16]
+        # By what is compiled, wherever it lies: a changed copy of one header leaves the kernels
+        # alone that do not include it.
+        content = [entry, str(flags), (HERE / "emulation.h").read_text(), *self._included(source)]
+        key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
         library = self.folder / f"{name}-{key}.so"
         with library.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be compiling the same
@@ -76,6 +77,16 @@ class EmulatedCompiler:
         )
         kernel.late = self.late
         return kernel
+
+    def _included(self, source: str) -> Iterator[str]:
+        """A source, and every header that it includes, directly or not."""
+        names, texts = [""], {"": source}
+        for name in names:
+            for header in re.findall(r'^#include "(\w+\.cuh)"', texts[name], re.MULTILINE):
+                if header not in texts:
+                    texts[header] = (self.sources / header).read_text()
+                    names.append(header)
+        yield from (texts[name] for name in names)
 
     @staticmethod
     def tile_map(matrix: torch.Tensor, rows: int) -> torch.Tensor:

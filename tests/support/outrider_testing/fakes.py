@@ -124,8 +124,9 @@ class _Held:
 
 
 class _Session:
+    # No device that takes turns by itself, with a draft or without.
     engine = SimpleNamespace(runner=None)
-    alone = None  # no device that takes turns by itself
+    alone = None
 
     def __init__(self, toy: Toy) -> None:
         self.toy = toy

@@ -165,7 +165,10 @@ async def test_grpc_answers_are_counted(
 async def test_grpc_failures_are_told_apart(
     client_of: Callable[..., Any], services: Callable[..., Any]
 ) -> None:
-    async with client_of(services("verify")) as client, open_grpc(client.target) as channel:
+    async with (
+        client_of(services("verify"), grant_rounds=0) as client,
+        open_grpc(client.target) as channel,
+    ):
         run = await driven(GrpcTarget(channel), [IDS, (10**6,), IDS], tokens=5)
         assert [one.failure for one in run.answers] == [None, "INVALID_ARGUMENT", None]
         assert "prompt_token_ids" in run.answers[1].failure_message
