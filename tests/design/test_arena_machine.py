@@ -364,15 +364,9 @@ def rollback_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Arena, "rollback", Arena.holds)
 
 
-def turned_ring_trimmed(patch: pytest.MonkeyPatch) -> None:
-    """A ring gives slots back although positions lie where they do because of its size."""
-    patch.setattr(Arena, "_turned", lambda self, extent: False)
-
-
 @pytest.mark.parametrize(
     "mutation",
     [
-        turned_ring_trimmed,
         ring_too_small,
         ring_losses_forgotten,
         prefix_not_pinned,

@@ -213,6 +213,21 @@ def test_trim_gives_back_the_rest_and_keeps_what_is_read() -> None:
     assert [one.used for one in arena.allocators] == [0, 0]
 
 
+def test_trim_of_a_turned_ring_moves_no_position() -> None:
+    """Positions lie where they do because of its size, which it keeps."""
+    arena = Arena([PoolPlan(4 * RING, WINDOW, SLACK)])
+    extent = arena.admit(50)
+    extent.advance(RING)
+    extent.advance(RING + 1)
+    length = RING - 1
+    first = arena.first_read(0, length)
+    before = arena.segments(extent, 0, first, length)
+    assert arena.trim(extent, length)
+    assert arena.segments(extent, 0, first, length) == before
+    assert arena.holds(extent, length)
+    assert extent.places[0][1] == RING
+
+
 def test_slots_shrink_at_their_end_and_coalesce() -> None:
     allocator = SlotAllocator(64)
     first, second = allocator.reserve(32), allocator.reserve(32)
