@@ -75,14 +75,20 @@ class Commit:
         """Tells the controller how the proposals fared, and what the round took where that says
         something of decoding."""
         plan, proposals, verdicts = done.plan, done.proposals, done.verdicts
+        ks = {seq.sequence_id: k for seq, k in zip(plan.decode, done.ks, strict=True) if k}
         for asked, verdict in verdicts.given:
-            if asked.proposed:
-                seq = asked.sequence
-                seq.acceptance.observe(
-                    len(asked.proposed), verdict.num_accepted, seq.output.emitted
-                )
+            seq, accepted = asked.sequence, verdict.num_accepted
+            k = ks.get(seq.sequence_id)
+            if k and proposals.timing.sent_ns:
+                # A draft that had fewer tokens to propose was of no more use than one that was
+                # wrong there; but nobody wants any beyond the end.
+                room = seq.output.left + accepted
+                wanted = max(len(asked.proposed), min(k, room))
+                seq.acceptance.observe(wanted, accepted, seq.output.emitted)
         if plan.prefill or verdicts.lost or not plan.decode or not proposals.clean:
             return
+        if ks and not proposals.by_id:
+            return  # a draft that had nothing: neither a round with proposals nor one without
         seconds = (done.finished_ns - done.started_ns) / 1e9
         drafting = proposals.timing.seconds
         self._speculation.observe(
