@@ -68,7 +68,7 @@ class GrpcTarget:
                 f"the coordinator does not answer: {error.code().name}: {error.details()}"
             ) from error
         return {
-            "api": "grpc",
+            "api": "outrider.v1",
             "base": asdict(read_description(info.base)),
             "draft": asdict(read_description(info.draft)) if info.HasField("draft") else None,
             "link": info.link,
