@@ -16,6 +16,9 @@ from outrider.coordinator.requests.text.output import Output
 from outrider.coordinator.requests.validation import GenerationRequest
 from outrider.shared.core.types import Decoding, OpenSequence
 
+NEVER = 1 << 30
+"""A K that no request has."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -34,8 +37,8 @@ class Sequence:
     parent: Sequence | None = None
     """The sample that takes in the prompt for this one too."""
     children: list[Sequence] = field(default_factory=list)
-    by_host: bool = False
-    """The devices can't take its turns by themselves."""
+    host_k: int = NEVER
+    """The least K with which the devices were found unable to take its turns by themselves."""
     blocks: TokenBlocks = field(init=False)
     """The log, as prompts that begin like it are found."""
 

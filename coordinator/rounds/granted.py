@@ -214,9 +214,10 @@ class GrantedRounds:
             await self._abandon(run)
         rounds = await self._drafting.granted(run.drafted, wait=not run.failed)
         if _by_device(run.grant.link) and not (run.steps or run.revoked or run.lost):
-            # One of the two can't, and has logged why: the hosts take these turns from now on.
+            # One of the two can't, and has logged why: the hosts take such turns from now on.
+            # With a smaller K, and so fewer rows, it may be able to.
             for sequence in run.plan.decode:
-                sequence.by_host = True
+                sequence.host_k = min(sequence.host_k, max(run.ks))
         return max(begun, rounds)
 
     # --- parts -----------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class GrantedRounds:
             return MESSAGES
         name = self._mailbox_setup.link
         # The devices draft for all, or take no turns.
-        hosts = not all(ks) or any(seq.by_host for seq in plan.decode)
+        hosts = not all(ks) or any(seq.host_k <= max(ks) for seq in plan.decode)
         return LINKS[name].beneath if hosts and _by_device(name) else name
 
     def _fits(self, sequences: int, k: int, drafted: list[Sequence]) -> bool:

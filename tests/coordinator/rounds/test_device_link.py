@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from outrider.coordinator.rounds.granted import GrantedRounds
 from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.errors import ConfigError
-from outrider.shared.core.links import LINKS
+from outrider.shared.core.links import LINKS, MESSAGES
 from outrider_testing import host_device
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
@@ -178,6 +179,22 @@ async def test_device_link_leaves_to_the_hosts_what_the_devices_cannot_do(
     request = ask(PROMPTS[0], COUNT, k=3, seed=7, stopping={"ignore_eos": True}, **changes)
     seen = await compared(pair, client_of, [request])
     assert seen.links["shm"] > 0 and seen.links["cuda-ipc"] == 0
+
+
+def test_device_link_is_left_for_the_ks_that_were_refused_alone() -> None:
+    """A smaller K has fewer rows, which the devices may have room for."""
+    setup: Any = SimpleNamespace(link="cuda-ipc")
+    nobody: Any = None
+    granted = GrantedRounds(nobody, nobody, setup, clock=nobody, rounds=8, draft_patience=1.0)
+
+    def link(*ks: int) -> str:
+        plan: Any = SimpleNamespace(decode=[SimpleNamespace(host_k=4)] * len(ks))
+        return granted._link(plan, list(ks))
+
+    assert [link(4, 2), link(5, 1)] == ["shm", "shm"]
+    assert [link(3, 2), link(1, 1)] == ["cuda-ipc", "cuda-ipc"]
+    assert link(3, 0) == "shm"  # the devices draft for all
+    assert link(0, 0) == MESSAGES
 
 
 async def test_device_link_runs_several_samples_of_one_prompt(

@@ -154,7 +154,7 @@ async def test_grpc_answers_are_counted(
     ):
         run = await driven(GrpcTarget(channel, k=3), [IDS] * 6, tokens=20, concurrency=3)
         described = await GrpcTarget(channel).describe()
-    assert described["api"] == "grpc" and described["base"] and described["draft"]
+    assert described["api"] == "outrider.v1" and described["base"] and described["draft"]
     for one in run.answers:
         assert one.completed and (one.prompt_tokens, one.output_tokens) == (8, 20)
         # A round's tokens come together, and there were fewer rounds than tokens.
