@@ -9,6 +9,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ import torch
 from outrider.shared.core.host import cores
 from outrider.shared.core.types import CostPoint
 from outrider.shared.model.cpu.kept import alone, found
-from outrider.shared.rounds.calibration import calibrate, plan_for
+from outrider.shared.rounds.calibration import TrialPlan, calibrate, plan_for
 from outrider.shared.rounds.session import Engine
 
 log = logging.getLogger(__name__)
 
+CONFIRM_SECONDS = 0.2
+"""Time for looking whether kept times are right."""
+DISTURBED = 1.5
+"""A time that is so many times what it is now was disturbed when it was taken."""
 FORMAT = 1
 """Of the table, and of how its times are taken: another one is found out anew."""
 
@@ -35,8 +40,11 @@ def costs_of(
     Raises ``OutriderError`` as ``calibrate``; then nothing is kept.
     """
     plan = plan_for(engine)
+    timed = False
 
     def find() -> list[tuple[int, int, float]]:
+        nonlocal timed
+        timed = True
         progress("calibrating")
         with alone(kept):
             began = time.perf_counter()
@@ -47,7 +55,26 @@ def costs_of(
         )  # fmt: skip
         return [dataclasses.astuple(point) for point in points]
 
-    return found(kept, "costs", circumstances(engine) | {"sizes": plan.sizes}, find, _read)
+    def read(kept: Any) -> list[CostPoint]:
+        points = _read(kept)
+        if not timed:
+            _confirm(engine, plan, points)
+        return points
+
+    return found(kept, "costs", circumstances(engine) | {"sizes": plan.sizes}, find, read)
+
+
+def _confirm(engine: Engine[Any, Any], plan: TrialPlan, points: list[CostPoint]) -> None:
+    """Raises ``ValueError`` where rounds take much less now: something else ran when they were
+    timed, and would be held against them for ever. What costs most to time is not."""
+    kept = {(one.sequences, one.amount): one.seconds for one in points}
+    sizes = tuple(size for size in plan.sizes if size[0] == 1 and size in kept)
+    if not sizes or kept[sizes[0]] > CONFIRM_SECONDS:
+        return
+    for now in calibrate(engine, replace(plan, sizes=sizes), CONFIRM_SECONDS):
+        seconds = kept[now.sequences, now.amount]
+        if seconds > DISTURBED * now.seconds:
+            raise ValueError(f"{now} took {seconds:.6f} s when it was timed")
 
 
 def circumstances(engine: Engine[Any, Any]) -> dict[str, Any]:

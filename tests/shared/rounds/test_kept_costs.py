@@ -12,6 +12,7 @@ from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import OutriderError
 from outrider.shared.core.types import CostPoint
 from outrider.shared.rounds import kept_costs
+from outrider.shared.rounds.calibration import TrialPlan, plan_for
 from outrider.shared.rounds.kept_costs import circumstances, costs_of
 from outrider.verify_service.engine import VerifyEngine
 from outrider_testing import engines
@@ -24,8 +25,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The engines that were timed; in place of that, each is told to cost what ``TABLE`` says."""
     seen: list[Any] = []
 
-    def calibrate(engine: Any, plan: Any) -> list[CostPoint]:
-        seen.append(engine)
+    def calibrate(engine: Any, plan: Any, *seconds: float) -> list[CostPoint]:
+        if not seconds:  # else what is kept is looked at
+            seen.append(engine)
         return TABLE
 
     monkeypatch.setattr(kept_costs, "calibrate", calibrate)
@@ -45,6 +47,28 @@ def test_costs_are_timed_at_the_first_start_alone(tmp_path: Path, asked: list[An
     assert ask(verify(), tmp_path) == (TABLE, ["calibrating"])
     assert ask(verify(), tmp_path) == (TABLE, [])
     assert len(asked) == 1
+
+
+def test_costs_that_were_disturbed_when_they_were_timed_are_timed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, calls = 2.0, []
+
+    def calibrate(engine: Any, plan: TrialPlan, *seconds: float) -> list[CostPoint]:
+        calls.append(plan.sizes)
+        return [CostPoint(*size, scale * 1e-3 * size[0] * size[1]) for size in plan.sizes]
+
+    monkeypatch.setattr(kept_costs, "calibrate", calibrate)
+    engine = verify()
+    disturbed, _ = ask(engine, tmp_path)
+    scale = 1.0
+    right, said = ask(engine, tmp_path)
+    assert said == ["calibrating"]
+    assert [one.seconds for one in right] == [one.seconds / 2 for one in disturbed]
+    scale = 5.0  # something else runs now: no reason to hold it against the rounds
+    calls.clear()
+    assert ask(engine, tmp_path) == (right, [])
+    assert calls == [tuple(size for size in plan_for(engine).sizes if size[0] == 1)]
 
 
 def test_costs_are_of_one_kind_of_engine_and_model(tmp_path: Path, asked: list[Any]) -> None:
