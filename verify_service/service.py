@@ -35,11 +35,11 @@ def _device_turns(*rest: Any) -> VerifyTaker:
 
 
 def _prepare_stream(session: Session[Any, Any]) -> None:
-    if not hasattr(session.engine.runner, "turns"):
-        return
+    # Imported here, where nobody waits for a token meanwhile.
     from outrider.verify_service.alone_rounds import prepare
 
-    prepare(session)
+    if hasattr(session.engine.runner, "turns"):
+        prepare(session)
 
 
 def _prepare_mailbox(engine: Engine[Any, Any], doorbell: Doorbell) -> None:
