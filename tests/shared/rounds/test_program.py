@@ -63,8 +63,9 @@ def test_service_times_its_rounds_before_it_is_ready_and_only_once(
     assert all(0 < one.seconds < START_SECONDS and one.amount <= 3 for one in info.costs)
     assert (info.sequences, info.model.arena_tokens_used) == (0, 0)
     said, again = started(short_folder, **settings)
-    assert said[-1] == "ready" and "calibrating" not in said
-    assert again.costs == info.costs
+    assert said[-1] == "ready"
+    # Where rounds were disturbed the first time they are timed anew: see ``kept_costs``.
+    assert again.costs == info.costs or "calibrating" in said
     _, untimed = started(short_folder, **settings, calibrate=False)
     assert not untimed.costs
 
