@@ -76,6 +76,7 @@ PURE = (
     "outrider.shared.kv.slots",
     "outrider.shared.kv.arena",
     "outrider.coordinator.rounds.scheduler",
+    "outrider.coordinator.rounds.controller.batch",
     "outrider.coordinator.rounds.controller.choose_k",
 )
 

@@ -42,16 +42,16 @@ class Acceptance:
     def observe(self, proposed: int, accepted: int, at: int = 0) -> None:
         """A verdict when the text had ``at`` tokens; positions after the first rejected one say
         nothing."""
-        self._fade(at)
         self._all.observe(proposed, accepted, self.rate(at))
         tried = min(accepted + 1, proposed)
-        keep = KEEP**tried
+        keep = KEEP**tried * self._weight(at)
+        self._at = max(self._at, at)
         self._hits = self._hits * keep + accepted
         self._tries = self._tries * keep + tried
 
     def rate(self, at: int = 0) -> float:
         """The chance where the text has ``at`` tokens."""
-        weight = FADE ** (at - self._at) if at > self._at else 1.0
+        weight = self._weight(at)
         return (self._hits * weight + BELIEF * self._all.rate) / (self._tries * weight + BELIEF)
 
     @property
@@ -59,12 +59,9 @@ class Acceptance:
         """Tries that the estimate rests on, as of the last verdict."""
         return self._tries
 
-    def _fade(self, at: int) -> None:
-        if at > self._at:
-            weight = FADE ** (at - self._at)
-            self._hits *= weight
-            self._tries *= weight
-            self._at = at
+    def _weight(self, at: int) -> float:
+        """What the tries count for where the text has ``at`` tokens."""
+        return FADE ** max(0, at - self._at)
 
 
 class Everyone:

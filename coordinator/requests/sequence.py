@@ -114,16 +114,18 @@ class Sequence:
 
     def _known(self, state: ServiceState) -> int:
         """Tokens whose KV the service has, or will have when the sequence is opened."""
-        return state.length if state.open else self._inherited(state)
+        return state.length if state.open else self._inheritance(state)[1]
 
-    def _inherited(self, state: ServiceState) -> int:
-        """Tokens whose KV there is for it before it is opened: of the parent's prompt, or of a
-        sequence that begins alike, or none."""
+    def _inheritance(self, state: ServiceState) -> tuple[int | None, int]:
+        """What KV there is for it before it is opened: of whom, and tokens. The prompt of the
+        sample that shares it, or what a sequence begins with that begins alike, or nothing."""
         donor = self._donor(state)
         if donor is not None:
-            return self.prefix_len if donor.length >= self.prefix_len else 0
+            assert self.parent is not None
+            whole = donor.length >= self.prefix_len
+            return (self.parent.sequence_id, self.prefix_len) if whole else (None, 0)
         match = state.match(self.blocks, len(self.log) - 1)
-        return 0 if match is None else match.length
+        return (None, 0) if match is None else (match.sequence_id, match.length)
 
     def opening(self, state: ServiceState) -> OpenSequence:
         """The message that opens it on the service of ``state``, under a new epoch.
@@ -132,13 +134,7 @@ class Sequence:
         that of another sequence.
         """
         shared = self._donor(state) is not None
-        inherited = self._inherited(state)
-        origin: int | None = None
-        if inherited and shared and self.parent is not None:
-            origin = self.parent.sequence_id
-        elif inherited:
-            match = state.match(self.blocks, len(self.log) - 1)
-            origin = None if match is None else match.sequence_id
+        origin, inherited = self._inheritance(state)
         state.epoch += 1
         state.open = state.reserved = True
         state.length = state.inherited = inherited

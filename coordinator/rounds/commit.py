@@ -60,7 +60,6 @@ class Commit:
 
     def account(self, done: DoneRound) -> None:
         """Notes what the round took: for each sample, and for the prompts of the next one."""
-        seconds = (done.finished_ns - done.started_ns) / 1e9
         draft, verify = done.proposals.timing, done.verdicts.timing
         if not (done.verdicts.lost or done.verdicts.refusals):
             prompt_rows = sum(rows for _, rows in done.plan.prefill)
@@ -69,7 +68,7 @@ class Commit:
             statistics = asked.sequence.statistics
             # The round that wrote the first token belongs to the prefill phase.
             if verdict.HasField("next_token") and statistics.rounds > 1:
-                statistics.spent(seconds, draft.model_seconds, verify.model_seconds)
+                statistics.spent(done.seconds, draft.model_seconds, verify.model_seconds)
 
     def learn(self, done: DoneRound) -> None:
         """Tells the controller how the proposals fared, and what the round took where that says
@@ -89,7 +88,6 @@ class Commit:
             return
         if ks and not proposals.by_id:
             return  # a draft that had nothing: neither a round with proposals nor one without
-        seconds = (done.finished_ns - done.started_ns) / 1e9
         drafting = proposals.timing.seconds
         self._speculation.observe(
             len(plan.decode),
@@ -97,7 +95,7 @@ class Commit:
             max((len(one.tokens) for one in proposals.by_id.values()), default=0),
             verdicts.timing.rows,
             drafting,
-            max(seconds - drafting, verdicts.timing.seconds),
+            max(done.seconds - drafting, verdicts.timing.seconds),
         )
 
     def _append(

@@ -34,6 +34,11 @@ class DoneRound:
     """The server's choice of Ks that was in force."""
     link: str = MESSAGES
 
+    @property
+    def seconds(self) -> float:
+        """From the end of the round before to its own."""
+        return (self.finished_ns - self.started_ns) / 1e9
+
 
 def round_record(done: DoneRound) -> RoundRecord:
     """The record of a round; to be made before the next one is committed."""

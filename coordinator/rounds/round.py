@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from outrider.coordinator.requests.sequence import Sequence
 from outrider.coordinator.rounds.commit import Commit, Outcome
-from outrider.coordinator.rounds.controller.choose_k import Speculable, Speculation
+from outrider.coordinator.rounds.controller.batch import Speculable
+from outrider.coordinator.rounds.controller.choose_k import Speculation
 from outrider.coordinator.rounds.draft_messages import Proposals
 from outrider.coordinator.rounds.drafting import Drafting
 from outrider.coordinator.rounds.granted import GrantedRound, GrantedRounds, GrantRun

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SAMPLES = 7
 """Ratios kept per kind of round."""
@@ -55,28 +55,21 @@ class Surface:
         right = bisect_left(sizes, sequences)
         if right < len(sizes) and sizes[right] == sequences:
             return _line(self._rows[right], amount)
-        if len(sizes) == 1:
-            return _line(self._rows[0], amount)
         right = min(max(right, 1), len(sizes) - 1)
-        low, high = sizes[right - 1], sizes[right]
-        start, end = _line(self._rows[right - 1], amount), _line(self._rows[right], amount)
-        slope = (end - start) / (high - low)
-        if sequences > high:
-            # Beyond what was measured a batch is at least as slow as the largest one.
-            return end + max(0.0, slope) * (sequences - high)
-        return max(0.0, start + slope * (sequences - low))
+        near = range(max(right - 1, 0), right + 1)
+        return _line([(sizes[i], _line(self._rows[i], amount)) for i in near], sequences)
 
 
-def _line(row: list[tuple[float, float]], amount: float) -> float:
-    """Along the points of one size; beyond them as between the outermost two, never falling."""
-    if len(row) == 1:
-        return row[0][1]
-    right = min(max(bisect_left(row, (amount,)), 1), len(row) - 1)
-    (low, start), (high, end) = row[right - 1], row[right]
+def _line(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Along ``points``; beyond them as between the outermost two, never falling. Seconds, >= 0."""
+    if len(points) == 1:
+        return points[0][1]
+    right = min(max(bisect_left(points, (at,)), 1), len(points) - 1)
+    (low, start), (high, end) = points[right - 1], points[right]
     slope = (end - start) / (high - low)
-    if amount > high:
-        return end + max(0.0, slope) * (amount - high)
-    return max(0.0, start + slope * (amount - low))
+    if at > high:
+        return end + max(0.0, slope) * (at - high)
+    return max(0.0, start + slope * (at - low))
 
 
 class _Kind:
@@ -124,14 +117,11 @@ class Corrections:
 
     def at(self, size: int, k: int, now: int) -> float | None:
         """The ratio to expect; None where nothing of the kind is known."""
-        if size in self._kinds:
-            near = size
-        elif self._kinds:
-            near = min(self._kinds, key=lambda other: (abs(other - size), other))
-        else:
+        if not self._kinds:
             return None
+        near = min(self._kinds, key=lambda other: (abs(other - size), other))
         kinds = self._kinds[near]
-        kind = kinds.get(k) or kinds[min(kinds, key=lambda other: (abs(other - k), other))]
+        kind = kinds[min(kinds, key=lambda other: (abs(other - k), other))]
         last = self._last[near]
         if kind is last or kind.ratio <= 0 or last.ratio <= 0:
             return kind.ratio
@@ -144,21 +134,19 @@ class Costs:
     """Seconds of rounds: of the draft's part, and of all the rest."""
 
     def __init__(self) -> None:
-        self._verify, self._draft = Surface(GUESS), Surface(GUESS_DRAFT, through_zero=True)
-        # Rounds without a draft run in another way than those with one, and are no guide to
-        # each other where both are known.
-        self._alone, self._drafted, self._drafting = Corrections(), Corrections(), Corrections()
         self._round = 0
-        self.measured = False
-        """Whether both services have told what they measured."""
+        self.calibrate((), ())
 
     def calibrate(self, verify: Iterable[Point], draft: Iterable[Point]) -> None:
         """What the services measured; either may be empty. Corrections begin anew."""
         verify, draft = list(verify), list(draft)
         self.measured = bool(verify) and bool(draft)
+        """Whether both services have told what they measured."""
         if not self.measured:
             verify, draft = list(GUESS), list(GUESS_DRAFT)
         self._verify, self._draft = Surface(verify), Surface(draft, through_zero=True)
+        # Rounds without a draft run in another way than those with one, and are no guide to
+        # each other where both are known.
         guess = 1.0 if self.measured else None
         self._alone, self._drafted, self._drafting = (Corrections(guess) for _ in range(3))
 

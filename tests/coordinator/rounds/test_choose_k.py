@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance, Everyone, survival
-from outrider.coordinator.rounds.controller.choose_k import PROBE_LATE, Speculable, Speculation
+from outrider.coordinator.rounds.controller.batch import Speculable
+from outrider.coordinator.rounds.controller.choose_k import PROBE_LATE, Speculation
 
 MAX_K = 8
 SIZES, ROWS, KS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 5, 9), (1, 2, 4, 8)
