@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.draft_service.proposing import ProposingEngine
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
 from outrider.shared.model.runner import Runner, Span
-from outrider.shared.rounds.grants import next_k
-from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
+from outrider.shared.rounds.session import Held, finite_rows, refusal, spans_of
 from outrider.shared.sampling.choose import RowContext, choice_noise, propose
 
 # Numbers drawn ahead at most, per round: beyond this the memory costs more than the calls.
@@ -31,7 +31,7 @@ class _Noise:
         return self.values[[self.row[place] for place in places]]
 
 
-class DraftEngine(Engine[ProposeItem, Proposal]):
+class DraftEngine(ProposingEngine):
     """Proposes tokens.
 
     The first forward takes ``append`` in (after full acceptance that is the last proposed token
@@ -53,26 +53,6 @@ class DraftEngine(Engine[ProposeItem, Proposal]):
         """See ``Engine.trial``."""
         append = tuple(tokens[:1] if amount else tokens)
         return ProposeItem(opened.sequence_id, opened.epoch, base_len, append, amount)
-
-    def reject(self, item: ProposeItem) -> str | None:
-        """See ``Engine.reject``."""
-        if not 0 <= item.k <= self.max_k:
-            return f"k: got {item.k}; must be in 0..{self.max_k}"
-        if item.k > 0 and not item.append:
-            return "append is empty: the pending token is needed to propose"
-        return None
-
-    def rows_of(self, item: ProposeItem) -> int:
-        """See ``Engine.rows_of``."""
-        return len(item.append) + max(self._clipped(item) - 1, 0)
-
-    def _clipped(self, item: ProposeItem) -> int:
-        """Tokens to propose: none is placed beyond the model's context.
-
-        The base's own token after them needs no place.
-        """
-        committed = item.base_len + len(item.append)
-        return next_k(item.k, self.runner.places(committed) + 1, committed)
 
     def _noise(self, work: Sequence[tuple[ProposeItem, Held]], ks: Sequence[int]) -> _Noise | None:
         """The noise of all positions of the round, drawn at once: it depends on no token."""

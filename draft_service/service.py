@@ -27,8 +27,6 @@ def _device_turns(*rest: Any) -> DraftTaker:
 
 
 def _prepare_mailbox(engine: Engine[Any, Any], doorbell: Doorbell) -> None:
-    if doorbell.device is None:
-        return
     from outrider.draft_service.cuda_turns import DraftTurns
     from outrider.shared.rounds.device_turns import prepare
 

@@ -43,8 +43,6 @@ def _prepare_stream(session: Session[Any, Any]) -> None:
 
 
 def _prepare_mailbox(engine: Engine[Any, Any], doorbell: Doorbell) -> None:
-    if doorbell.device is None:
-        return
     from outrider.shared.rounds.device_turns import prepare
     from outrider.verify_service.cuda_turns import VerifyTurns
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from outrider.draft_service.ngram.memory import TextExtent, TextMemory
+from outrider.draft_service.proposing import ProposingEngine
 from outrider.shared.config.ngram import NgramName
 from outrider.shared.config.schema import ModelConfig
 from outrider.shared.core.types import OpenSequence, Proposal, ProposeItem, Refusal, SparseRow
-from outrider.shared.rounds.grants import next_k
-from outrider.shared.rounds.session import Engine, Held
+from outrider.shared.rounds.session import Held
 
 BACKLOG = 2048
 """Tokens that an item may bring the automaton nearer to the log, beyond those that it appends: some
 5 ms. A prefix that was shared or cached comes without them."""
 
 
-class NgramEngine(Engine[ProposeItem, Proposal]):
+class NgramEngine(ProposingEngine):
     """Proposes what followed the end of the text where it stood before.
 
     As many tokens as such matches have earned, K at most, and none where the text is new. Only
@@ -42,23 +42,6 @@ class NgramEngine(Engine[ProposeItem, Proposal]):
         """See ``Engine.trial``: of a text that repeats, so that there is something to propose."""
         append = (0,) * (1 if amount else len(tokens))
         return ProposeItem(opened.sequence_id, opened.epoch, base_len, append, amount)
-
-    def reject(self, item: ProposeItem) -> str | None:
-        """See ``Engine.reject``."""
-        if not 0 <= item.k <= self.max_k:
-            return f"k: got {item.k}; must be in 0..{self.max_k}"
-        if item.k > 0 and not item.append:
-            return "append is empty: the pending token is needed to propose"
-        return None
-
-    def rows_of(self, item: ProposeItem) -> int:
-        """See ``Engine.rows_of``."""
-        return len(item.append) + max(self._clipped(item) - 1, 0)
-
-    def _clipped(self, item: ProposeItem) -> int:
-        """Most tokens to propose: none is placed beyond the longest sequence."""
-        committed = item.base_len + len(item.append)
-        return next_k(item.k, self.runner.places(committed) + 1, committed)
 
     def tokens_of(self, item: ProposeItem) -> Sequence[int]:
         """See ``Engine.tokens_of``: any token may come in a text."""

@@ -44,7 +44,7 @@ class Mailboxes:
         self.device: DeviceSide | None = None
         """What there is of device memory."""
         self.prepare: Callable[[Doorbell], None] = lambda doorbell: None
-        """What is done with a mailbox before it is used."""
+        """What is done with a mailbox that has device memory before it is used."""
         self._open: dict[int, Doorbell] = {}
         self._offered: dict[int, float] = {}
         """When those were offered that no draft has fetched yet."""
@@ -139,7 +139,8 @@ class Mailboxes:
         if replaced is not None:
             replaced.close()
         try:
-            self.prepare(doorbell)
+            if doorbell.device is not None:
+                self.prepare(doorbell)
         except Exception:
             log.exception("mailbox %d could not be prepared", mailbox)  # it may do without
         finally:

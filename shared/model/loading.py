@@ -178,7 +178,7 @@ def _cpu_runner(
     progress: Callable[[str], None],
     release: bool,
 ) -> Runner:
-    from outrider.shared.model.cpu.kept import cache_folder
+    from outrider.shared.core.kept import cache_folder
     from outrider.shared.model.cpu.runner import CpuRunner
     from outrider.shared.model.cpu.threads import choose_threads
 

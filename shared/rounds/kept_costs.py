@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 
 from outrider.shared.core.host import cores
+from outrider.shared.core.kept import alone, found
 from outrider.shared.core.types import CostPoint
-from outrider.shared.model.cpu.kept import alone, found
 from outrider.shared.rounds.calibration import TrialPlan, calibrate, plan_for
 from outrider.shared.rounds.session import Engine
 
@@ -53,7 +52,7 @@ def costs_of(
             "timed rounds of %d of %d sizes in %.1f s",
             len(points), len(plan.sizes), time.perf_counter() - began,
         )  # fmt: skip
-        return [dataclasses.astuple(point) for point in points]
+        return [astuple(point) for point in points]
 
     def read(kept: Any) -> list[CostPoint]:
         points = _read(kept)

@@ -170,7 +170,7 @@ def _costs(
 
             return calibrate(engine, plan_for(engine))  # in less time than a file takes
         # Imported late: torch comes with the model.
-        from outrider.shared.model.cpu.kept import cache_folder
+        from outrider.shared.core.kept import cache_folder
         from outrider.shared.rounds.kept_costs import costs_of
 
         return costs_of(engine, cache_folder(config.cache_dir), progress)

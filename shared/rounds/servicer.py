@@ -72,7 +72,8 @@ class RoundsServicer:
     ) -> None:
         """The two functions of ``wire`` for the service's messages, and its rounds by grant.
 
-        ``prepare_stream`` and ``prepare_mailbox``: what is done with either before it is used.
+        ``prepare_stream`` and ``prepare_mailbox``: what is done with either before it is used, with
+        a mailbox where it has device memory.
         """
         self._read_items = read_items
         self._write_response = write_response

@@ -264,9 +264,8 @@ class Session(Generic[ItemT, AnswerT]):
                 self._cached.remove(sequence_id)
                 self._evicted.append(sequence_id)
 
-            self._uncache(
-                sequence_id
-            )  # of an earlier sequence that was called so, if there was one
+            # What an earlier sequence that was called so has cached, if there was one.
+            self._uncache(sequence_id)
             self._cached.add(sequence_id)
             engine.cached.add(
                 (self, sequence_id),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from outrider.kernels.cpu.compile import processor
-from outrider.shared.model.cpu.kept import alone, found
+from outrider.shared.core.kept import alone, found
 from outrider.shared.model.cpu.runner import CpuRunner
 from outrider.shared.model.cpu.team import WORTH, sizes_below
 from outrider.shared.model.runner import Span

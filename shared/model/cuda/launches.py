@@ -26,7 +26,7 @@ from outrider.shared.model.cuda.passes import (
     row_size,
 )
 from outrider.shared.model.cuda.rejection import Draws, draws
-from outrider.shared.model.cuda.step import batch_of, draft, numbers, places, signed
+from outrider.shared.model.cuda.step import batch_of, draft_step, numbers, places, signed
 from outrider.shared.model.runner import Span
 
 
@@ -163,7 +163,8 @@ class Launches:
 
         def run() -> None:
             self._inputs.upload()
-            draft(step, own, size, picks, self._iota, self._chosen, steps)
+            for j in range(steps):
+                draft_step(step, own, size, picks, self._iota, self._chosen, j)
             self._chosen_host[:steps].copy_(self._chosen[:steps], non_blocking=True)
 
         self._execute(("propose", *size, steps, picks is None), rows, run)

@@ -61,21 +61,6 @@ def batch_of(own: dict[str, Tensor]) -> Batch:
     )
 
 
-def draft(
-    step: Forward,
-    own: dict[str, Tensor],
-    size: tuple[int, int, int],
-    picks: Tensor | None,
-    iota: Tensor,
-    chosen: Tensor,
-    steps: int,
-) -> None:
-    """Proposes ``steps`` tokens a sequence: chosen[j, s] is the j-th of sequence s; arguments as
-    of ``draft_step``."""
-    for j in range(steps):
-        draft_step(step, own, size, picks, iota, chosen, j)
-
-
 def draft_step(
     step: Forward,
     own: dict[str, Tensor],

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from outrider.kernels.cpu import compile as kernels
+from outrider.shared.core.kept import cache_folder, found
 from outrider.shared.model.cpu import threads
-from outrider.shared.model.cpu.kept import cache_folder, found
 from outrider_testing import engines
 
 HERE = {"processor": "znver4 +avx512f", "torch": "2.13.0", "threads": 8}
