@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outrider.coordinator.bench import hardware, tables
+from outrider.coordinator.bench.token_ids import COMMON_IDS
 from outrider.coordinator.telemetry import ceiling
 from outrider.shared import pair
 from outrider.shared.config.ngram import is_ngram
@@ -181,9 +181,8 @@ def _token_ids(workload: Workload, config: Config) -> list[Sequence[int]]:
 def _report(arguments: argparse.Namespace, workload: Workload, figures: dict[str, object]) -> int:
     bandwidth = read_bandwidth("cpu")
     figures |= {
-        "hardware": hardware.describe(),
+        **hardware.provenance(),
         "memory_read_bytes_per_second": bandwidth,
-        "command": " ".join(["outrider", *sys.argv[1:]]),
         "workload": {
             "prompts": len(workload.prompts),
             "max_new_tokens": workload.max_new_tokens,
@@ -270,8 +269,7 @@ def prompts(count: int, tokens: int | None) -> Sequence[str | Sequence[int]]:
     """Held-out code, or as many random ``tokens`` a prompt."""
     if tokens is not None:
         draw = random.Random(0)
-        # Ids that every vocabulary has, special ones left out.
-        return [[draw.randrange(16, 256) for _ in range(tokens)] for _ in range(count)]
+        return [[draw.choice(COMMON_IDS) for _ in range(tokens)] for _ in range(count)]
     texts = [str(entry["text"]) for entry in pair.heldout_prompts()]
     return texts[:: max(1, len(texts) // count)][:count]
 

@@ -6,11 +6,17 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from outrider.shared.core.host import cores
 
 _PACKAGES = ("outrider", "torch", "transformers", "grpcio", "protobuf", "triton", "numpy")
+
+
+def provenance() -> dict[str, object]:
+    """What every file of figures says: the machine, and the command that was given."""
+    return {"hardware": describe(), "command": " ".join(["outrider", *sys.argv[1:]])}
 
 
 def describe() -> dict[str, object]:

@@ -22,10 +22,12 @@ from typing import Any
 import grpc
 
 from outrider.coordinator.bench import hardware, tables
+from outrider.coordinator.bench.token_ids import COMMON_IDS
 from outrider.coordinator.bench.workload import in_turns
 from outrider.coordinator.local.private_stack import deployment
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
+from outrider.shared.config.argument_types import several, whole
 from outrider.shared.config.schema import Config
 
 NEEDS_MODELS = True
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--history", type=int, default=900, help="tokens of the first prompt (default: 900)"
     )
     parser.add_argument(
-        "--news", type=_numbers, default=[1, 16, 64],
+        "--news", type=several(whole(1)), default=[1, 16, 64],
         help="tokens that the second turn adds to history and answer (default: 1,16,64)",
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of either turn")
@@ -73,8 +75,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         "base": info.base.name,
         "draft": info.draft.name,
         "device": info.base.device,
-        "hardware": hardware.describe(),
-        "command": " ".join(["outrider", *sys.argv[1:]]),
+        **hardware.provenance(),
     }
     print(table(figures))
     if args.json:
@@ -127,8 +128,7 @@ async def _measure(
     draw = random.Random(0)
 
     def tokens(count: int) -> list[int]:
-        # Ids that every vocabulary has, special ones left out.
-        return [draw.randrange(16, 256) for _ in range(count)]
+        return [draw.choice(COMMON_IDS) for _ in range(count)]
 
     made = []
     async with grpc.aio.insecure_channel(target) as channel:
@@ -170,7 +170,3 @@ async def _ask(
         elif message.HasField("finished"):
             cached = message.finished.usage.cached_prompt_tokens
     return Answered(tuple(ids), seconds, cached)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

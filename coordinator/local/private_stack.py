@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,30 +71,22 @@ def deployments(
     ``coordinators``: by name, what of the configuration each has of its own.
     """
     folder = Path(tempfile.mkdtemp(prefix="outrider-", dir=short_folder()))  # mode 0700
-    running: list[children.Child] = []
     try:
         private = over_sockets(config, folder)
-        events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
         # What the children's libraries write to temporary folders goes with this one.
         own = {**(environment or {}), "TMPDIR": str(folder)}
         # The slowest to load first.
-        for name in ("base", *(["draft"] if private.draft.enabled else [])):
-            running.append(children.start(name, private, events, own))
+        parts = [("base", private)]
+        if private.draft.enabled:
+            parts.append(("draft", private))
         targets = {}
         for name, changes in coordinators.items():
             targets[name] = f"unix:{folder}/{name}"
-            part = dataclasses.replace(private.coordinator, listen=targets[name], **changes)
-            one = dataclasses.replace(private, coordinator=part)
-            running.append(children.start("coordinator", one, events, own))
-        _wait(running, events, progress, log)
-        threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
-        target = private.coordinator
-        yield Deployed(targets, target.base_target, target.draft_target, private, own)
+            parts.append(("coordinator", _listening(private, targets[name], **changes)))
+        with _running(parts, own, progress, log):
+            target = private.coordinator
+            yield Deployed(targets, target.base_target, target.draft_target, private, own)
     finally:
-        # Nobody is served any more, so they need not stop in order.
-        children.stop(running, STOP_SECONDS)
-        for child in running:
-            child.let_go()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,17 +97,41 @@ def fresh_coordinator(deployed: Deployed, log: TextIO | None = None) -> Iterator
     It has learnt nothing yet. Raises ``ServiceUnavailable`` where it does not start.
     """
     listen = f"{deployed.config.coordinator.listen}-{secrets.token_hex(4)}"
-    part = dataclasses.replace(deployed.config.coordinator, listen=listen)
-    events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
-    config = dataclasses.replace(deployed.config, coordinator=part)
-    child = children.start("coordinator", config, events, deployed.environment)
-    try:
-        _wait([child], events, lambda name, text: None, log)
-        threading.Thread(target=_watch, args=([child], events, log), daemon=True).start()
+    parts = [("coordinator", _listening(deployed.config, listen))]
+    with _running(parts, deployed.environment, lambda name, text: None, log):
         yield listen
+
+
+@contextmanager
+def _running(
+    parts: Sequence[tuple[str, Config]],
+    environment: Mapping[str, str],
+    progress: Callable[[str, str], None],
+    log: TextIO | None,
+) -> Iterator[None]:
+    """Runs a process for each (section, configuration) as long as the block, all of them ready.
+
+    Raises ``ServiceUnavailable`` where one does not start.
+    """
+    running: list[children.Child] = []
+    events: queue.SimpleQueue[children.Event] = queue.SimpleQueue()
+    try:
+        for name, config in parts:
+            running.append(children.start(name, config, events, environment))
+        _wait(running, events, progress, log)
+        threading.Thread(target=_watch, args=(running, events, log), daemon=True).start()
+        yield
     finally:
-        children.stop([child], STOP_SECONDS)
-        child.let_go()
+        # Nobody is served any more, so they need not stop in order.
+        children.stop(running, STOP_SECONDS)
+        for child in running:
+            child.let_go()
+
+
+def _listening(config: Config, target: str, **changes: Any) -> Config:
+    """``config`` with a coordinator that listens on ``target``."""
+    part = dataclasses.replace(config.coordinator, listen=target, **changes)
+    return dataclasses.replace(config, coordinator=part)
 
 
 def over_sockets(config: Config, folder: Path) -> Config:

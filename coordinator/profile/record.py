@@ -20,6 +20,7 @@ from typing import Any
 from outrider.coordinator.profile.file import FORMAT, PHASES, VERSION
 from outrider.coordinator.telemetry import phases
 from outrider.coordinator.telemetry.ceiling import rate_ceiling
+from outrider.coordinator.telemetry.percentile import percentile
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.core.model_facts import model_name, read_description
 
@@ -63,14 +64,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "p99": percentile(ordered, 0.99),
         "max": ordered[-1],
     }
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of ``ordered`` lies, between neighbours linearly."""
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def _rounds(profile: pb.ProfileResponse) -> list[dict[str, Any]]:

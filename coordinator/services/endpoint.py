@@ -27,9 +27,7 @@ class Endpoint:
 
     def channel(self) -> grpc.aio.Channel:
         """A fresh channel: a new connection, without the back-off of an old one."""
-        if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=self.options)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
+        return grpc_server.client_channel(self.target, self.credentials, self.options)
 
 
 def endpoint_of(config: CoordinatorConfig, role: str, target: str, timeout: float) -> Endpoint:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import TypeVar
+
+ValueT = TypeVar("ValueT")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -42,3 +45,8 @@ def number(
         return value
 
     return read
+
+
+def several(read: Callable[[str], ValueT]) -> Callable[[str], list[ValueT]]:
+    """Reads values separated by commas, each by ``read``."""
+    return lambda text: [read(part) for part in text.split(",")]

@@ -82,6 +82,17 @@ def channel_credentials(
     )
 
 
+def client_channel(
+    target: str,
+    credentials: grpc.ChannelCredentials | None,
+    options: Sequence[tuple[str, Any]],
+) -> grpc.aio.Channel:
+    """A channel, with TLS where there are ``credentials``."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
 def authorization(token: str | None) -> tuple[tuple[str, str], ...]:
     """Call metadata that carries the bearer token."""
     return () if token is None else (("authorization", f"Bearer {token}"),)

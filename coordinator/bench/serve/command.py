@@ -29,7 +29,7 @@ from outrider.coordinator.bench.serve.traffic import (
     drawn_requests,
     read_requests,
 )
-from outrider.shared.config.argument_types import number, whole
+from outrider.shared.config.argument_types import number, several, whole
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import InvalidRequest, ServiceUnavailable
 
@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     load = parser.add_argument_group("how requests arrive: a level for each value, in turn")
     load.add_argument(
-        "--rate", type=_several(number(0.0, float("inf"), low_open=True)), metavar="R,…",
+        "--rate", type=several(number(0.0, float("inf"), low_open=True)), metavar="R,…",
         help="a second, at random times (Poisson), however slow the answers are",
     )  # fmt: skip
     load.add_argument(
-        "--concurrency", type=_several(whole(1)), metavar="N,…",
+        "--concurrency", type=several(whole(1)), metavar="N,…",
         help="so many at once: the next when one is answered (default: 1)",
     )  # fmt: skip
     load.add_argument("--warmup", type=whole(0), default=4, help="unmeasured requests, each level")
@@ -176,8 +176,7 @@ def _measure_and_report(
 ) -> int:
     made, interrupted = asyncio.run(_measure(args, config, levels, target))
     made |= {
-        "hardware": hardware.describe(),
-        "command": " ".join(["outrider", *sys.argv[1:]]),
+        **hardware.provenance(),
         "workload": {
             "prompt_tokens": None if args.prompt_tokens is None else str(args.prompt_tokens),
             "max_new_tokens": str(args.max_new_tokens or OUTPUT_TOKENS),
@@ -296,11 +295,6 @@ def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
         for one in numbers:
             loop.remove_signal_handler(one)
             signal.signal(one, before[one])
-
-
-def _several(read: Any) -> Any:
-    """Reads values separated by commas, each by ``read``."""
-    return lambda text: [read(part) for part in text.split(",")]
 
 
 def _url(text: str) -> str:

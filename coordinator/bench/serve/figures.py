@@ -5,24 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from outrider.coordinator.bench.serve.answer import Answer
 from outrider.coordinator.bench.serve.drive import LevelRun
 from outrider.coordinator.bench.serve.traffic import Load
+from outrider.coordinator.telemetry.percentile import percentile
 
 TIMES = ("ttft", "tpot", "itl", "e2e")
 """Time to first token, per token after it, between two messages, and to the end."""
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value at ``share`` (0 to 1) of ascending ``ordered``: between the two that are closest
-    in rank, in proportion, the lowest being at 0 and the highest at 1. Not for none."""
-    place = (len(ordered) - 1) * share
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:

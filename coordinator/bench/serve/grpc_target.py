@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 
@@ -15,7 +15,12 @@ from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
 from outrider.shared.core.errors import ServiceUnavailable
 from outrider.shared.core.model_facts import read_description
-from outrider.shared.process.grpc_server import authorization, channel_credentials, client_options
+from outrider.shared.process.grpc_server import (
+    authorization,
+    channel_credentials,
+    client_channel,
+    client_options,
+)
 
 
 class GrpcTarget:
@@ -86,11 +91,5 @@ def _finish(finished: pb.Finished, answer: Answer) -> None:
 @asynccontextmanager
 async def open_grpc(target: str, ca: str | None = None) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a coordinator; ``ca``: PEM file of its CA, which turns TLS on."""
-    options: Sequence[tuple[str, int | str]] = client_options()
-    credentials = channel_credentials(ca)
-    if credentials is None:
-        channel = grpc.aio.insecure_channel(target, options=options)
-    else:
-        channel = grpc.aio.secure_channel(target, credentials, options=options)
-    async with channel:
+    async with client_channel(target, channel_credentials(ca), client_options()) as channel:
         yield channel

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench.serve.lengths import Lengths
+from outrider.coordinator.bench.token_ids import COMMON_IDS
 from outrider.shared import pair
 from outrider.shared.core.errors import ConfigError, InvalidRequest
-
-# Ids that every vocabulary has, special ones left out.
-_IDS = range(16, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +144,4 @@ def _is_number(value: object) -> bool:
 
 
 def _random_ids(source: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(source.choices(_IDS, k=count))
+    return tuple(source.choices(COMMON_IDS, k=count))

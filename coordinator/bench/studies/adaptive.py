@@ -25,11 +25,13 @@ from typing import Any
 import grpc
 
 from outrider.coordinator.bench import command, hardware, tables
+from outrider.coordinator.bench.token_ids import COMMON_IDS
 from outrider.coordinator.bench.workload import Run, Workload, in_turns, run_once
 from outrider.coordinator.local import cuda_mps
 from outrider.coordinator.local.private_stack import Deployed, deployments, fresh_coordinator
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
+from outrider.shared.config.argument_types import several, whole
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.model.paced.spec import parse
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument(
         "--sequences",
-        type=_numbers,
+        type=several(whole(1)),
         default=[1, 2, 4, 8, 16, 32, 64],
         help="requests at once (default: 1,2,4,8,16,32,64)",
     )
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mix, joined by /, in turn (default: 0.2,0.5,0.8,0.95,0.2/0.95)",
     )
     parser.add_argument(
-        "--ks", type=_numbers, default=[1, 2, 3, 4, 6, 8], help="default: 1,2,3,4,6,8"
+        "--ks", type=several(whole(1)), default=[1, 2, 3, 4, 6, 8], help="default: 1,2,3,4,6,8"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
@@ -103,8 +105,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         "draft": info.draft.name,
         "device": info.base.device,
         "link": info.link,
-        "hardware": hardware.describe(),
-        "command": " ".join(["outrider", *sys.argv[1:]]),
+        **hardware.provenance(),
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
     }
@@ -198,7 +199,7 @@ def _workload(
         draw = random.Random(0)
         rest = (args.prompt_tokens or PACED_PROMPT) - 1
         prompts = [
-            [shares.index(mix[i % len(mix)]), *(draw.randrange(16, 256) for _ in range(rest))]
+            [shares.index(mix[i % len(mix)]), *(draw.choice(COMMON_IDS) for _ in range(rest))]
             for i in range(count)
         ]
     return Workload(
@@ -227,13 +228,6 @@ async def _measure(
 
 def _log(args: argparse.Namespace) -> Any:
     return sys.stderr if args.verbose else None
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; must be numbers from 1 on")
-    return numbers
 
 
 def _mixes(text: str) -> list[Mix]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from outrider.coordinator.bench import hardware, tables
+from outrider.shared.config.argument_types import several, whole
 from outrider.shared.config.schema import Config
 from outrider.shared.core.errors import CapacityError
 from outrider.shared.kv.arena import Arena, PoolPlan
@@ -30,11 +30,15 @@ _PASSES = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    counts = several(whole(1))
     parser.add_argument("--arena-device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
-        "--lengths", type=_numbers, default=[256, 1024, 4096, 16384], help="tokens already cached"
+        "--lengths",
+        type=counts,
+        default=[256, 1024, 4096, 16384],
+        help="tokens already cached",
     )
-    parser.add_argument("--batches", type=_numbers, default=[1, 8], help="sequences at once")
+    parser.add_argument("--batches", type=counts, default=[1, 8], help="sequences at once")
     parser.add_argument("--steps", type=int, default=30, help="steps of each measurement")
     parser.add_argument("--layers", type=int, default=4, help="of the model measured with")
     parser.add_argument("--hidden", type=int, default=512, help="of the model measured with")
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace, config: Config | None = None) -> int:
             hidden=args.hidden,
         )
         print(appending.table(figures))
-    figures |= {"hardware": hardware.describe(), "command": " ".join(["outrider", *sys.argv[1:]])}
+    figures |= hardware.provenance()
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
@@ -230,7 +234,3 @@ def _best(call: Callable[[], None], calls: int = 2000, repeats: int = 20) -> flo
             call()
         best = min(best, (time.perf_counter() - began) / calls)
     return best
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -12,7 +12,7 @@ import asyncio
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from outrider.coordinator.local.private_stack import deployments
 from outrider.coordinator.requests.text.tokenizer import load_tokenizer
 from outrider.protos import generation_pb2 as pb
 from outrider.protos import generation_pb2_grpc as rpc
+from outrider.shared.config.argument_types import several, whole
 from outrider.shared.config.schema import Config
 from outrider.shared.core.links import LINKS
 
@@ -40,6 +41,7 @@ Variant = tuple[str, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    counts = several(whole(0))
     add_links(parser)
     parser.add_argument(
         "--in-process",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="both models in this process too, as the yardstick",
     )
-    parser.add_argument("--ks", type=_numbers, default=[0, 1, 2, 3, 4], help="default: 0,1,2,3,4")
+    parser.add_argument("--ks", type=counts, default=[0, 1, 2, 3, 4], help="default: 0,1,2,3,4")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -78,8 +80,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         "base": info.base.name,
         "draft": info.draft.name,
         "device": info.base.device,
-        "hardware": hardware.describe(),
-        "command": " ".join(["outrider", *sys.argv[1:]]),
+        **hardware.provenance(),
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
         "prompts": len(prompts),
@@ -190,7 +191,3 @@ def names(text: str) -> list[str]:
         if link not in LINKS:
             raise argparse.ArgumentTypeError(f"{link!r}; must be of {', '.join(LINKS)}")
     return links
-
-
-def _numbers(text: str) -> Sequence[int]:
-    return [int(part) for part in text.split(",")]

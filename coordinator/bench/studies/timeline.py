@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import secrets
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,8 +70,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         "k": args.k,
         "cuda_mps": args.cuda_mps,
         "device": next(iter(traces.values()))[1],
-        "hardware": hardware.describe(),
-        "command": " ".join(["outrider", *sys.argv[1:]]),
+        **hardware.provenance(),
     }
     print(table(figures))
     if args.json:

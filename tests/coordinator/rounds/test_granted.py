@@ -18,7 +18,7 @@ from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.rules import RULES
-from outrider_testing import fakes
+from outrider_testing import engines, fakes
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
 from outrider_testing.waiting import soon, until
@@ -226,20 +226,10 @@ def written(tiny_base: Path) -> list[list[int]]:
 
     model: Any = LlamaForCausalLM.from_pretrained(str(tiny_base), dtype=torch.float32)
     model.eval()
-    made = []
-    with torch.inference_mode():
-        for prompt in PROMPTS:
-            out = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=COUNT,
-                repetition_penalty=1.2,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            made.append(out[0, len(prompt) :].tolist())
-    return made
+    return [
+        engines.reference(model, prompt, COUNT, repetition_penalty=1.2, eos_token_id=None)
+        for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("way", LINKS)

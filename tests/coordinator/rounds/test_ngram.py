@@ -16,6 +16,7 @@ from outrider.coordinator.telemetry.records import NoObserver, RoundRecord
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.rules import RULES
+from outrider_testing import engines
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
 from outrider_testing.waiting import soon
@@ -73,20 +74,10 @@ def written(tiny_base: Path) -> list[list[int]]:
 
     model: Any = LlamaForCausalLM.from_pretrained(str(tiny_base), dtype=torch.float32)
     model.eval()
-    made = []
-    with torch.inference_mode():
-        for prompt in PROMPTS:
-            out = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=COUNT,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                suppress_tokens=FORBIDDEN,
-            )
-            made.append(out[0, len(prompt) :].tolist())
-    return made
+    return [
+        engines.reference(model, prompt, COUNT, eos_token_id=None, suppress_tokens=FORBIDDEN)
+        for prompt in PROMPTS
+    ]
 
 
 async def texts(

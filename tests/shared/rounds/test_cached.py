@@ -31,31 +31,6 @@ TOKEN_BYTES = 256
 """Of each of the models: two layers, two heads of eight numbers."""
 
 
-def windowed(seed: int = 1) -> Any:
-    """A random Gemma 2: one layer of a sliding window, one of full attention."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(seed)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=128,
-            sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention"],
-            initializer_range=0.3,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
-
-
 def llama() -> Any:
     """A random Llama."""
     return engines.tiny_llama(1)
@@ -66,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llama": (llama, {"runner": "llama"}),
     "generic": (llama, {"runner": "generic"}),
     "gpt2": (lambda: engines.tiny_gpt2(1), {}),
-    "windowed": (windowed, {"prefill_chunk": 6, "max_k": 4}),
+    "windowed": (lambda: engines.tiny_gemma2(1, window=WINDOW), {"prefill_chunk": 6, "max_k": 4}),
 }
 
 
@@ -146,7 +121,9 @@ def test_of_what_a_donor_lacks_the_rest_is_asked_for(prefix: int) -> None:
 
 
 def test_what_a_ring_has_lost_is_not_taken_over() -> None:
-    engine = VerifyEngine(engines.runner(windowed(), prefill_chunk=6, max_k=4), 4)
+    engine = VerifyEngine(
+        engines.runner(engines.tiny_gemma2(1, window=WINDOW), prefill_chunk=6, max_k=4), 4
+    )
     session = engine.connect()
     session.open(OpenSequence(1, 1, 100, GREEDY))
     (whole,) = session.round([VerifyItem(1, 1, 0, PROMPT)]).answers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from outrider.draft_service.engine import DraftEngine
 from outrider.shared.core.errors import RefusalCode, SequenceRefused
@@ -30,37 +29,12 @@ def decoding(seed: int) -> Decoding:
     )
 
 
-def windowed() -> Any:
-    """A random Gemma 2: one layer of a sliding window of 8, one of full attention."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(1)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=128,
-            sliding_window=8,
-            layer_types=["sliding_attention", "full_attention"],
-            initializer_range=0.3,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
-
-
 @pytest.fixture(params=["llama", "generic", "gpt2", "windowed", "copied"])
 def engine(request: pytest.FixtureRequest) -> VerifyEngine:
     """Each way to share: a branch, or, for rings and kernels that can't read one, a copy."""
     kind = request.param
     if kind == "windowed":
-        runner = engines.runner(windowed(), prefill_chunk=6, max_k=4)
+        runner = engines.runner(engines.tiny_gemma2(1), prefill_chunk=6, max_k=4)
     elif kind == "gpt2":
         runner = engines.runner(engines.tiny_gpt2(1))
     else:

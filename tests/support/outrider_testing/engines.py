@@ -66,6 +66,31 @@ def tiny_gpt2(seed: int = 0, *, layers: int = 2, hidden: int = 32, **changes: An
     return made.eval()
 
 
+def tiny_gemma2(seed: int = 0, *, window: int = 8, **changes: Any) -> Any:
+    """A random Gemma 2, float32: one layer of a sliding window, one of full attention."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "sliding_window": window,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    made: Any = Gemma2ForCausalLM(Gemma2Config(**(settings | changes)))
+    return made.eval()
+
+
 def runner(model: Any, *, release: bool = False, **changes: Any) -> Runner:
     """A runner over a module on the CPU with a small arena."""
     settings: dict[str, Any] = {
@@ -85,8 +110,8 @@ def prompts(count: int, *, seed: int = 0, shortest: int = 1, longest: int = 14) 
     return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def reference(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """What Hugging Face's ``generate`` writes after ``prompt``, greedily."""
+def reference(model: Any, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
+    """What Hugging Face's ``generate`` writes after ``prompt``, greedily; ``options`` of its."""
     with torch.inference_mode():
         out = model.generate(
             torch.tensor([list(prompt)]),
@@ -95,6 +120,7 @@ def reference(model: Any, prompt: Sequence[int], count: int) -> list[int]:
             min_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
+            **options,
         )
     return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 

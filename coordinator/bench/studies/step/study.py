@@ -25,6 +25,7 @@ from outrider.coordinator.bench.studies.step.prompts import (
     sizes,
     table,
 )
+from outrider.shared.config.argument_types import several, whole
 from outrider.shared.config.schema import Config
 
 
@@ -52,6 +53,7 @@ class Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    counts = several(whole(1))
     parser.add_argument(
         "--model", default="planted:llama-3.2-3b",
         help="folder, hub id, or planted:SHAPE for one built in memory",
@@ -61,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runner", choices=("auto", "llama", "generic"), default="auto")
     parser.add_argument("--context", type=int, default=64, help="prompt tokens (default: 64)")
     parser.add_argument("--new", type=int, default=256, help="new tokens decoded (default: 256)")
-    parser.add_argument("--rows", type=_numbers, default=[2, 3, 5, 9], help="of a verify")
-    parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], help="sequences at once")
-    parser.add_argument("--draft-ks", type=_numbers, default=[1, 2, 4], help="of a draft loop")
+    parser.add_argument("--rows", type=counts, default=[2, 3, 5, 9], help="of a verify")
+    parser.add_argument("--batches", type=counts, default=[1, 8, 32], help="sequences at once")
+    parser.add_argument("--draft-ks", type=counts, default=[1, 2, 4], help="of a draft loop")
     parser.add_argument(
         "--prompt-rows", default="", help="whole prompts, as 1024,8x2048: 8 of 2,048 at once"
     )
-    parser.add_argument("--parts", type=_numbers, default=[1], help="sequences of the operations")
+    parser.add_argument("--parts", type=counts, default=[1], help="sequences of the operations")
     parser.add_argument("--arena", type=int, default=8 << 30, help="bytes of KV (default: 8 GiB)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
@@ -99,9 +101,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
         print(_parts_table(count, found, bandwidth))
     if args.json:
         record = {
-            "hardware": hardware.describe(),
+            **hardware.provenance(),
             "device": _device_name(device),
-            "command": " ".join(["outrider", *sys.argv[1:]]),
             "model": asdict(facts),
             "step_bytes": step_bytes,
             "copy_bandwidth": bandwidth,
@@ -334,7 +335,3 @@ def _parts_table(sequences: int, parts: Sequence[Any], bandwidth: float) -> str:
         f"{'save' if saved >= 0 else 'cost'} {abs(saved) * 1e6:.0f} µs."
     )
     return "\n".join(lines) + "\n"
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -13,13 +13,14 @@ from outrider.coordinator.bench.serve import figures, report
 from outrider.coordinator.bench.serve.answer import Answer
 from outrider.coordinator.bench.serve.drive import LevelRun
 from outrider.coordinator.bench.serve.traffic import Load
+from outrider.coordinator.telemetry.percentile import percentile
 
 SECONDS = st.floats(0, 1e6, allow_nan=False)
 
 
 @given(st.lists(SECONDS, min_size=1, max_size=40), st.floats(0, 1))
 def test_percentiles_are_numpys(values: list[float], share: float) -> None:
-    found = figures.percentile(sorted(values), share)
+    found = percentile(sorted(values), share)
     assert found == pytest.approx(np.percentile(values, 100 * share), rel=1e-9, abs=1e-9)
 
 

@@ -21,28 +21,15 @@ MIXED = ["sliding_attention", "full_attention"]
 
 
 def gemma2(layers: int = 2) -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            initializer_range=0.2,
-            max_position_embeddings=256,
-            sliding_window=WINDOW,
-            layer_types=MIXED[:layers],
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
+    return engines.tiny_gemma2(
+        window=WINDOW,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        query_pre_attn_scalar=8,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+        layer_types=MIXED[:layers],
+    )
 
 
 def mistral() -> Any:
