@@ -19,12 +19,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from outrider.shared.core.errors import ProtocolError
-from outrider.shared.link.mailbox import BEATS, BELLS, ENDS, Mailbox, ProposalHead, VerdictHead
+from outrider.shared.link.mailbox import (
+    BEATS,
+    BELLS,
+    ENDS,
+    PREPARED,
+    Mailbox,
+    ProposalHead,
+    VerdictHead,
+)
 
 if TYPE_CHECKING:
     from outrider.shared.link.device.mailbox import DeviceMailbox
 
 BEAT_SECONDS = 0.1
+_LOOK_SECONDS = 0.005
 STALE_SECONDS = 1.5
 """A beat that did not rise for so long: the other side stands still."""
 
@@ -75,7 +84,7 @@ class Doorbell:
         """This side's turns over it, once there are any."""
         self.prepared = threading.Event()
         """Not set while this side does what it does with a mailbox before it is used."""
-        self.prepared.set()
+        self.set_prepared()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         peer.setblocking(False)
@@ -154,6 +163,27 @@ class Doorbell:
     def other(self) -> str:
         """What the other side is, for a person."""
         return _NAMES[self._other]
+
+    def set_prepared(self) -> None:
+        """This side is prepared, which the other one may ask."""
+        self.mailbox.set_word(PREPARED[self._mine], 1)
+        self.prepared.set()
+
+    def unset_prepared(self) -> None:
+        """This side has yet to prepare."""
+        self.mailbox.set_word(PREPARED[self._mine], 0)
+        self.prepared.clear()
+
+    def await_prepared(self, patience: float) -> bool:
+        """Whether both sides are prepared, for which it waits up to ``patience`` seconds."""
+        until = time.monotonic() + patience
+        if not self.prepared.wait(patience):
+            return False
+        while not self.mailbox.word(PREPARED[1 - self._mine]):
+            if time.monotonic() > until or not self.alive():
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
 
     def alive(self) -> bool:
         """Whether the other side still holds the mailbox, as far as the kernel knows."""

@@ -8,6 +8,8 @@ Everything is little-endian and at a fixed offset::
     256    beat        of the draft
     320    bell        of the verifier: rises with each verdict slot that it filled
     384    bell        of the draft: likewise for proposals
+    448    prepared    of the verifier: 1 when it has done what it does before a first grant
+    456    prepared    of the draft
     512    proposals   checksum, head, then one entry for each sequence
            verdicts    checksum, head, then one entry for each sequence
            rows        draft probabilities of each proposed token, for the rule `rejection`
@@ -28,7 +30,7 @@ from typing import Any
 from outrider.shared.core.errors import ProtocolError
 from outrider.shared.core.types import Proposal, SparseRow
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the layout; both sides must have the same."""
 MAGIC = b"OUTRIDER"
 MOST_SEQUENCES, MOST_K, MOST_ROW_ENTRIES = 1024, 64, 4096
@@ -37,7 +39,7 @@ ENDS = 1
 
 _HEADER = struct.Struct("<8sIIQIIIIQ")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_PROOF, BEATS, BELLS, _SLOTS = 128, (192, 256), (320, 384), 512
+_PROOF, BEATS, BELLS, PREPARED, _SLOTS = 128, (192, 256), (320, 384), (448, 456), 512
 _SEAL = 8
 """Bytes before each slot's head, the last four of which are its checksum."""
 _PROPOSALS = struct.Struct("<QIIIIdd")

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 MOST_MAILBOXES = 16
 """A coordinator needs one."""
+PREPARE_SECONDS = 8.0
+"""How long the answer that a mailbox is mapped waits until both sides are prepared."""
 IDLE_SECONDS = 60.0
 """Where all are open, one that no grant named for so long makes room: its coordinator may have
 gone without a word, and asks for another one if it has not."""
@@ -84,6 +86,8 @@ class Mailboxes:
         )  # fmt: skip
         doorbell = carrier_of(offer.link, self.spin, self.device).fetch(offered)
         self._keep(offer.mailbox, doorbell)
+        # Grants that come sooner wait as well; but whoever asks wants to know when all is ready.
+        doorbell.await_prepared(PREPARE_SECONDS)
         return pb.MapMailboxResponse(link=doorbell.link, reason=doorbell.reason)
 
     def get(self, mailbox: int) -> Doorbell | None:
@@ -130,7 +134,9 @@ class Mailboxes:
         self.close([oldest])
 
     def _keep(self, mailbox: int, doorbell: Doorbell) -> None:
-        doorbell.prepared.clear()
+        """Takes in a mailbox, and prepares it on a thread: it may take seconds, the other side
+        waits for this one's word, and both can prepare at once."""
+        doorbell.unset_prepared()
         with self._lock:
             self._offered.pop(mailbox, None)
             replaced = self._open.get(mailbox)
@@ -138,13 +144,21 @@ class Mailboxes:
             self._used[mailbox] = time.monotonic()
         if replaced is not None:
             replaced.close()
+        if doorbell.device is None:
+            doorbell.set_prepared()
+            return
+        name = "mailbox preparation"
+        threading.Thread(
+            target=self._prepare, args=(mailbox, doorbell), name=name, daemon=True
+        ).start()
+
+    def _prepare(self, mailbox: int, doorbell: Doorbell) -> None:
         try:
-            if doorbell.device is not None:
-                self.prepare(doorbell)
+            self.prepare(doorbell)
         except Exception:
             log.exception("mailbox %d could not be prepared", mailbox)  # it may do without
         finally:
-            doorbell.prepared.set()
+            doorbell.set_prepared()
 
     def _mark(self, mailbox: int, until: float) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from outrider.shared.link.mailbox import (
     BELLS,
     ENDS,
     LAYOUT,
+    PREPARED,
     Judgement,
     Layout,
     Mailbox,
@@ -236,11 +237,11 @@ def formatted(layout: Layout = SMALL) -> Any:
 
 def test_mailbox_header_is_laid_out_as_documented() -> None:
     # These bytes are the contract between two builds: who changes them raises LAYOUT.
-    assert LAYOUT == 1
+    assert LAYOUT == 2
     memory = formatted(Layout(2, 3, 4))
     assert bytes(memory[:48]).hex() == (
         "4f55545249444552"  # "OUTRIDER"
-        "01000000"  # layout version
+        "02000000"  # layout version
         "30000000"  # bytes of the header
         "0010000000000000"  # bytes of the region
         "020000000300000004000000"  # sequences, K, entries of a row
@@ -255,7 +256,9 @@ def test_mailbox_offsets_are_as_documented() -> None:
     memory, mailbox = fresh(layout)
     mailbox.format(5)
     mailbox.prove()
-    assert (mailbox_module._PROOF, BEATS, BELLS) == (128, (192, 256), (320, 384))
+    assert (mailbox_module._PROOF, BEATS, BELLS, PREPARED) == (
+        128, (192, 256), (320, 384), (448, 456),
+    )  # fmt: skip
     assert struct.unpack_from("<Q", memory, 128) == (5 ^ 0x9E3779B97F4A7C15,)
     assert (layout.proposals, layout.entry, layout.verdicts) == (520, 40, 648)
     assert (layout.rows, layout.row, layout.size) == (768, 40, 4096)

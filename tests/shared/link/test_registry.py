@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from outrider.protos import speculation_pb2 as pb
 from outrider.shared.core.errors import CapacityError, InvalidRequest
 from outrider.shared.core.types import Proposal
-from outrider.shared.link import registry
+from outrider.shared.link import handshake, registry
+from outrider.shared.link.device.handshake import DeviceSide
 from outrider.shared.link.doorbell import Doorbell, PeerGone
 from outrider.shared.link.handshake import HandoverFailed
 from outrider.shared.link.mailbox import Judgement, Layout, ProposalHead, VerdictHead
 from outrider.shared.link.registry import Mailboxes
+from outrider_testing import host_device
 
 SIZES = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4, link="shm")
 UNIX = "unix:"  # what gRPC calls a caller over a unix socket
@@ -43,6 +47,18 @@ def services() -> Iterator[Services]:
     yield made
     for doorbell in (*made.verify._open.values(), *made.draft._open.values()):
         doorbell.close()
+
+
+class DeviceServices(Services):
+    """With device memory to share, and preparations that last until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = host_device.HostMemory()
+        self.go = {"verify": threading.Event(), "draft": threading.Event()}
+        for name, mailboxes in (("verify", self.verify), ("draft", self.draft)):
+            mailboxes.device = DeviceSide(torch.device("cpu"), memory)
+            mailboxes.prepare = lambda doorbell, name=name: self.go[name].wait(60)
 
 
 def beats() -> int:
@@ -251,3 +267,47 @@ def test_mailboxes_watch_the_bell_as_long_as_they_are_told(services: Services) -
     services.verify.spin, services.draft.spin = 0.25, 0.5
     verify, draft = services.both(services.introduce())
     assert (verify._spin, draft._spin) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("last", ["verify", "draft"])
+def test_mailboxes_are_mapped_once_both_sides_have_prepared(
+    monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    # Preparing may take longer than either side waits for the other's word in the hand-over.
+    monkeypatch.setattr(handshake, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(registry, "PREPARE_SECONDS", 60.0)
+    services = DeviceServices()
+    offer = services.verify.offer(
+        pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4, link="cuda-ipc"), UNIX
+    )
+    answers: queue.Queue[pb.MapMailboxResponse] = queue.Queue()
+    request = pb.MapMailboxRequest(offer=offer)
+    asking = threading.Thread(target=lambda: answers.put(services.draft.map(request, UNIX)))
+    asking.start()
+    first = "draft" if last == "verify" else "verify"
+    services.go[first].set()
+    with pytest.raises(queue.Empty):
+        answers.get(timeout=0.5)
+    for doorbell in services.both(offer.mailbox):
+        assert not doorbell.await_prepared(0.01)
+    services.go[last].set()
+    assert answers.get(timeout=60).link == "cuda-ipc"
+    asking.join(60)
+    for doorbell in services.both(offer.mailbox):
+        assert doorbell.await_prepared(0.0)
+        doorbell.close()
+
+
+def test_mailboxes_whose_preparation_fails_are_mapped() -> None:
+    services = DeviceServices()
+
+    def fails(doorbell: Doorbell) -> None:
+        raise RuntimeError("no memory")
+
+    services.verify.prepare = services.draft.prepare = fails
+    request = pb.OfferMailboxRequest(max_sequences=2, max_k=3, row_entries=4, link="cuda-ipc")
+    offer = services.verify.offer(request, UNIX)
+    assert services.draft.map(pb.MapMailboxRequest(offer=offer), UNIX).link == "cuda-ipc"
+    for doorbell in services.both(offer.mailbox):
+        assert doorbell.await_prepared(60.0)
+        doorbell.close()
