@@ -13,6 +13,9 @@ from outrider.shared.model.cuda.turns.stream import DeviceStream
 from outrider.shared.model.cuda.turns.turns import Parts, Turns, TurnSequence
 from outrider.shared.rounds.grants import next_k
 
+ROWS = 2
+"""Rows of a sequence in a turn: the last two tokens of its log."""
+
 
 class DraftTurns(Turns):
     """The draft's turns: follow the verdicts, then propose."""
@@ -35,7 +38,7 @@ class DraftTurns(Turns):
         return [tuple(row) for row in self._seen_host[: self._count].tolist()]
 
     def _width(self, steps: int) -> int:
-        return 2
+        return ROWS
 
     def _place(self, s: int, one: TurnSequence) -> None:
         host, n = self._inputs.host, one.committed_len

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from outrider.draft_service.cuda_turns import DraftTurns
+from outrider.draft_service.cuda_turns import ROWS, DraftTurns
 from outrider.draft_service.granted import DraftRounds
 from outrider.draft_service.host_rounds import DraftTaker, leave
 from outrider.protos import speculation_pb2 as pb
@@ -56,7 +56,7 @@ class DraftDeviceTurns(DraftTaker):
         session, grant = self._session, self._grant
         with device_turns.taking(session, self._doorbell, DraftTurns) as self._turns:
             self._watch = Watch(self._doorbell, grant.patience_seconds)
-            self._rounds = DraftRounds(session, [self._caught_up(item) for item in self._items])
+            self._rounds = DraftRounds(session, self._caught_up())
             device_turns.start(self._turns, session, grant.id, self._rounds.lanes, self._granted)
             yield
 
@@ -115,9 +115,16 @@ class DraftDeviceTurns(DraftTaker):
             self._verdicts = found[0].step
         return self._verdicts is not None and self._turns.turn > self._verdicts
 
-    def _caught_up(self, item: ProposeItem) -> ProposeItem:
-        """Takes in all but the pending token."""
-        if len(item.append) < 2:
-            return item
-        device_turns.take_in(self._session, [replace(item, append=item.append[:-1], k=0)])
-        return replace(item, base_len=item.base_len + len(item.append) - 1, append=item.append[-1:])
+    def _caught_up(self) -> list[ProposeItem]:
+        """Takes in all but the last two tokens, which a turn forwards itself."""
+        lacks = {one.sequence_id: len(one.append) - ROWS for one in self._items}
+        behind = [one for one in self._items if lacks[one.sequence_id] > 0]
+        device_turns.take_in(
+            self._session, [replace(one, append=one.append[:-ROWS], k=0) for one in behind]
+        )
+        return [
+            replace(one, base_len=one.base_len + lack, append=one.append[-ROWS:])
+            if (lack := lacks[one.sequence_id]) > 0
+            else one
+            for one in self._items
+        ]

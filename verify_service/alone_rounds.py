@@ -10,7 +10,7 @@ order of the model's stream.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,32 @@ def prepare(session: Session[VerifyItem, Verdict]) -> None:
     """Makes and rehearses the turns of a stream's rounds without a draft; the runner has turns."""
     session.alone = AloneVerifyTurns.of(session.engine.runner)
     rehearse(session.engine, session.alone)
+
+
+def trial(session: Session[VerifyItem, Verdict], items: Sequence[VerifyItem]) -> float | None:
+    """Seconds of one turn over ``items``, which bring a token each; None where there is none.
+
+    Turns follow one another without a gap, so the device's time is all.
+    """
+    turns = session.alone
+    if turns is None:
+        turns = session.alone = AloneVerifyTurns.of(session.engine.runner)
+    sequences = []
+    for item in items:
+        held = session.held(item.sequence_id)
+        sequences.append(
+            TurnSequence(
+                held.extent, held.decoding, 0, item.append[-1], item.base_len + 1, 0,
+                held.extent.capacity,
+            )
+        )  # fmt: skip
+    if turns.why_not(sequences) is not None:
+        return None
+    with session.engine.lock, torch.inference_mode():
+        turns.start(0, sequences)
+        turns.queue()
+        _, seconds = turns.take()
+    return seconds
 
 
 def alone_turns(

@@ -11,7 +11,7 @@ import torch
 from outrider.shared.core.errors import RefusalCode
 from outrider.shared.core.types import OpenSequence, Refusal, Verdict, VerifyItem
 from outrider.shared.model.runner import Runner, Span
-from outrider.shared.rounds.session import Engine, Held, finite_rows, refusal, spans_of
+from outrider.shared.rounds.session import Engine, Held, Session, finite_rows, refusal, spans_of
 from outrider.verify_service.acceptance import Judged, JudgeItem, judge
 from outrider.verify_service.soundness import sound_tokens
 
@@ -46,6 +46,19 @@ class VerifyEngine(Engine[VerifyItem, Verdict]):
             )
         pending, proposal = (tokens[0],), tuple(tokens[1:amount])
         return VerifyItem(opened.sequence_id, opened.epoch, base_len, pending, proposal)
+
+    def trial_alone(
+        self, session: Session[VerifyItem, Verdict], items: Sequence[VerifyItem]
+    ) -> float | None:
+        """See ``Engine.trial_alone``: the device takes the turns without a draft where it can."""
+        if not hasattr(self.runner, "turns") or any(
+            item.extend_only or item.proposal for item in items
+        ):
+            return None
+        # Imported here: most runners have no such turns.
+        from outrider.verify_service.alone_rounds import trial
+
+        return trial(session, items)
 
     def reject(self, item: VerifyItem) -> str | None:
         """See ``Engine.reject``."""

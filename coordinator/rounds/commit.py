@@ -50,6 +50,8 @@ class Commit:
         self._speculation = speculation
         self._budget = budget
         self._clock = clock
+        self._before: DoneRound | None = None
+        """The round that was learnt from last."""
 
     def apply(self, verdicts: Verdicts, started_ns: int) -> Outcome:
         """Appends what a round that began at ``started_ns`` has decided to the logs."""
@@ -74,6 +76,7 @@ class Commit:
         """Tells the controller how the proposals fared, and what the round took where that says
         something of decoding."""
         plan, proposals, verdicts = done.plan, done.proposals, done.verdicts
+        before, self._before = self._before, done
         ks = {seq.sequence_id: k for seq, k in zip(plan.decode, done.ks, strict=True) if k}
         for asked, verdict in verdicts.given:
             seq, accepted = asked.sequence, verdict.num_accepted
@@ -88,14 +91,17 @@ class Commit:
             return
         if ks and not proposals.by_id:
             return  # a draft that had nothing: neither a round with proposals nor one without
-        drafting = proposals.timing.seconds
-        self._speculation.observe(
+        kind = (
             len(plan.decode),
             len(proposals.by_id),
             max((len(one.tokens) for one in proposals.by_id.values()), default=0),
             verdicts.timing.rows,
-            drafting,
-            max(done.seconds - drafting, verdicts.timing.seconds),
+        )
+        if done.begins and before is not None and _goes_on(before, done):
+            self._speculation.observe_change(*kind, (done.finished_ns - before.finished_ns) / 1e9)
+        drafting = proposals.timing.seconds
+        self._speculation.observe(
+            *kind, drafting, max(done.seconds - drafting, verdicts.timing.seconds)
         )
 
     def _append(
@@ -128,6 +134,12 @@ class Commit:
         statistics.emitted = seq.output.emitted
         if finish is not None:
             outcome.finished.append(seq)
+
+
+def _goes_on(before: DoneRound, done: DoneRound) -> bool:
+    """Whether some that ``done`` decoded for were decoded for in the round before: then there was
+    no pause between the two."""
+    return not set(before.plan.decode).isdisjoint(done.plan.decode)
 
 
 def _logprobs(message: pb.PositionLogprobs) -> PositionLogprobs:

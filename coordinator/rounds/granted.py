@@ -123,7 +123,11 @@ class GrantedRounds:
         self, plan: RoundPlan[Sequence], ks: list[int], traceparent: str, wake: Callable[[], None]
     ) -> GrantRun | None:
         """Grants rounds; ``wake`` is called with each report. None where a service is away."""
-        wanted = [(seq, k) for seq, k in zip(plan.decode, ks, strict=True) if k]
+        link = self._link(plan, ks)
+        # The devices draft for all. Where a text is to end they see so by themselves: that it has
+        # no proposal does not keep the others from theirs.
+        granted = [max(k, 1) for k in ks] if _by_device(link) else ks
+        wanted = [(seq, k) for seq, k, given in zip(plan.decode, ks, granted, strict=True) if given]
         grant = pb.Grant(
             id=next(self._ids),
             mailbox=self._mailbox_setup.mailbox if wanted else 0,
@@ -135,9 +139,9 @@ class GrantedRounds:
                     limit=len(seq.log) + seq.output.left,
                     stop_token_ids=(*seq.request.eos_token_ids, *seq.request.stop_token_ids),
                 )
-                for seq, k in zip(plan.decode, ks, strict=True)
+                for seq, k in zip(plan.decode, granted, strict=True)
             ],
-            link=self._link(plan, ks),
+            link=link,
         )
         run = GrantRun(grant, plan, list(ks), traceparent, None, wake, left=self._rounds)
         run.sequences = {seq.sequence_id: seq for seq in plan.decode}
@@ -228,8 +232,15 @@ class GrantedRounds:
             return MESSAGES
         name = self._mailbox_setup.link
         # The devices draft for all, or take no turns.
-        hosts = not all(ks) or any(seq.host_k <= max(ks) for seq in plan.decode)
+        hosts = any(
+            seq.host_k <= max(ks) or (not k and not self._only_ends(seq))
+            for seq, k in zip(plan.decode, ks, strict=True)
+        )
         return LINKS[name].beneath if hosts and _by_device(name) else name
+
+    def _only_ends(self, seq: Sequence) -> bool:
+        """Whether a sequence is not drafted for because its text has no room for a proposal."""
+        return seq.max_k < 1 and seq.draft.open and not self._drafting.lacking(seq)
 
     def _fits(self, sequences: int, k: int, drafted: list[Sequence]) -> bool:
         limits = self._mailbox_setup.limits

@@ -33,6 +33,8 @@ class DoneRound:
     choice: ChosenKs
     """The server's choice of Ks that was in force."""
     link: str = MESSAGES
+    begins: bool = False
+    """Whether it is the first one of a grant."""
 
     @property
     def seconds(self) -> float:

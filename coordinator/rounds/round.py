@@ -127,6 +127,7 @@ class RoundRunner:
                     seq.max_k if seq in near else 0,
                     seq.request.k,
                     seq.output.emitted,
+                    seq.output.left,
                 )
                 for seq in decode
             ]
@@ -254,6 +255,7 @@ class RoundRunner:
         return DoneRound(
             self._round, traceparent, run.plan, run.ks, told.proposals, told.verdicts,
             told.started_ns, told.finished_ns, waiting, self._speculation.choice, run.grant.link,
+            begins=told.step == 0,
         )  # fmt: skip
 
     # --- parts -------------------------------------------------------------------------------

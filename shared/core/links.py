@@ -19,6 +19,16 @@ Way = Literal["alone", "host", "device"]
 """How the turns of a grant are taken: by the base without a draft, by the hosts, by the devices."""
 
 
+TURNS_AHEAD = ((1, 64), (2, 64), (3, 64), (4, 16), (6, 16), (8, 8))
+"""K, and up to how many sequences the devices' turns of it are captured before anybody asks. Each
+number of sequences costs a capture of tens of milliseconds, which a request would wait for."""
+
+
+def turns_ahead(sequences: int) -> tuple[int, ...]:
+    """The Ks whose turns for so many sequences the devices have captured, rising."""
+    return tuple(k for k, most in TURNS_AHEAD if sequences <= most)
+
+
 @dataclass(frozen=True, slots=True)
 class Reached:
     """A model service, as the coordinator reaches it."""

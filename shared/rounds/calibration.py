@@ -189,6 +189,9 @@ class _Trials:
 
     def _round(self, items: Sequence[Any]) -> float:
         """Seconds of a round. Raises ``OutriderError``."""
+        alone = self._engine.trial_alone(self._session, items)
+        if alone is not None:
+            return alone
         began = self._clock()
         refusals = self._session.round(items).refusals
         seconds = self._clock() - began

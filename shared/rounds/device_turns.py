@@ -86,7 +86,7 @@ def start(
 ) -> None:
     """Begins a grant's turns and queues the first one. Raises ``NotOnDevice``.
 
-    ``lanes``: where the sequences stand, all but their pending token taken in.
+    ``lanes``: where the sequences stand, all taken in but what a turn forwards.
     """
     sequences = [_sequence(session, lane, one) for lane, one in zip(lanes, granted, strict=True)]
     reason = turns.why_not(sequences)
@@ -97,7 +97,7 @@ def start(
 
 
 def take_in(session: Session[Any, Any], items: Sequence[Any]) -> None:
-    """Has the host take in what is behind the pending tokens. Raises ``NotOnDevice``."""
+    """Has the host take in what turns do not forward. Raises ``NotOnDevice``."""
     refused = session.round(items).refusals if items else []
     if refused:
         raise NotOnDevice(refused[0].message)
@@ -107,9 +107,10 @@ def _sequence(session: Session[Any, Any], lane: Any, granted: pb.GrantedSequence
     held = session.held(lane.sequence_id)
     if not granted.k or held.epoch != lane.epoch or held.extent.valid_len < lane.base_len:
         raise NotOnDevice(f"sequence {lane.sequence_id} is not ready for turns")
-    before = held.log[lane.base_len - 1] if lane.base_len else 0
+    last = [*held.log[max(lane.base_len - 1, 0) : lane.base_len], *lane.append]
+    before = last[-2] if len(last) > 1 else 0
     return TurnSequence(
-        held.extent, held.decoding, before, lane.append[0], lane.base_len + len(lane.append),
+        held.extent, held.decoding, before, last[-1], lane.base_len + len(lane.append),
         granted.k, granted.limit,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ CONFIRM_SECONDS = 0.2
 """Time for looking whether kept times are right."""
 DISTURBED = 1.5
 """A time that is so many times what it is now was disturbed when it was taken."""
-FORMAT = 1
+FORMAT = 2
 """Of the table, and of how its times are taken: another one is found out anew."""
 
 

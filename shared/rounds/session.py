@@ -106,6 +106,11 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         """Live ones."""
         self.cached = CachedSequences(runner.arena)
 
+    def trial_alone(self, session: Session[ItemT, AnswerT], items: Sequence[ItemT]) -> float | None:
+        """Seconds of one of the rounds that this service runs by itself over ``items``, where they
+        take another way than those it is asked for; None where they don't."""
+        return None
+
     def connect(self) -> Session[ItemT, AnswerT]:
         """A new stream's sequences."""
         return Session(self)

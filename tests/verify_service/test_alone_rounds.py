@@ -19,7 +19,7 @@ from outrider.shared.model.loading import make_runner
 from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grants import Control
 from outrider.verify_service import cuda_turns
-from outrider.verify_service.alone_rounds import prepare
+from outrider.verify_service.alone_rounds import prepare, trial
 from outrider.verify_service.cuda_turns import AloneVerifyTurns
 from outrider.verify_service.engine import VerifyEngine
 from outrider.verify_service.service import SIDE
@@ -114,6 +114,37 @@ def test_prepare_rehearses_the_turns_that_are_likely_to_come(
         assert stream.logs == plain(runner, PROMPTS[:count], 3, Decoding())
         stream.session.release()
     assert not rehearsed
+
+
+def test_trial_takes_a_turn_of_the_device_and_changes_nothing(runner: Any) -> None:
+    engine = VerifyEngine(runner, 4)
+    stream = Stream(engine, PROMPTS[:3], Decoding())
+    stream.session.alone = None
+    behind = [
+        VerifyItem(i, 1, 0, tuple(log[:-1]), extend_only=True) for i, log in enumerate(stream.logs)
+    ]
+    stream.session.round(behind)
+    items = [VerifyItem(i, 1, len(log) - 1, (log[-1],)) for i, log in enumerate(stream.logs)]
+    for _ in range(3):
+        seconds = trial(stream.session, items)
+        assert seconds is not None and seconds > 0
+    assert taken_by_device(stream)
+    stream.held = [len(log) - 1 for log in stream.logs]
+    stream.grant(rounds=6)
+    assert stream.logs == plain(runner, PROMPTS[:3], 6, Decoding())
+    stream.session.release()
+
+
+@pytest.mark.parametrize("proposal", [(), (1, 2)])
+def test_trial_alone_is_for_rounds_without_a_proposal(
+    runner: Any, proposal: tuple[int, ...]
+) -> None:
+    engine = VerifyEngine(runner, 4)
+    stream = Stream(engine, [[3, 1]], Decoding())
+    stream.session.round([VerifyItem(0, 1, 0, (3,), extend_only=True)])
+    found = engine.trial_alone(stream.session, [VerifyItem(0, 1, 1, (1,), proposal)])
+    assert (found is None) == bool(proposal)
+    stream.session.release()
 
 
 def taken_by_device(stream: Stream) -> bool:

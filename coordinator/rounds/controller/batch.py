@@ -36,6 +36,8 @@ class Speculable:
     """The request's own K."""
     at: int = 0
     """Tokens of its text."""
+    left: int = 1 << 30
+    """Tokens that may still be written."""
 
 
 def clipped(sequences: Sequence[Speculable], ks: Sequence[int], most: int) -> list[int]:
@@ -61,7 +63,7 @@ class SpeculableBatch:
         self,
         sequences: Sequence[Speculable],
         adaptive: Sequence[int],
-        max_k: int,
+        ks: Sequence[int],
         costs: Costs,
         everyone: Everyone,
         *,
@@ -69,11 +71,13 @@ class SpeculableBatch:
         error: float = 0.0,
         hope: float | None = None,
     ) -> None:
-        """``adaptive``: places of those whose K is to be chosen, and can be above 0; ``together``:
-        see ``Speculation``. ``hope``: the acceptance to assume; None: what is believed, and
-        ``error`` more."""
+        """``adaptive``: places of those whose K is to be chosen, and can be above 0; ``ks``: the
+        Ks above 0 to choose among, rising; ``together``: see ``Speculation``. ``hope``: the
+        acceptance to assume; None: what is believed, and ``error`` more."""
         self._count, self._adaptive, self._together = len(sequences), adaptive, together
         self._costs = costs
+        max_k = ks[-1]
+        self._ks = frozenset(ks)
         self._top = top = min(max_k, max(sequences[i].limit for i in adaptive))
         shape = everyone.shape(max_k)
         self._chances: list[list[float]] = []
@@ -135,6 +139,8 @@ class SpeculableBatch:
                 if not new:
                     break
                 tokens, rows = tokens + tokens_of[level][k - 1], rows + new
+                if k not in self._ks and k != self._top:
+                    continue
                 found = self._rate(tokens, rows, drafted, k)
                 if found > rate:
                     best, rate = (level, k), found

@@ -18,16 +18,20 @@ from dataclasses import dataclass
 from outrider.coordinator.requests.acceptance_rate import Acceptance, Everyone, survival
 from outrider.coordinator.rounds.controller.batch import GRAIN, Speculable, SpeculableBatch, clipped
 from outrider.coordinator.rounds.controller.costs import Costs
+from outrider.shared.core.links import turns_ahead
 
 HOLD = 8
 """Rounds between decisions, at most, while the batch stays the same."""
 HOLD_PLAIN = 32
 """The same where nothing is drafted, and so nothing learnt."""
 MARGIN = 1.01
-"""A change of Ks must promise this much."""
+"""A change of Ks must promise this much, beside what the change itself costs."""
+HORIZON = 32
+"""Rounds without a draft that a choice is expected to be in force for, or as many as the texts
+have left: what it costs to change is shared out among them."""
 PAYS = 1.03
-"""What speculation must promise in a batch, beside plain decoding: with it sequences that began
-together end apart, and the last ones run with few beside them."""
+"""What speculation must promise in a batch to begin, beside plain decoding: with it sequences that
+began together end apart, and the last ones run with few beside them."""
 CLEARLY = 1.2
 """Beyond this speculation pays, whatever may be wrong with the costs of rounds without it."""
 PLAIN_ROUNDS = 3
@@ -36,12 +40,12 @@ PROBE_SEQUENCES = 8
 """Sequences that are probed, at most: with few, it takes more rounds to learn as much."""
 PROBE_ROUNDS = 4
 """Rounds of a probe, at most."""
-PROBE_ROUNDS_BESIDE = 4
-"""Rounds that a probe costs besides: the draft has to come near to the texts first."""
+WORTHWHILE = 1.02
+"""What acceptance by a standard deviation better must promise for another probe soon after."""
 PROBE_SHARE = 0.005
 """Share of the time that probes may cost while speculation does not pay."""
 PROBE_SOON, PROBE_LATE = 32, 4096
-"""Least and most rounds between probes."""
+"""Least and most rounds between probes, and before the first one."""
 OPTIMISM = 0.6
 """Standard deviations by which acceptance may be underestimated when speculation is given up."""
 LEAST = 0.85
@@ -139,6 +143,11 @@ class Speculation:
             made.append(Outlook(k, drafting, others, count * tokens / seconds if seconds else 0.0))
         return made
 
+    def observe_change(self, batch: int, drafted: int, k: int, rows: int, seconds: float) -> None:
+        """A round as in ``observe``, the first after a change of what the services run by
+        themselves, was over ``seconds`` after the one before it."""
+        self.costs.observe_change(batch, drafted, k, rows, seconds)
+
     def observe(
         self, batch: int, drafted: int, k: int, rows: int, draft: float, rest: float
     ) -> None:
@@ -161,30 +170,56 @@ class Speculation:
     ) -> None:
         """Chooses anew, for a while."""
         same = who == self._who
-        most = HOLD if self.k else HOLD_PLAIN
-        self._hold = min(most, 2 * self._hold) if same else 1
-        self._decide_at = self._round + self._hold
+        under_way = self.k > 0
+        self._hold = 2 * self._hold if same else 1
         self._who = who
         batch = self._batch(sequences, adaptive)
         plain = batch.plain()
         ks, rate = batch.best()
-        if same and self.choice.ks and ks != self.choice.ks:
+        # A batch that has changed is told anew what to do in any case.
+        change = self._change(sequences, plain) if same and self.choice.ks else 1.0
+        if same and under_way and ks != self.choice.ks:
             now = batch.rate(self.choice.ks)
-            if rate < MARGIN * now and now >= plain:
+            if rate < (change if self._is_told(self.choice.ks, ks) else MARGIN) * now:
                 ks, rate = self.choice.ks, now
         why = "pays"
-        if rate <= plain * (PAYS if len(sequences) > 1 else 1.0):
-            ks, rate, why = self._unsure(sequences, adaptive, batch, plain)
-        if not any(ks) and self._probes(sequences, adaptive, batch, plain):
-            return
-        if plain < rate < CLEARLY * plain and not self.costs.knows_plain(len(sequences)):
-            # Rounds without a draft run in another way than those timed at the start, and to
-            # know how much faster costs next to nothing where the two are close.
+        begins = max(change, PAYS if len(sequences) > 1 else 1.0)
+        required = 1 / change if under_way else begins
+        if rate <= plain * required:
+            ks, rate, why = batch.nothing, plain, "does not pay"
+            if under_way or self._unknown:
+                ks, rate, why = self._unsure(sequences, adaptive, batch, plain)
+        if not any(ks):
+            if under_way:
+                self._probe_later(sequences, adaptive, batch, plain)
+            elif self._probes(sequences, adaptive, batch, plain):
+                return
+        close = plain < rate < CLEARLY * plain and not self.costs.measured
+        if close and not self.costs.knows_plain(len(sequences)):
+            # To know what rounds without a draft take costs next to nothing where they are close.
             self._put(ChosenKs(batch.nothing, plain, plain, "is compared with none"), who)
             self._decide_at = self._round + PLAIN_ROUNDS
             self._drafted = set(self._settled)  # the draft takes in what it lacks meanwhile
             return
         self._put(ChosenKs(ks, rate, plain, why), who)
+
+    def _change(self, sequences: Sequence[Speculable], plain: float) -> float:
+        """What a choice must promise beside the one in force, so that it is worth the change."""
+        # A round without a draft writes one token for each.
+        rounds = min(HORIZON, max(one.left for one in sequences))
+        return MARGIN + self._change_rounds(len(sequences), plain) / max(rounds, 1)
+
+    def _change_rounds(self, count: int, plain: float) -> float:
+        """What a change costs, in rounds of ``count`` sequences without a draft."""
+        seconds = count / plain if plain > 0 else 0.0
+        return self.costs.change_seconds(seconds) / seconds if seconds else 1.0
+
+    def _is_told(self, before: Sequence[int], after: Sequence[int]) -> bool:
+        """Whether the services have to begin anew for these Ks: the devices' turns have the Ks
+        that they began with, the hosts' have to know whether there are any."""
+        if self.together:
+            return before != after
+        return any((a > 0) != (b > 0) for a, b in zip(before, after, strict=True))
 
     def _unsure(
         self,
@@ -194,9 +229,7 @@ class Speculation:
         plain: float,
     ) -> tuple[tuple[int, ...], float, str]:
         """What to do where speculation seems not to pay: go on while that may be bad luck."""
-        tries = sum(sequences[i].acceptance.tries for i in adaptive)
-        rate = self.everyone.rate
-        error = OPTIMISM * math.sqrt(rate * (1 - rate) / (1 + tries))
+        error = OPTIMISM * self._error(sequences, adaptive)
         if error * GRAIN < 1:
             return batch.nothing, plain, "does not pay"
         ks, hoped = self._batch(sequences, adaptive, error=error).best()
@@ -205,7 +238,17 @@ class Speculation:
             return ks, rate, "may pay"
         return batch.nothing, plain, "does not pay"
 
+    def _error(self, sequences: Sequence[Speculable], adaptive: Sequence[int]) -> float:
+        """The standard deviation of what is believed of acceptance."""
+        tries = sum(sequences[i].acceptance.tries for i in adaptive)
+        rate = self.everyone.rate
+        return math.sqrt(rate * (1 - rate) / (1 + tries))
+
     def _put(self, choice: ChosenKs, who: list[Acceptance]) -> None:
+        if (max(choice.ks) > 0) != (self.k > 0):
+            self._hold = 1
+        self._hold = min(self._hold, HOLD if any(choice.ks) else HOLD_PLAIN)
+        self._decide_at = self._round + self._hold
         self.choice = choice
         self._settled = {id(one) for one in who}
         self._drafted = {id(one) for one, k in zip(who, choice.ks, strict=True) if k}
@@ -219,9 +262,17 @@ class Speculation:
         hope: float | None = None,
     ) -> SpeculableBatch:
         return SpeculableBatch(
-            sequences, adaptive, self.max_k, self.costs, self.everyone,
+            sequences, adaptive, self._ks(len(sequences)), self.costs, self.everyone,
             together=self.together, error=error, hope=hope,
         )  # fmt: skip
+
+    def _ks(self, count: int) -> Sequence[int]:
+        """The Ks above 0 that are worth considering for so many sequences."""
+        if self.together:
+            ahead = [k for k in turns_ahead(count) if k <= self.max_k]
+            if ahead:
+                return ahead
+        return range(1, self.max_k + 1)
 
     # --- trying again ------------------------------------------------------------------------
 
@@ -233,8 +284,6 @@ class Speculation:
         plain: float,
     ) -> bool:
         """Begins a probe where it is time for one; whether it did."""
-        if not self._probe_at:
-            self._probe_at = self._round + PROBE_SOON
         # Where nothing is known there is no waiting: a probe that other sequences' coming cut
         # short has shown nothing.
         if self._round < self._probe_at and not self._unknown:
@@ -245,17 +294,37 @@ class Speculation:
             return False
         # Those whose estimate rests on least.
         order = sorted(adaptive, key=lambda i: sequences[i].acceptance.tries)
-        probed = order[:PROBE_SEQUENCES]
         ks = [0] * len(sequences)
-        for i in probed:
+        for i in order[:PROBE_SEQUENCES]:
             ks[i] = 1
-        rounds = min(PROBE_ROUNDS, -(-PROBE_SEQUENCES // len(probed)))
-        rate = batch.rate(ks)
-        # A probing round writes rate * its time; plain decoding would have done so in less.
-        lost = max(0.0, 1 - rate / plain) if plain > 0 else 0.0
-        gap = int((rounds * lost + PROBE_ROUNDS_BESIDE) / PROBE_SHARE)
-        self._probe_at = self._round + min(max(gap, PROBE_SOON), PROBE_LATE)
-        self._decide_at = self._round + rounds
-        self._hold = 1
-        self._put(ChosenKs(tuple(ks), rate, plain, "is probed"), self._who)
+        self._put(ChosenKs(tuple(ks), batch.rate(ks), plain, "is probed"), self._who)
+        self._decide_at = self._round + _probe_rounds(adaptive)
         return True
+
+    def _probe_later(
+        self,
+        sequences: Sequence[Speculable],
+        adaptive: Sequence[int],
+        batch: SpeculableBatch,
+        plain: float,
+    ) -> None:
+        """Speculation ends: when it is to be tried again."""
+        ks = [0] * len(sequences)
+        for i in adaptive[:PROBE_SEQUENCES]:
+            ks[i] = 1
+        # A probing round writes rate * its time; plain decoding would have done so in less.
+        lost = max(0.0, 1 - batch.rate(ks) / plain) if plain > 0 else 0.0
+        rounds = _probe_rounds(adaptive)
+        cost = rounds * lost + 2 * self._change_rounds(len(sequences), plain)
+        gap = int(cost / PROBE_SHARE)
+        if rounds < PROBE_ROUNDS:
+            # Several sequences soon show whether that was bad luck, where it might have been.
+            error = self._error(sequences, adaptive)
+            if self._batch(sequences, adaptive, error=error).best()[1] > WORTHWHILE * plain:
+                gap = PROBE_SOON
+        self._probe_at = self._round + min(max(gap, PROBE_SOON), PROBE_LATE)
+
+
+def _probe_rounds(adaptive: Sequence[int]) -> int:
+    """Rounds of a probe of these sequences."""
+    return min(PROBE_ROUNDS, -(-PROBE_SEQUENCES // min(len(adaptive), PROBE_SEQUENCES)))

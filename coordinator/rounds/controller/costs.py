@@ -135,6 +135,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._round = 0
+        self._changes: deque[float] = deque(maxlen=SAMPLES)
         self.calibrate((), ())
 
     def calibrate(self, verify: Iterable[Point], draft: Iterable[Point]) -> None:
@@ -165,6 +166,23 @@ class Costs:
             foretold = self._draft.at(drafted, k)
             if foretold > 0:
                 self._drafting.add(size, k, draft / foretold, self._round)
+
+    def observe_change(
+        self, sequences: int, drafted: int, k: int, rows: int, seconds: float
+    ) -> None:
+        """Such a round, the first after what the services run by themselves was changed, was over
+        ``seconds`` after the one before it."""
+        draft, rest = self.factors(sequences, k)
+        foretold = rest[k] * self.rest_seconds(sequences, rows)
+        if k:
+            foretold += draft[k] * self.draft_seconds(drafted, k)
+        self._changes.append(max(0.0, seconds - foretold))
+
+    def change_seconds(self, plain: float) -> float:
+        """What a change costs beside the rounds; ``plain``: seconds of a round without a draft,
+        which are the guess where nothing was changed yet."""
+        changes = sorted([*self._changes, *([plain] if len(self._changes) < 2 else ())])
+        return changes[(len(changes) - 1) // 2]
 
     def knows_plain(self, sequences: int) -> bool:
         """Whether rounds without a draft ran with about so many sequences."""

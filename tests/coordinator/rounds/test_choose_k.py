@@ -59,7 +59,12 @@ class Simulation:
     pause_every: int = 0
     factor: Callable[[int], float] = lambda number: 1.0
     """What all times are multiplied by in a round."""
+    change: float = 0.0
+    """Milliseconds beside a round before which it changed who is drafted for."""
+    together: bool = False
+    """The same for any other change of Ks: see ``Speculation``."""
     ks: list[list[int]] = field(default_factory=list)
+    changes: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -68,6 +73,7 @@ class Simulation:
     ) -> float:
         """Tokens a second until every text has ``tokens``."""
         control = controller if controller is not None else calibrated(self.pair, self.seed)
+        control.together = self.together
         times, fates = random.Random(self.seed), random.Random(self.seed + 1)
         ways = [Acceptance(control.everyone) for _ in self.chances]
         at, count = [0] * len(ways), len(ways)
@@ -92,10 +98,24 @@ class Simulation:
             rows, drafted = sum(ks) + count, sum(k > 0 for k in ks)
             draft = noisy(self.pair.drafting(drafted, max(ks)))
             rest = noisy(self.pair.verifying(rows))
-            control.observe(count, drafted, max(ks), rows, draft, rest)
             self.seconds += draft + rest
+            if self._changed(ks):
+                self.changes += 1
+                self.seconds += self.change / 1e3
+                seconds = draft + rest + self.change / 1e3
+                control.observe_change(count, drafted, max(ks), rows, seconds)
+            else:
+                control.observe(count, drafted, max(ks), rows, draft, rest)
             self.ks.append(ks)
         return self.tokens / self.seconds
+
+    def _changed(self, ks: list[int]) -> bool:
+        if not self.ks:
+            return False
+        before = self.ks[-1]
+        if self.together:
+            return ks != before
+        return [k > 0 for k in ks] != [k > 0 for k in before]
 
 
 def calibrated(pair: Pair, seed: int = 1, max_k: int = MAX_K) -> Speculation:
@@ -128,12 +148,14 @@ def best_fixed(pair: Pair, chances: Sequence[float]) -> float:
 
 
 @lru_cache
-def reached(pair: Pair, chances: tuple[float, ...]) -> float:
-    """Mean rate from the first token of fresh services on, over texts of 256 tokens."""
+def reached(pair: Pair, chances: tuple[float, ...], change: float = 0.0) -> float:
+    """Mean rate from the first token of fresh services on, over texts of 256 tokens; with
+    ``change`` the devices draft."""
     runs = max(1, 24 // len(chances))
+    texts = [always(one) for one in chances]
     return statistics.fmean(
         # As many rows take as long with jitter, so the best fixed K gets the same share of it.
-        Simulation(pair, [always(one) for one in chances], seed).run(256) * 1.015
+        Simulation(pair, texts, seed, change=change, together=change > 0).run(256) * 1.015
         for seed in range(1, runs + 1)
     )
 
@@ -301,10 +323,8 @@ def test_speculation_gives_each_sequence_its_own_k() -> None:
 
 
 def test_speculation_of_devices_is_for_all_or_none() -> None:
-    control = calibrated(LARGE_BASE)
-    control.together = True
-    simulation = Simulation(LARGE_BASE, [always(0.95), always(0.1)] * 8)
-    simulation.run(600, controller=control)
+    simulation = Simulation(LARGE_BASE, [always(0.95), always(0.1)] * 8, together=True)
+    simulation.run(600)
     probed = [ks for ks in simulation.ks if any(ks) and not all(ks)]
     assert len(probed) < 0.05 * len(simulation.ks)
     assert any(all(ks) and max(ks) > min(ks) for ks in simulation.ks)

@@ -19,6 +19,7 @@ from outrider.protos import generation_pb2 as pb
 from outrider.shared.config.schema import DraftConfig, VerifyConfig
 from outrider.shared.core.errors import ConfigError
 from outrider.shared.core.links import LINKS, MESSAGES
+from outrider.shared.rounds import device_turns
 from outrider_testing import host_device
 from outrider_testing.clients import ask
 from outrider_testing.model_services import start_model
@@ -126,8 +127,8 @@ async def test_device_link_gives_what_messages_give(
     ]
     seen = await compared(pair, client_of, requests)
     if k is not None:  # else it may find that the draft does not pay here
-        # Where one of several has a single token to go, the hosts take that round.
-        assert seen.links["cuda-ipc"] > seen.links["shm"]
+        # Also where one of several has a single token to go.
+        assert seen.links["cuda-ipc"] > 0 and not seen.links["shm"]
         free = pair.verify.free[before[0] :]
         assert max(len(item.proposal) for _, items in free for item in items) == k
         assert len(pair.draft.free) > before[1]
@@ -185,16 +186,42 @@ def test_device_link_is_left_for_the_ks_that_were_refused_alone() -> None:
     """A smaller K has fewer rows, which the devices may have room for."""
     setup: Any = SimpleNamespace(link="cuda-ipc")
     nobody: Any = None
-    granted = GrantedRounds(nobody, nobody, setup, clock=nobody, rounds=8, draft_patience=1.0)
+    drafting: Any = SimpleNamespace(lacking=lambda sequence: False)
+    granted = GrantedRounds(drafting, nobody, setup, clock=nobody, rounds=8, draft_patience=1.0)
 
-    def link(*ks: int) -> str:
-        plan: Any = SimpleNamespace(decode=[SimpleNamespace(host_k=4)] * len(ks))
+    def link(*ks: int, left: int = 9) -> str:
+        one = SimpleNamespace(host_k=4, max_k=left - 1, draft=SimpleNamespace(open=True))
+        plan: Any = SimpleNamespace(decode=[one] * len(ks))
         return granted._link(plan, list(ks))
 
     assert [link(4, 2), link(5, 1)] == ["shm", "shm"]
     assert [link(3, 2), link(1, 1)] == ["cuda-ipc", "cuda-ipc"]
     assert link(3, 0) == "shm"  # the devices draft for all
+    assert link(3, 0, left=1) == "cuda-ipc"  # or find that there is no room for a proposal
     assert link(0, 0) == MESSAGES
+
+
+async def test_device_link_takes_in_what_is_behind_at_once(
+    pair: SimpleNamespace, client_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one sequence after the other, each of which would cost a forward."""
+    taken: list[tuple[str, int]] = []
+    take_in = device_turns.take_in
+
+    def seen(session: Any, items: Any) -> None:
+        taken.append((type(session.engine).__name__, len(items)))
+        take_in(session, items)
+
+    monkeypatch.setattr(device_turns, "take_in", seen)
+    requests = [
+        ask(prompt, COUNT, k=2 + i % 2, stopping={"ignore_eos": True})
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert (await compared(pair, client_of, requests)).links["cuda-ipc"] > 0
+    grants = Counter(engine for engine, _ in taken)
+    assert grants["DraftEngine"] == grants["VerifyEngine"] >= 2
+    # Between grants the draft lacks no more than its turns forward by themselves.
+    assert sum(count > 0 for engine, count in taken if engine == "DraftEngine") <= 1
 
 
 async def test_device_link_runs_several_samples_of_one_prompt(

@@ -64,6 +64,9 @@ class FakeEngine:
         assert len(tokens) >= amount
         return SimpleNamespace(sequence=opened.sequence_id, amount=amount)
 
+    def trial_alone(self, session: Any, items: Sequence[Any]) -> float | None:
+        return None
+
     def _open(self, request: OpenSequence) -> None:
         self.open.add(request.sequence_id)
 
@@ -260,3 +263,16 @@ def test_calibrate_leaves_engine_and_tokens_as_they_were(role: str, kind: str) -
     assert engine.runner.arena.allocators[0].largest_free == free == before.arena_tokens
     found = [course.written for course in engines.speculate(verify, draft, prompts, 12, 3)]
     assert found == wanted
+
+
+def test_calibrate_takes_the_engines_word_for_rounds_that_run_by_themselves() -> None:
+    class Alone(FakeEngine):
+        def trial_alone(self, session: Any, items: Sequence[Any]) -> float | None:
+            self.now += 0.004
+            return 0.003 if items[0].amount == 1 else None
+
+    engine: Any = Alone(lambda count, amount: 0.01 * amount)
+    made = table(timed(engine, plan_for(engine)))
+    assert {made[count, 1] for count in (1, 8, 64)} == {0.003}
+    assert made[8, 5] == pytest.approx(0.05)
+    assert (8, 1) not in engine.rounds

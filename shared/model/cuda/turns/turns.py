@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_shapes import Heads, need
+from outrider.shared.core.links import TURNS_AHEAD
 from outrider.shared.core.types import Decoding
 from outrider.shared.kv.arena import Extent
 from outrider.shared.link.device.mailbox import ENDED, DeviceMailbox, bell
@@ -36,8 +37,6 @@ _LOOK_SECONDS = 1e-4
 SLOTS = (*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 56, MAX_SEQUENCES)
 """Numbers of sequences that turns are launched for: they come and go all the time, and each number
 costs a capture of some milliseconds."""
-AHEAD = ((1, MAX_SEQUENCES), (2, MAX_SEQUENCES), (3, 16), (4, 8), (5, 2), (6, 2), (7, 2), (8, 2))
-"""K, and up to how many sequences its turns are captured before anybody asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ class Turns(ABC):
         layout, steps = self._mailbox.layout, min(self._mailbox.layout.max_k, self._parts.max_k)
         return [
             (slots, k)
-            for k, most in reversed(AHEAD)
+            for k, most in reversed(TURNS_AHEAD)
             for slots in SLOTS
             if k <= steps
             and slots <= min(most, layout.max_sequences)
