@@ -46,9 +46,9 @@ def trial(session: Session[VerifyItem, Verdict], items: Sequence[VerifyItem]) ->
 
     Turns follow one another without a gap, so the device's time is all.
     """
-    turns = session.alone
-    if turns is None:
-        turns = session.alone = AloneVerifyTurns.of(session.engine.runner)
+    if session.alone is None:
+        session.alone = AloneVerifyTurns.of(session.engine.runner)
+    turns: AloneVerifyTurns = session.alone
     sequences = []
     for item in items:
         held = session.held(item.sequence_id)

@@ -156,8 +156,17 @@ class AloneVerifyTurns(VerifyTurns):
         while self._under_way:
             self._under_way.popleft().done.wait()
 
+    def _rehearse(self) -> None:
+        super()._rehearse()
+        for turn in range(self.MOST_UNDER_WAY):
+            self._leave(turn)
+
     def _queue(self, turn: int) -> None:
         self._stream.run(self._sizes(), self._chain)
+        self._leave(turn)
+
+    def _leave(self, turn: int) -> None:
+        """Queues that the verdicts are copied to where they are read."""
         room = self._room(turn)
 
         def bring_back() -> None:

@@ -118,16 +118,18 @@ class RoundRunner:
         decode, drafting = plan.decode, self._drafting
         if not decode:
             return []
-        near = drafting.near(decode) if drafting.available and not drafting.busy else set()
+        usable = drafting.available
+        near = drafting.near(decode) if usable and not drafting.busy else set()
         self._speculation.together = self._granted.by_device
         return self._speculation.choose(
             [
                 Speculable(
                     seq.acceptance,
-                    seq.max_k if seq in near else 0,
+                    seq.max_k if usable and drafting.usable(seq) else 0,
                     seq.request.k,
                     seq.output.emitted,
                     seq.output.left,
+                    seq in near,
                 )
                 for seq in decode
             ]

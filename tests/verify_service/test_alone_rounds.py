@@ -100,12 +100,20 @@ def test_prepare_rehearses_the_turns_that_are_likely_to_come(
     """Nothing is launched that was not captured, when sequences come and go."""
     monkeypatch.setattr(turns, "SLOTS", (1, 2, 4))
     monkeypatch.setattr(cuda_turns, "SLOTS", (1, 2, 4))
+    keys: list[Any] = []
+    run = host_device.HostStream.run
+
+    def seen(self: Any, key: Any, chain: Any) -> None:
+        keys.append(key)
+        run(self, key, chain)
+
+    monkeypatch.setattr(host_device.HostStream, "run", seen)
     engine = VerifyEngine(runner, 4)
     session = engine.connect()
     prepare(session)
     assert session.alone.sizes_ahead() == [(1, 0), (2, 0), (4, 0)]
-    rehearsed: list[tuple[int, int]] = []
-    monkeypatch.setattr(AloneVerifyTurns, "_rehearse", lambda self: rehearsed.append(self._sizes()))
+    rehearsed = {key for key in keys if keys.count(key) > 1}  # the second time it is captured
+    keys.clear()
     for count in (3, 2, 1, 4):
         stream = Stream(engine, PROMPTS[:count], Decoding())
         stream.session.alone = session.alone
@@ -113,7 +121,7 @@ def test_prepare_rehearses_the_turns_that_are_likely_to_come(
         assert taken_by_device(stream)
         assert stream.logs == plain(runner, PROMPTS[:count], 3, Decoding())
         stream.session.release()
-    assert not rehearsed
+    assert keys and set(keys) <= rehearsed
 
 
 def test_trial_takes_a_turn_of_the_device_and_changes_nothing(runner: Any) -> None:

@@ -38,11 +38,13 @@ class Speculable:
     """Tokens of its text."""
     left: int = 1 << 30
     """Tokens that may still be written."""
+    near: bool = True
+    """Whether the draft has taken in enough of its text to propose in the next round."""
 
 
 def clipped(sequences: Sequence[Speculable], ks: Sequence[int], most: int) -> list[int]:
     """``ks`` for those that leave it to the server, their own K for the others: none above ``most``
-    or what makes sense."""
+    or what makes sense, and 0 where the draft is not near."""
     made = []
     for one, k in zip(sequences, ks, strict=True):
         # Comparisons rather than min and max: this runs for every sequence of every round.
@@ -52,6 +54,8 @@ def clipped(sequences: Sequence[Speculable], ks: Sequence[int], most: int) -> li
             k = most
         if k > one.limit:
             k = one.limit
+        if not one.near:
+            k = 0
         made.append(k if k > 0 else 0)
     return made
 

@@ -37,7 +37,8 @@ CLEARLY = 1.2
 PLAIN_ROUNDS = 3
 """Rounds that show what those cost."""
 PROBE_SEQUENCES = 8
-"""Sequences that are probed, at most: with few, it takes more rounds to learn as much."""
+"""Sequences that are probed, at most, where that is free to choose: with few, it takes more rounds
+to learn as much."""
 PROBE_ROUNDS = 4
 """Rounds of a probe, at most."""
 WORTHWHILE = 1.02
@@ -46,6 +47,8 @@ PROBE_SHARE = 0.005
 """Share of the time that probes may cost while speculation does not pay."""
 PROBE_SOON, PROBE_LATE = 32, 4096
 """Least and most rounds between probes, and before the first one."""
+ENOUGH = 4
+"""Verdicts without which speculation is not given up."""
 OPTIMISM = 0.6
 """Standard deviations by which acceptance may be underestimated when speculation is given up."""
 LEAST = 0.85
@@ -125,7 +128,10 @@ class Speculation:
         who = [one.acceptance for one in sequences]
         if who != self._who or self._round >= self._decide_at:
             self._decide(sequences, adaptive, who)
-        return clipped(sequences, self.choice.ks, self.max_k)
+        ks: Sequence[int] = self.choice.ks
+        if self.together and any(ks[i] and not sequences[i].near for i in adaptive):
+            ks = (0,) * len(ks)  # all of them, once the draft is near all
+        return clipped(sequences, ks, self.max_k)
 
     def outlook(self) -> list[Outlook]:
         """K = 0, 1, … for a batch of the size that ran last, with what all sequences show."""
@@ -162,8 +168,8 @@ class Speculation:
 
     @property
     def _unknown(self) -> bool:
-        """Whether nothing was drafted yet."""
-        return self.everyone.seen == 0
+        """Whether next to nothing is known of acceptance."""
+        return self.everyone.seen < ENOUGH
 
     def _decide(
         self, sequences: Sequence[Speculable], adaptive: list[int], who: list[Acceptance]
@@ -294,12 +300,15 @@ class Speculation:
             return False
         # Those whose estimate rests on least.
         order = sorted(adaptive, key=lambda i: sequences[i].acceptance.tries)
-        ks = [0] * len(sequences)
-        for i in order[:PROBE_SEQUENCES]:
-            ks[i] = 1
-        self._put(ChosenKs(tuple(ks), batch.rate(ks), plain, "is probed"), self._who)
+        ks = self._probed(sequences, order)
+        self._put(ChosenKs(ks, batch.rate(ks), plain, "is probed"), self._who)
         self._decide_at = self._round + _probe_rounds(adaptive)
         return True
+
+    def _probed(self, sequences: Sequence[Speculable], order: Sequence[int]) -> tuple[int, ...]:
+        """Ks of a probe of the first in ``order``; the devices draft for all or none."""
+        probed = set(order if self.together else order[:PROBE_SEQUENCES])
+        return tuple(int(i in probed) for i in range(len(sequences)))
 
     def _probe_later(
         self,
@@ -309,9 +318,7 @@ class Speculation:
         plain: float,
     ) -> None:
         """Speculation ends: when it is to be tried again."""
-        ks = [0] * len(sequences)
-        for i in adaptive[:PROBE_SEQUENCES]:
-            ks[i] = 1
+        ks = self._probed(sequences, adaptive)
         # A probing round writes rate * its time; plain decoding would have done so in less.
         lost = max(0.0, 1 - batch.rate(ks) / plain) if plain > 0 else 0.0
         rounds = _probe_rounds(adaptive)

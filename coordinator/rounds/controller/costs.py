@@ -182,7 +182,8 @@ class Costs:
         """What a change costs beside the rounds; ``plain``: seconds of a round without a draft,
         which are the guess where nothing was changed yet."""
         changes = sorted([*self._changes, *([plain] if len(self._changes) < 2 else ())])
-        return changes[(len(changes) - 1) // 2]
+        middle: float = changes[(len(changes) - 1) // 2]
+        return middle
 
     def knows_plain(self, sequences: int) -> bool:
         """Whether rounds without a draft ran with about so many sequences."""

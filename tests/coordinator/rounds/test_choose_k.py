@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance, Everyone, survival
 from outrider.coordinator.rounds.controller.batch import Speculable
 from outrider.coordinator.rounds.controller.choose_k import PROBE_LATE, Speculation
+from outrider.shared.core.links import turns_ahead
 
 MAX_K = 8
 SIZES, ROWS, KS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 5, 9), (1, 2, 4, 8)
@@ -43,6 +44,8 @@ LARGE_BASE = Pair(token=0.8, verify=5.0, verify_row=0.03)
 CPU = Pair(draft=0.5, token=3.0, draft_row=1.0, verify=10.0, verify_row=2.5)
 SLOW_DRAFT = Pair(token=2.0, verify=3.0, verify_row=0.02)
 PAIRS = (GPU, LARGE_BASE, CPU, SLOW_DRAFT)
+H100 = Pair(draft=0.05, token=1.1, draft_row=0.02, verify=2.7, verify_row=0.027)
+"""As measured: planted models of the sizes of Llama 3.2 3B and 1B."""
 
 Chance = Callable[[int], float]
 """Of acceptance, where a text has so many tokens."""
@@ -411,3 +414,47 @@ def test_acceptance_moves_with_the_text() -> None:
         Acceptance(everyone).observe(2, 0)
     assert one.rate(300) > 0.85  # its own verdicts say more of it than others' do
     assert one.rate(1300) < 0.2  # but not of a text that long past them
+
+
+@pytest.mark.parametrize("chance", [0.2, 0.8, 0.95])
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_speculation_changes_little_where_changes_cost(chance: float, count: int) -> None:
+    """Device turns of an H100: a change costs about two rounds, and a text has 256 tokens."""
+    chances, change = (chance,) * count, 5.0
+    simulation = Simulation(H100, [always(chance)] * count, 2, change=change, together=True)
+    simulation.run(1024)
+    assert simulation.changes * change / 1e3 <= 0.03 * simulation.seconds
+    least = 0.94 if count == 1 else 0.96
+    assert reached(H100, chances, change) >= least * best_fixed(H100, chances)
+
+
+def test_speculation_waits_until_the_draft_is_near_all_that_devices_draft_for() -> None:
+    control = calibrated(H100)
+    control.together = True
+    ways = [Acceptance(control.everyone) for _ in range(4)]
+
+    def chosen(near: int, fixed: int | None = None) -> list[int]:
+        return control.choose(
+            [Speculable(way, 100, fixed, near=i < near) for i, way in enumerate(ways)]
+        )
+
+    assert chosen(3) == [0] * 4
+    assert all(control.wanted(None, way) for way in ways)  # so that it comes near
+    assert min(chosen(4)) > 0
+    assert chosen(3, fixed=2) == [2, 2, 2, 0]
+    control.together = False
+    assert [k > 0 for k in chosen(3)] == [True] * 3 + [False]
+
+
+def test_speculation_of_devices_chooses_what_they_have_captured() -> None:
+    control = calibrated(H100)
+    control.together = True
+    ways = [Acceptance(control.everyone) for _ in range(8)]
+    for way in ways:
+        for _ in range(50):
+            way.observe(6, 6)
+    seen = set()
+    for at in range(0, 300, 10):
+        for limit in (100, 7, 5):
+            seen |= set(control.choose([Speculable(way, limit, None, at) for way in ways]))
+    assert {6, 8} & seen and seen <= {*turns_ahead(8), 5, 7}
