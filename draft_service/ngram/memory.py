@@ -52,6 +52,7 @@ class TextMemory:
     slow_calls = 0
     cores = 1
     branches = False
+    works_between = False
 
     def __init__(self, name: str, arena_bytes: int | None, max_positions: int | None) -> None:
         """None: the default of each. Raises ``ConfigError`` for an arena without room."""
@@ -79,6 +80,10 @@ class TextMemory:
     def places(self, log_len: int) -> int:
         """See ``Runner.places``."""
         return self.facts.max_positions
+
+    def between(self) -> bool:
+        """See ``SequenceMemory``."""
+        return False
 
     def finish(self) -> None:
         """See ``Runner.finish``: nothing goes on beside."""

@@ -114,6 +114,14 @@ class Runner(ABC):
         with self._writing(spans):
             return self._forward(spans)
 
+    works_between = False
+    """Whether ``between`` has ever anything to do."""
+
+    def between(self) -> bool:
+        """Does a piece of the work that is better done while nobody waits for a round; whether
+        there was any."""
+        return False
+
     def finish(self) -> None:
         """Waits until the device has done what it was given."""
         import torch

@@ -78,6 +78,9 @@ class SequenceMemory(Protocol):
     @property
     def slow_calls(self) -> int: ...
     @property
+    def works_between(self) -> bool: ...
+    def between(self) -> bool: ...
+    @property
     def cores(self) -> int: ...
     @property
     def branches(self) -> bool: ...
@@ -104,6 +107,8 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         self.lock = threading.RLock()  # whoever holds it over many rounds goes on serving them
         self.sequences = 0
         """Live ones."""
+        self.used_at = 0.0
+        """When a round was last served, by ``time.monotonic``."""
         self.cached = CachedSequences(runner.arena)
 
     def trial_alone(self, session: Session[ItemT, AnswerT], items: Sequence[ItemT]) -> float | None:
@@ -326,6 +331,7 @@ class Session(Generic[ItemT, AnswerT]):
 
     def _served(self, items: Sequence[ItemT], run: Run[ItemT, AnswerT]) -> RoundResult[AnswerT]:
         engine = self._engine
+        engine.used_at = time.monotonic()
         result: RoundResult[AnswerT] = RoundResult()
         work: list[tuple[ItemT, Held]] = []
         seen: set[int] = set()

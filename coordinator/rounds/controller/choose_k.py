@@ -126,12 +126,14 @@ class Speculation:
         if not adaptive or self.max_k < 1:
             return clipped(sequences, (0,) * len(sequences), self.max_k)
         who = [one.acceptance for one in sequences]
-        if who != self._who or self._round >= self._decide_at:
+        waits = who == self._who and self._waits(sequences, adaptive)
+        if who != self._who or (self._round >= self._decide_at and not waits):
             self._decide(sequences, adaptive, who)
-        ks: Sequence[int] = self.choice.ks
-        if self.together and any(ks[i] and not sequences[i].near for i in adaptive):
-            ks = (0,) * len(ks)  # all of them, once the draft is near all
-        return clipped(sequences, ks, self.max_k)
+            waits = self._waits(sequences, adaptive)
+        if waits:
+            self._decide_at += 1
+            return clipped(sequences, (0,) * len(sequences), self.max_k)
+        return clipped(sequences, self.choice.ks, self.max_k)
 
     def outlook(self) -> list[Outlook]:
         """K = 0, 1, … for a batch of the size that ran last, with what all sequences show."""
@@ -163,6 +165,12 @@ class Speculation:
         Rounds that also took in prompts must not be told: they would make decoding look slow.
         """
         self.costs.observe(batch, drafted, k, rows, draft, rest)
+
+    def _waits(self, sequences: Sequence[Speculable], adaptive: Sequence[int]) -> bool:
+        """Whether the choice in force can't be had yet: the devices draft for all at once, and the
+        draft has yet to come near to some."""
+        ks = self.choice.ks
+        return self.together and any(ks[i] and not sequences[i].near for i in adaptive)
 
     # --- the choice --------------------------------------------------------------------------
 

@@ -9,19 +9,28 @@ import torch
 
 log = logging.getLogger(__name__)
 
+WORTHWHILE = 2
+"""Runs of a chain after which another one is likely."""
+
 
 class Graphs:
-    """Runs chains of launches; the second time a key is seen its chain is captured.
+    """Runs chains of launches, and captures those that come again.
 
-    The first time it runs plainly, which compiles and loads what is missing: a capture may not.
-    A chain must launch the same kernels over the same memory whenever its key is the same.
+    The first time a chain runs plainly, which compiles and loads what is missing: a capture may
+    not. A chain must launch the same kernels over the same memory whenever its key is the same.
     """
 
-    def __init__(self, *, enabled: bool) -> None:
-        """``enabled`` False always runs plainly."""
+    def __init__(self, *, enabled: bool, patience: int = 1) -> None:
+        """``enabled`` False always runs plainly. ``patience``: plain runs of a key before it is
+        captured by whoever asks for it once more. A capture takes several times as long as they
+        do, and is better made by ``capture_one`` while nobody waits."""
         self.enabled = enabled
+        self._patience = patience
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._seen: set[Hashable] = set()
+        self._runs: dict[Hashable, int] = {}
+        """Plain runs of each key that is not captured."""
+        self._waiting: dict[Hashable, Callable[[], None]] = {}
+        """Those worth a capture, the oldest first."""
 
     def __len__(self) -> int:
         """Graphs captured so far."""
@@ -34,14 +43,33 @@ class Graphs:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._seen:
-                self._seen.add(key)
+            runs = self._runs[key] = self._runs.get(key, 0) + 1
+            if runs <= self._patience:
                 chain()
+                if runs >= WORTHWHILE:
+                    self._waiting[key] = chain
                 return
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the process may go on using CUDA meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                chain()
-            self._graphs[key] = graph
-            log.debug("captured %s", key)
+            graph = self._capture(key, chain)
         graph.replay()
+
+    def capture_one(self) -> bool:
+        """Captures one chain that came several times; whether there was any."""
+        if not self._waiting:
+            return False
+        key = next(iter(self._waiting))
+        self._capture(key, self._waiting[key])
+        return True
+
+    def _capture(self, key: Hashable, chain: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = self._graphs[key] = self._graph(key, chain)
+        self._runs.pop(key, None)
+        self._waiting.pop(key, None)
+        log.debug("captured %s", key)
+        return graph
+
+    def _graph(self, key: Hashable, chain: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may go on using CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            chain()
+        return graph

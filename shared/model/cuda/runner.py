@@ -52,6 +52,8 @@ TurnsT = TypeVar("TurnsT", bound=Turns)
 _WORK_BYTES = 256 << 20
 # Rows of a pass at most, and the share of a device's memory that what they need may take: a base
 # and a draft each have their own beside weights and arena.
+_PATIENCE = 3
+"""Plain runs of a size in rounds that somebody waits for, before one of them captures it."""
 _PASS_ROWS = 4096
 _PASS_SHARE = 1 / 64
 
@@ -59,7 +61,7 @@ _PASS_SHARE = 1 / 64
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
 
-    slow_calls = 2  # see ``Graphs``: one that compiles, one that captures
+    slow_calls = 2  # see ``Graphs``: so many until ``between`` captures
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class CudaRunner(LlamaRunner):
             weights, calls, PassLimits(_pass_rows(weights), work),
             tuning or tuning_for(weights.embedding.shape[1]),
         )  # fmt: skip
-        self._graphs = Graphs(enabled=graphs and storage.device.type == "cuda")
+        enabled = graphs and storage.device.type == "cuda"
+        self._graphs = Graphs(enabled=enabled, patience=_PATIENCE)
+        self.works_between = enabled
         self._launches = Launches(self._step, self._graphs, len(self.arena.pools), max_k)
 
     def turns(
@@ -109,6 +113,11 @@ class CudaRunner(LlamaRunner):
             stream = CudaStream(device, Graphs(enabled=self._graphs.enabled))
         pools = len(self.arena.pools)
         return kind(Parts(self._step, self._geometry, pools, self._max_k, device), mailbox, stream)
+
+    def between(self) -> bool:
+        """See ``Runner.between``: captures."""
+        with self._on_device(), torch.inference_mode():
+            return self._graphs.capture_one()
 
     @property
     def workspace_bytes(self) -> int:
@@ -268,6 +277,8 @@ class CudaRunner(LlamaRunner):
             arena.rollback(extent, 0)
         finally:
             arena.free(extent)
+        while self.between():
+            pass
 
 
 def _pass_rows(weights: Weights) -> int:

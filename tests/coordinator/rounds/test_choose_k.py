@@ -438,7 +438,8 @@ def test_speculation_waits_until_the_draft_is_near_all_that_devices_draft_for() 
             [Speculable(way, 100, fixed, near=i < near) for i, way in enumerate(ways)]
         )
 
-    assert chosen(3) == [0] * 4
+    for _ in range(20):
+        assert chosen(3) == [0] * 4
     assert all(control.wanted(None, way) for way in ways)  # so that it comes near
     assert min(chosen(4)) > 0
     assert chosen(3, fixed=2) == [2, 2, 2, 0]

@@ -36,6 +36,7 @@ class FakeEngine:
         slow_calls: int = 1,
     ) -> None:
         self.now = 100.0
+        self.captured = 0
         self.trial_amounts = amounts
         self.rounds: list[tuple[int, int]] = []
         """Sequences and amount of each."""
@@ -46,11 +47,17 @@ class FakeEngine:
             facts=SimpleNamespace(vocab_size=50),
             places=lambda length: places,
             slow_calls=slow_calls,
+            between=self._between,
         )
         self._took = took
 
     def clock(self) -> float:
         return self.now
+
+    def _between(self) -> bool:
+        """One capture after the slow calls of each size."""
+        done, self.captured = self.captured, len(set(self.rounds))
+        return done < self.captured
 
     def connect(self) -> Any:
         session: Any = SimpleNamespace(
