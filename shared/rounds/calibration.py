@@ -173,13 +173,15 @@ class _Trials:
         began = self._clock()
         for _ in range(self._engine.runner.slow_calls):
             self._round(items)
+        slow = self._clock() - began
         while self._engine.runner.between():
             pass  # as it will be for users, later
-        slow = self._clock() - began
+        captured = self._clock() - began - slow
         until = self._clock() + SIZE_SHARE * self._seconds
         seconds = [self._round(items)]
         # A user would wait for what is compiled here; of the time for timing it takes nothing.
-        spare = min(slow - SLOW_TIMES * self._engine.runner.slow_calls * seconds[0], self._spare)
+        compiled = slow - SLOW_TIMES * self._engine.runner.slow_calls * seconds[0]
+        spare = min(max(0.0, compiled) + captured, self._spare)
         if spare > 0:
             self._spare -= spare
             self._deadline += spare

@@ -19,6 +19,9 @@ from outrider.shared.rounds.session import Engine, Session
 LOOK_SECONDS = 5e-5
 """How often the host looks whether a turn is done. Nobody waits for the host meanwhile: the other
 side's turn is several times as long."""
+BUSY_SECONDS = 0.2
+"""How long it waits for what the engine does between rounds. Another coordinator's turns last
+longer."""
 PREPARE_SECONDS = 10.0
 """How long a grant waits for turns that are being rehearsed."""
 TurnsT = TypeVar("TurnsT", bound=Turns)
@@ -41,7 +44,7 @@ def taking(session: Session[Any, Any], doorbell: Doorbell, kind: type[TurnsT]) -
     if not hasattr(runner, "turns"):
         raise NotOnDevice(f"the runner {engine.info().facts.runner!r} takes no turns by itself")
     doorbell.prepared.wait(PREPARE_SECONDS)
-    if not engine.lock.acquire(blocking=False):
+    if not engine.lock.acquire(timeout=BUSY_SECONDS):
         raise NotOnDevice("another coordinator's round is running")
     try:
         if doorbell.turns is None:

@@ -153,11 +153,11 @@ class RoundsServicer:
         finally:
             session.release()
             self._mailboxes.close(mailboxes)
-            with self._lock:
-                self._streams -= 1
             if not farewell:
                 # Cancelled, connection lost, or half-closed: all the same to us.
                 log.warning("stream from %s ended without goodbye; its extents are freed", peer)
+            with self._lock:
+                self._streams -= 1
 
     def _granted(self, session: Session[Any, Any], message: Any, inbox: Inbox) -> Iterator[Any]:
         """Rounds that run by themselves until the grant ends."""

@@ -9,8 +9,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-WORTHWHILE = 2
-"""Runs of a chain after which another one is likely."""
+MOST_GRAPHS = 1024
+"""Captures that are made while nobody waits; each takes some memory."""
 
 
 class Graphs:
@@ -30,7 +30,7 @@ class Graphs:
         self._runs: dict[Hashable, int] = {}
         """Plain runs of each key that is not captured."""
         self._waiting: dict[Hashable, Callable[[], None]] = {}
-        """Those worth a capture, the oldest first."""
+        """Those as they ran, the oldest first."""
 
     def __len__(self) -> int:
         """Graphs captured so far."""
@@ -46,15 +46,14 @@ class Graphs:
             runs = self._runs[key] = self._runs.get(key, 0) + 1
             if runs <= self._patience:
                 chain()
-                if runs >= WORTHWHILE:
-                    self._waiting[key] = chain
+                self._waiting[key] = chain
                 return
             graph = self._capture(key, chain)
         graph.replay()
 
     def capture_one(self) -> bool:
-        """Captures one chain that came several times; whether there was any."""
-        if not self._waiting:
+        """Captures a chain that ran; whether there was any."""
+        if not self._waiting or len(self) >= MOST_GRAPHS:
             return False
         key = next(iter(self._waiting))
         self._capture(key, self._waiting[key])

@@ -54,14 +54,15 @@ _WORK_BYTES = 256 << 20
 # and a draft each have their own beside weights and arena.
 _PATIENCE = 3
 """Plain runs of a size in rounds that somebody waits for, before one of them captures it."""
+_PENDING = 2
+"""Rows that a sequence brings to its proposal at most: its pending token, and after full acceptance
+the one before it."""
 _PASS_ROWS = 4096
 _PASS_SHARE = 1 / 64
 
 
 class CudaRunner(LlamaRunner):
     """Forwards a model of the Llama block family with this project's kernels."""
-
-    slow_calls = 2  # see ``Graphs``: so many until ``between`` captures
 
     def __init__(
         self,
@@ -195,9 +196,9 @@ class CudaRunner(LlamaRunner):
         limit = self.arena.max_rows
         if limit is not None and max(ks) + 1 > limit:
             return None
-        # Prefill, and what is more than the graph takes, goes ahead as a plain forward.
+        # Prefill goes ahead as a plain forward, so that the graph is one of few that come often.
         ahead = [span for span, k in zip(spans, ks, strict=True) if k == 0]
-        room = HEAD_ROWS // len(asked)
+        room = _PENDING
         last: list[Span] = []
         for span in drawn:
             extra = max(0, len(span.tokens) - room)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from outrider.shared.model.cuda import graphs as graphs_module
 from outrider.shared.model.cuda.graphs import Graphs
 
 
@@ -42,15 +43,25 @@ def test_graphs_with_patience_are_captured_after_so_many_runs(patience: int) -> 
     assert graphs.log == ["a runs"] * patience + ["a captured"] + ["a replayed"] * 2
 
 
-def test_graphs_capture_one_takes_the_oldest_of_what_came_twice() -> None:
+def test_graphs_capture_one_takes_the_oldest() -> None:
     graphs = Noted(patience=9)
-    for key in "abcab":
+    for key in "aba":
         graphs.chain(key)
     graphs.log.clear()
     assert graphs.capture_one() and graphs.capture_one() and not graphs.capture_one()
     for key in "abc":
         graphs.chain(key)
     assert graphs.log == ["a captured", "b captured", "a replayed", "b replayed", "c runs"]
+
+
+def test_graphs_capture_so_many_ahead_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 2)
+    graphs = Noted(patience=1)
+    for key in "abc":
+        graphs.chain(key)
+    assert [graphs.capture_one() for _ in range(3)] == [True, True, False]
+    graphs.chain("c")  # who asks for it has it captured all the same
+    assert graphs.log[-1] == "c replayed" and len(graphs) == 3
 
 
 def test_graphs_that_are_not_enabled_run_plainly() -> None:
