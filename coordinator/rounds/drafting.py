@@ -85,8 +85,9 @@ class Drafting:
         if self._behind is not None:
             self._behind.add_done_callback(lambda _: call())
 
-    def near(self, sequences: Iterable[Seq]) -> set[Seq]:
-        """Those that may have a proposal in one round, for all that it takes along.
+    def near(self, sequences: Iterable[Seq], *, prompts: bool = True) -> set[Seq]:
+        """Those that may have a proposal in one round, for all that it takes along: without
+        ``prompts`` no more than costs nothing, but for those that wait for a proposal.
 
         What they lack together is taken in within the set time. Those that wait for a proposal
         (``awaited``) come first: whether they get one must not depend on who else is there.
@@ -98,7 +99,7 @@ class Drafting:
                 continue  # its first token waits for no draft
             lag = _lag(seq)
             if lag > LAG:
-                if lag > budget:
+                if lag > budget or not (prompts or seq.replays_rounds):
                     continue
                 budget -= lag
             found.add(seq)

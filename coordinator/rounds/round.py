@@ -119,8 +119,11 @@ class RoundRunner:
         if not decode:
             return []
         usable = drafting.available
-        near = drafting.near(decode) if usable and not drafting.busy else set()
-        self._speculation.together = self._granted.by_device
+        together = self._speculation.together = self._granted.by_device
+        # Where devices take the turns of a batch, a round by messages that takes prompts along
+        # takes as long as several of theirs.
+        prompts = not (together and len(decode) > 1)
+        near = drafting.near(decode, prompts=prompts) if usable and not drafting.busy else set()
         return self._speculation.choose(
             [
                 Speculable(

@@ -68,8 +68,9 @@ def rehearse(engine: Engine[Any, Any], turns: Turns) -> None:
     """Rehearses the turns that are likely to come; between them the engine is everybody's."""
     for slots, steps in turns.sizes_ahead():
         with engine.lock, torch.inference_mode():
+            engine.used_at = time.monotonic()
             turns.rehearse(slots, steps)
-        time.sleep(0)  # whoever waits for the engine has it now
+        engine.give_way()
 
 
 def in_order(

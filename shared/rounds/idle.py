@@ -9,9 +9,10 @@ from typing import Any
 
 from outrider.shared.rounds.session import Engine
 
-IDLE_SECONDS = 0.05
+IDLE_SECONDS = 0.3
 """Without a round for so long, nobody is likely to ask for one within the next hundredth of a
-second. Between the rounds of a stream it is a few milliseconds."""
+second. Between the rounds of a stream it is a few milliseconds, or some ten where the other model
+takes in prompts."""
 
 
 class IdleWork:
@@ -31,7 +32,7 @@ class IdleWork:
     def _run(self) -> None:
         while not self._stopped.wait(IDLE_SECONDS):
             while not self._stopped.is_set() and self._piece():
-                time.sleep(0)  # whoever waits for the engine has it now
+                self._engine.give_way()
 
     def _piece(self) -> bool:
         """Does a piece where the engine is idle; whether there may be more."""

@@ -87,6 +87,7 @@ def serve(
         # Imported late so that a wrong flag is told at once, and bound before the model is
         # loaded so that a port in use is.
         from outrider.shared.process.grpc_server import Server
+        from outrider.shared.rounds.idle import IdleWork
         from outrider.shared.rounds.servicer import add_to_server
 
         serve_config: ServeConfig = part
@@ -105,6 +106,7 @@ def serve(
         if spin is None:
             spin = spin_seconds(engine.cores, cores())
         servicer.attach(engine, link_spin=spin, device=_device_of(engine))
+        idle_work = IdleWork(engine) if engine.runner.works_between else None
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()
@@ -115,6 +117,8 @@ def serve(
         reporter.ready(str(server.address))
         stop.wait()
         log.info("stopping")
+        if idle_work is not None:
+            idle_work.stop()
         servicer.drain()
         server.drain(lambda: stop.hurried or servicer.idle())
     except lifecycle.Interrupted:

@@ -27,7 +27,6 @@ from outrider.shared.link.doorbell import Doorbell
 from outrider.shared.link.registry import Mailboxes
 from outrider.shared.rounds import grant_loop
 from outrider.shared.rounds.grants import Control, Inbox
-from outrider.shared.rounds.idle import IdleWork
 
 if TYPE_CHECKING:
     from outrider.shared.link.device.handshake import DeviceSide
@@ -89,7 +88,6 @@ class RoundsServicer:
         self.costs: Sequence[CostPoint] = ()
         """What rounds take, for ``Info``."""
         self._draining = False
-        self._idle_work: IdleWork | None = None
         self._lock = threading.Lock()
         self._streams = 0
 
@@ -103,8 +101,6 @@ class RoundsServicer:
         """
         self._mailboxes.spin, self._mailboxes.device = link_spin, device
         self._engine = engine
-        if engine.runner.works_between:
-            self._idle_work = IdleWork(engine)
 
     def watch(self, seen: Seen) -> None:
         """From now on ``seen`` is told of each round, after its answer has gone out."""
@@ -113,8 +109,6 @@ class RoundsServicer:
     def drain(self) -> None:
         """From now on no sequence is admitted; those that live go on."""
         self._draining = True
-        if self._idle_work is not None:
-            self._idle_work.stop()
 
     def idle(self) -> bool:
         """Whether no sequence lives."""

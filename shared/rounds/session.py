@@ -43,6 +43,7 @@ class Item(Protocol):
     def append(self) -> tuple[int, ...]: ...
 
 
+_GIVE_WAY_SECONDS = 1e-3
 ItemT = TypeVar("ItemT", bound=Item)
 AnswerT = TypeVar("AnswerT")
 
@@ -108,8 +109,13 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         self.sequences = 0
         """Live ones."""
         self.used_at = 0.0
-        """When a round was last served, by ``time.monotonic``."""
+        """When it last did what somebody waits for, by ``time.monotonic``."""
         self.cached = CachedSequences(runner.arena)
+
+    def give_way(self) -> None:
+        """Whoever waits for the engine has it now. A lock that is let go of and taken again at
+        once would never be theirs: it takes them a moment to wake."""
+        time.sleep(_GIVE_WAY_SECONDS)
 
     def trial_alone(self, session: Session[ItemT, AnswerT], items: Sequence[ItemT]) -> float | None:
         """Seconds of one of the rounds that this service runs by itself over ``items``, where they
@@ -314,6 +320,7 @@ class Session(Generic[ItemT, AnswerT]):
             engine.runner.finish()
             result.model_seconds = time.perf_counter() - began
             result.evicted, self._evicted = self._evicted, []
+            engine.used_at = time.monotonic()
         return result
 
     def settle(self, items: Sequence[ItemT], found: Sequence[Any]) -> RoundResult[AnswerT]:

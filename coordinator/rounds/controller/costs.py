@@ -83,6 +83,11 @@ class _Kind:
         self.ratio = guess
         self.seen_at = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether enough rounds ran for their ratio to be steady."""
+        return len(self._ratios) == SAMPLES
+
     def add(self, ratio: float, now: int) -> None:
         self._ratios.append(ratio)
         self.ratio = sorted(self._ratios)[(len(self._ratios) - 1) // 2]
@@ -98,9 +103,12 @@ class Corrections:
         self._kinds: dict[int, dict[int, _Kind]] = {}
         self._last: dict[int, _Kind] = {}
         """By size of the batch: the kind that ran last."""
+        self._drift: dict[int, float] = {}
+        """By size of the batch: what has become of rounds of other kinds since one of these ran."""
 
-    def add(self, size: int, k: int, ratio: float, now: int) -> None:
-        """What a round took over what was predicted for it."""
+    def add(self, size: int, k: int, ratio: float, now: int) -> float:
+        """What a round took over what was predicted for it; returns how much more that is than
+        rounds of its kind took before, as far as enough of them ran to say so."""
         kind = self._kinds.get(size, {}).get(k)
         if kind is None:
             guess = self.at(size, k, now)
@@ -108,8 +116,16 @@ class Corrections:
                 guess = self._guess
             kind = _Kind(ratio if guess is None else guess)
             self._kinds.setdefault(size, {})[k] = kind
+        before = kind.ratio if kind.settled else 0.0
         kind.add(ratio, now)
         self._last[size] = kind
+        self._drift.pop(size, None)
+        return kind.ratio / before if before > 0 else 1.0
+
+    def drift(self, size: int, factor: float) -> None:
+        """Rounds of other kinds take ``factor`` as long as before: contexts have grown, or the
+        machine has other work. These would, too."""
+        self._drift[size] = self._drift.get(size, 1.0) * factor
 
     def near(self, size: int) -> bool:
         """Whether anything is known of batches of about that size."""
@@ -122,12 +138,12 @@ class Corrections:
         near = min(self._kinds, key=lambda other: (abs(other - size), other))
         kinds = self._kinds[near]
         kind = kinds[min(kinds, key=lambda other: (abs(other - k), other))]
-        last = self._last[near]
+        last, drift = self._last[near], self._drift.get(near, 1.0)
         if kind is last or kind.ratio <= 0 or last.ratio <= 0:
-            return kind.ratio
+            return kind.ratio * drift
         weight = 0.5 ** ((now - kind.seen_at) / FADE_ROUNDS)
         worth: float = kind.ratio**weight * last.ratio ** (1 - weight)
-        return worth
+        return worth * drift
 
 
 class Costs:
@@ -159,9 +175,11 @@ class Costs:
         self._round += 1
         size = size_of(sequences)
         foretold = self._verify.at(sequences, rows / sequences)
-        which = self._drafted if k else self._alone
+        which, other = self._drafted, self._alone
+        if not k:
+            which, other = other, which
         if foretold > 0:
-            which.add(size, k, rest / foretold, self._round)
+            other.drift(size, which.add(size, k, rest / foretold, self._round))
         if k:
             foretold = self._draft.at(drafted, k)
             if foretold > 0:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from outrider.coordinator.requests.acceptance_rate import PRIOR, Acceptance, Everyone, survival
 from outrider.coordinator.rounds.controller.batch import Speculable
 from outrider.coordinator.rounds.controller.choose_k import PROBE_LATE, Speculation
+from outrider.coordinator.rounds.controller.costs import Costs
 from outrider.shared.core.links import turns_ahead
 
 MAX_K = 8
@@ -459,3 +460,19 @@ def test_speculation_of_devices_chooses_what_they_have_captured() -> None:
         for limit in (100, 7, 5):
             seen |= set(control.choose([Speculable(way, limit, None, at) for way in ways]))
     assert {6, 8} & seen and seen <= {*turns_ahead(8), 5, 7}
+
+
+def test_costs_of_rounds_that_do_not_run_grow_with_those_that_do() -> None:
+    """Contexts grow meanwhile, which both would notice."""
+    costs = Costs()
+    costs.calibrate([(8, 1, 1.0), (8, 3, 2.0)], [(8, 2, 0.5)])
+    for _ in range(20):
+        costs.observe(8, 0, 0, 8, 0.0, 1.0)
+    for i in range(60):
+        costs.observe(8, 8, 2, 24, 0.5, 2.0 + i / 59)
+    _, rest = costs.factors(8, 2)
+    assert rest[2] == pytest.approx(1.5, rel=0.05)
+    assert rest[0] == pytest.approx(1.5, rel=0.07)
+    for _ in range(20):
+        costs.observe(8, 0, 0, 8, 0.0, 1.2)
+    assert costs.factors(8, 2)[1][0] == pytest.approx(1.2, rel=0.01)

@@ -23,6 +23,10 @@ class IdleEngine:
         self.done = 0
         self.pieces = pieces
         self.runner = SimpleNamespace(between=self._between)
+        self.waited = 0
+
+    def give_way(self) -> None:
+        self.waited += 1
 
     def _between(self) -> bool:
         if self.done == self.pieces:
@@ -44,16 +48,16 @@ def started() -> Iterator[Any]:
         one.stop()
 
 
-def test_idle_work_is_done_to_its_end(started: Any) -> None:
+def test_idle_work_is_done_to_its_end_and_gives_way_between(started: Any) -> None:
     engine = IdleEngine(5)
     started(engine)
-    soon(lambda: engine.done == 5)
+    soon(lambda: engine.done == engine.waited == 5)
 
 
 def test_idle_work_waits_while_rounds_are_served(started: Any) -> None:
     engine = IdleEngine(5, used_at=time.monotonic() + 1e6)
     started(engine)
-    time.sleep(4 * IDLE_SECONDS)
+    time.sleep(2 * IDLE_SECONDS)
     assert engine.done == 0
     engine.used_at = 0.0
     soon(lambda: engine.done == 5)
@@ -63,7 +67,7 @@ def test_idle_work_waits_while_a_grant_has_the_engine(started: Any) -> None:
     engine = IdleEngine(5)
     with engine.lock:
         started(engine)
-        time.sleep(4 * IDLE_SECONDS)
+        time.sleep(2 * IDLE_SECONDS)
         assert engine.done == 0
     soon(lambda: engine.done == 5)
 
