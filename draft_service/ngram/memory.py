@@ -85,6 +85,13 @@ class TextMemory:
         """See ``SequenceMemory``."""
         return False
 
+    def time_device(self, *, timed: bool) -> None:
+        """See ``SequenceMemory``."""
+
+    def device_seconds(self) -> float | None:
+        """See ``SequenceMemory``."""
+        return None
+
     def finish(self) -> None:
         """See ``Runner.finish``: nothing goes on beside."""
 

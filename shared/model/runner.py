@@ -122,6 +122,15 @@ class Runner(ABC):
         there was any."""
         return False
 
+    def time_device(self, *, timed: bool) -> None:
+        """Whether ``device_seconds`` is wanted from now on."""
+        return None
+
+    def device_seconds(self) -> float | None:
+        """What the device took for what it did since this was last asked, where it takes turns by
+        itself; None where the host has a part in every round."""
+        return None
+
     def finish(self) -> None:
         """Waits until the device has done what it was given."""
         import torch

@@ -83,9 +83,11 @@ def calibrate(
     arena is as before afterwards. Raises ``OutriderError`` where a sequence or a round is refused.
     """
     session = engine.connect()
+    engine.runner.time_device(timed=True)
     try:
         return _Trials(session, plan, seconds, clock).run()
     finally:
+        engine.runner.time_device(timed=False)
         session.release()
 
 
@@ -201,7 +203,8 @@ class _Trials:
         seconds = self._clock() - began
         if refusals:
             raise OutriderError(f"a round of {len(items)} sequences: {refusals[0].message}")
-        return seconds
+        on_device = self._engine.runner.device_seconds()
+        return seconds if on_device is None else on_device
 
 
 def _smoothed(took: Mapping[tuple[int, int], float], count: int, amount: int) -> float:

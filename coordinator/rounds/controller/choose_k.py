@@ -41,6 +41,8 @@ PROBE_SEQUENCES = 8
 to learn as much."""
 PROBE_ROUNDS = 4
 """Rounds of a probe, at most."""
+PROBE_WAIT = 32
+"""Rounds that a probe may take to begin."""
 WORTHWHILE = 1.02
 """What acceptance by a standard deviation better must promise for another probe soon after."""
 PROBE_SHARE = 0.005
@@ -104,6 +106,8 @@ class Speculation:
         self._settled: set[int] = set()
         """Those that the choice in force is about."""
         self._probe_at = 0
+        self._probe_seen = -1
+        """Verdicts that there were when the probe that runs began; -1: none runs."""
 
     @property
     def k(self) -> int:
@@ -127,7 +131,8 @@ class Speculation:
             return clipped(sequences, (0,) * len(sequences), self.max_k)
         who = [one.acceptance for one in sequences]
         waits = who == self._who and self._waits(sequences, adaptive)
-        if who != self._who or (self._round >= self._decide_at and not waits):
+        due = self._round >= self._decide_at and not (waits or self._probe_runs())
+        if who != self._who or due:
             self._decide(sequences, adaptive, who)
             waits = self._waits(sequences, adaptive)
         if waits:
@@ -171,6 +176,10 @@ class Speculation:
         draft has yet to come near to some."""
         ks = self.choice.ks
         return self.together and any(ks[i] and not sequences[i].near for i in adaptive)
+
+    def _probe_runs(self) -> bool:
+        """Whether a probe has yet to show something: what runs by itself has to end first."""
+        return self.everyone.seen == self._probe_seen and self._round < self._decide_at + PROBE_WAIT
 
     # --- the choice --------------------------------------------------------------------------
 
@@ -261,6 +270,7 @@ class Speculation:
     def _put(self, choice: ChosenKs, who: list[Acceptance]) -> None:
         if (max(choice.ks) > 0) != (self.k > 0):
             self._hold = 1
+        self._probe_seen = -1
         self._hold = min(self._hold, HOLD if any(choice.ks) else HOLD_PLAIN)
         self._decide_at = self._round + self._hold
         self.choice = choice
@@ -310,6 +320,7 @@ class Speculation:
         order = sorted(adaptive, key=lambda i: sequences[i].acceptance.tries)
         ks = self._probed(sequences, order)
         self._put(ChosenKs(ks, batch.rate(ks), plain, "is probed"), self._who)
+        self._probe_seen = self.everyone.seen
         self._decide_at = self._round + _probe_rounds(adaptive)
         return True
 

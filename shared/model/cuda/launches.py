@@ -48,6 +48,17 @@ class Launches:
         self._verdicts_host = torch.zeros(self._verdicts.shape, dtype=torch.int32, pin_memory=pin)
         self._draws = Draws(device)
         self._pending = False
+        self.timed = False
+        """Whether the device's time is noted, for ``seconds``."""
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def seconds(self) -> float | None:
+        """What the device took since this was last asked; None where it was not noted."""
+        marks, self._marks = self._marks, []
+        if not marks:
+            return None
+        marks[-1][1].synchronize()
+        return sum(float(began.elapsed_time(done)) for began, done in marks) / 1e3
 
     def forward(self, spans: Sequence[Span]) -> None:
         """Takes the rows in; the wanted ones among them leave their logits in the step."""
@@ -213,10 +224,21 @@ class Launches:
 
     def _execute(self, key: tuple[object, ...], rows: int, run: Callable[[], None]) -> None:
         self._pending = True
+        began = self._mark()
         if rows > GRAPH_ROWS:
             run()
         else:
             self._graphs.run(key, run)
+        done = self._mark()
+        if began is not None and done is not None:
+            self._marks.append((began, done))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self.timed or self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -120,6 +120,14 @@ class CudaRunner(LlamaRunner):
         with self._on_device(), torch.inference_mode():
             return self._graphs.capture_one()
 
+    def time_device(self, *, timed: bool) -> None:
+        """See ``Runner.time_device``."""
+        self._launches.timed = timed
+
+    def device_seconds(self) -> float | None:
+        """See ``Runner.device_seconds``."""
+        return self._launches.seconds()
+
     @property
     def workspace_bytes(self) -> int:
         """Device memory beside weights and arena."""

@@ -476,3 +476,20 @@ def test_costs_of_rounds_that_do_not_run_grow_with_those_that_do() -> None:
     for _ in range(20):
         costs.observe(8, 0, 0, 8, 0.0, 1.2)
     assert costs.factors(8, 2)[1][0] == pytest.approx(1.2, rel=0.01)
+
+
+def test_speculation_of_a_probe_waits_for_what_runs_by_itself_to_end() -> None:
+    """It is asked for Ks while rounds without a draft still run."""
+    control = calibrated(Pair(token=1.4, verify=3.0, verify_row=0.02))
+    control.together = True
+    ways = [Acceptance(control.everyone) for _ in range(64)]
+
+    def chosen() -> list[int]:
+        return control.choose([Speculable(way, 100, None) for way in ways])
+
+    assert chosen() == [1] * 64 and control.choice.why == "is probed"
+    for _ in range(4):
+        assert chosen() == [1] * 64
+    for way in ways:
+        way.observe(1, 0)
+    assert chosen() == [0] * 64

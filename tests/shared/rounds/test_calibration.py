@@ -48,6 +48,8 @@ class FakeEngine:
             places=lambda length: places,
             slow_calls=slow_calls,
             between=self._between,
+            time_device=lambda timed: None,
+            device_seconds=lambda: None,
         )
         self._took = took
 
