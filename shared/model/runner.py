@@ -124,7 +124,7 @@ class Runner(ABC):
 
     def time_device(self, *, timed: bool) -> None:
         """Whether ``device_seconds`` is wanted from now on."""
-        return None
+        return
 
     def device_seconds(self) -> float | None:
         """What the device took for what it did since this was last asked, where it takes turns by

@@ -480,7 +480,8 @@ def test_costs_of_rounds_that_do_not_run_grow_with_those_that_do() -> None:
 
 def test_speculation_of_a_probe_waits_for_what_runs_by_itself_to_end() -> None:
     """It is asked for Ks while rounds without a draft still run."""
-    control = calibrated(Pair(token=1.4, verify=3.0, verify_row=0.02))
+    pair = Pair(draft=2.5, token=0.3, draft_row=0.005, verify=2.6, verify_row=0.02)
+    control = calibrated(pair)
     control.together = True
     ways = [Acceptance(control.everyone) for _ in range(64)]
 
