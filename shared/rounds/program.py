@@ -106,7 +106,7 @@ def serve(
         if spin is None:
             spin = spin_seconds(engine.cores, cores())
         servicer.attach(engine, link_spin=spin, device=_device_of(engine))
-        idle_work = IdleWork(engine) if engine.runner.works_between else None
+        idle_work = IdleWork(engine) if engine.works_between else None
         # What is loaded lives as long as the process; the collector need not walk it.
         gc.collect()
         gc.freeze()

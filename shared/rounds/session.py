@@ -129,6 +129,11 @@ class Engine(ABC, Generic[ItemT, AnswerT]):
         return Session(self)
 
     @property
+    def works_between(self) -> bool:
+        """Whether there is ever anything to do while nobody asks for a round; see ``IdleWork``."""
+        return self.runner.works_between
+
+    @property
     def cores(self) -> int:
         """Cores of the host that a round keeps busy."""
         return self.runner.cores

@@ -290,6 +290,7 @@ def toy_logprobs(token: int, count: int) -> PositionLogprobs:
 
 class _Engine:
     cores = 1
+    works_between = False
 
     def __init__(self, toy: Toy, session: Callable[[Toy], _Session]) -> None:
         self._toy = toy
