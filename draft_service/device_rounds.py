@@ -117,14 +117,17 @@ class DraftDeviceTurns(DraftTaker):
 
     def _caught_up(self) -> list[ProposeItem]:
         """Takes in all but the last two tokens, which a turn forwards itself."""
-        lacks = {one.sequence_id: len(one.append) - ROWS for one in self._items}
-        behind = [one for one in self._items if lacks[one.sequence_id] > 0]
-        device_turns.take_in(
-            self._session, [replace(one, append=one.append[:-ROWS], k=0) for one in behind]
-        )
+        behind = [
+            replace(one, append=one.append[:-ROWS], k=0)
+            for one in self._items
+            if len(one.append) > ROWS
+        ]
+        device_turns.take_in(self._session, behind)
         return [
-            replace(one, base_len=one.base_len + lack, append=one.append[-ROWS:])
-            if (lack := lacks[one.sequence_id]) > 0
-            else one
+            replace(
+                one,
+                base_len=one.base_len + max(len(one.append) - ROWS, 0),
+                append=one.append[-ROWS:],
+            )
             for one in self._items
         ]

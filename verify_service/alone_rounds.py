@@ -29,7 +29,7 @@ from outrider.verify_service.granted import VerifyLane, VerifyRounds
 from outrider.verify_service.host_rounds import AloneTurns, VerifyTaker, VerifyTurn
 
 if TYPE_CHECKING:
-    from outrider.shared.rounds.session import Session
+    from outrider.shared.rounds.session import Held, Session
 
 FEW = 8
 """Sequences up to which a turn is queued before the one before it is done."""
@@ -53,11 +53,8 @@ def trial(session: Session[VerifyItem, Verdict], items: Sequence[VerifyItem]) ->
     for item in items:
         held = session.held(item.sequence_id)
         sequences.append(
-            TurnSequence(
-                held.extent, held.decoding, 0, item.append[-1], item.base_len + 1, 0,
-                held.extent.capacity,
-            )
-        )  # fmt: skip
+            _turn_sequence(held, item.append[-1], item.base_len + 1, held.extent.capacity)
+        )
     if turns.why_not(sequences) is not None:
         return None
     with session.engine.lock, torch.inference_mode():
@@ -150,9 +147,7 @@ class AloneDeviceTurns(VerifyTaker):
 
     def _sequence(self, lane: VerifyLane) -> TurnSequence:
         held = self._session.held(lane.sequence_id)
-        return TurnSequence(
-            held.extent, held.decoding, 0, lane.append[-1], lane.committed_len, 0, lane.limit
-        )
+        return _turn_sequence(held, lane.append[-1], lane.committed_len, lane.limit)
 
     def _catch_up(self) -> None:
         """Takes in all but the pending token; what is refused, the books of a turn will say."""
@@ -165,3 +160,8 @@ class AloneDeviceTurns(VerifyTaker):
             self._session.round(behind)
         for one in self._rounds.lanes:
             one.base_len, one.append = one.committed_len - 1, one.append[-1:]
+
+
+def _turn_sequence(held: Held, pending: int, committed_len: int, limit: int) -> TurnSequence:
+    """Where a sequence stands, for which nothing is proposed."""
+    return TurnSequence(held.extent, held.decoding, 0, pending, committed_len, 0, limit)

@@ -179,7 +179,7 @@ class Doorbell:
         until = time.monotonic() + patience
         if not self.prepared.wait(patience):
             return False
-        while not self.mailbox.word(PREPARED[1 - self._mine]):
+        while not self.mailbox.word(PREPARED[self._other]):
             if time.monotonic() > until or not self.alive():
                 return False
             time.sleep(_LOOK_SECONDS)

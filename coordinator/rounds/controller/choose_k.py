@@ -130,12 +130,9 @@ class Speculation:
         if not adaptive or self.max_k < 1:
             return clipped(sequences, (0,) * len(sequences), self.max_k)
         who = [one.acceptance for one in sequences]
-        waits = who == self._who and self._waits(sequences, adaptive)
-        due = self._round >= self._decide_at and not (waits or self._probe_runs())
-        if who != self._who or due:
+        if who != self._who or not self._holds(sequences, adaptive):
             self._decide(sequences, adaptive, who)
-            waits = self._waits(sequences, adaptive)
-        if waits:
+        if self._waits(sequences, adaptive):
             self._decide_at += 1
             return clipped(sequences, (0,) * len(sequences), self.max_k)
         return clipped(sequences, self.choice.ks, self.max_k)
@@ -170,6 +167,12 @@ class Speculation:
         Rounds that also took in prompts must not be told: they would make decoding look slow.
         """
         self.costs.observe(batch, drafted, k, rows, draft, rest)
+
+    def _holds(self, sequences: Sequence[Speculable], adaptive: Sequence[int]) -> bool:
+        """Whether the choice in force, which is about these sequences, is to stay."""
+        return (
+            self._round < self._decide_at or self._waits(sequences, adaptive) or self._probe_runs()
+        )
 
     def _waits(self, sequences: Sequence[Speculable], adaptive: Sequence[int]) -> bool:
         """Whether the choice in force can't be had yet: the devices draft for all at once, and the
@@ -217,8 +220,7 @@ class Speculation:
                 self._probe_later(sequences, adaptive, batch, plain)
             elif self._probes(sequences, adaptive, batch, plain):
                 return
-        close = plain < rate < CLEARLY * plain and not self.costs.measured
-        if close and not self.costs.knows_plain(len(sequences)):
+        if plain < rate < CLEARLY * plain and not self.costs.knows_plain(len(sequences)):
             # To know what rounds without a draft take costs next to nothing where they are close.
             self._put(ChosenKs(batch.nothing, plain, plain, "is compared with none"), who)
             self._decide_at = self._round + PLAIN_ROUNDS

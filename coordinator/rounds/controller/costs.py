@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
+from statistics import median_low
 
 SAMPLES = 7
 """Ratios kept per kind of round."""
@@ -90,7 +91,7 @@ class _Kind:
 
     def add(self, ratio: float, now: int) -> None:
         self._ratios.append(ratio)
-        self.ratio = sorted(self._ratios)[(len(self._ratios) - 1) // 2]
+        self.ratio = median_low(self._ratios)
         self.seen_at = now
 
 
@@ -199,13 +200,13 @@ class Costs:
     def change_seconds(self, plain: float) -> float:
         """What a change costs beside the rounds; ``plain``: seconds of a round without a draft,
         which are the guess where nothing was changed yet."""
-        changes = sorted([*self._changes, *([plain] if len(self._changes) < 2 else ())])
-        middle: float = changes[(len(changes) - 1) // 2]
-        return middle
+        guess = [plain] if len(self._changes) < 2 else []
+        return median_low([*self._changes, *guess])
 
     def knows_plain(self, sequences: int) -> bool:
-        """Whether rounds without a draft ran with about so many sequences."""
-        return self._alone.near(size_of(sequences))
+        """Whether rounds without a draft were timed at the start, or ran with about so many
+        sequences."""
+        return self.measured or self._alone.near(size_of(sequences))
 
     def factors(self, sequences: int, top: int) -> tuple[list[float], list[float]]:
         """What measured times are to be multiplied by, for K = 0 … ``top``: of the draft's part,

@@ -27,10 +27,8 @@ class Graphs:
         self.enabled = enabled
         self._patience = patience
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._runs: dict[Hashable, int] = {}
-        """Plain runs of each key that is not captured."""
-        self._waiting: dict[Hashable, Callable[[], None]] = {}
-        """Those as they ran, the oldest first."""
+        self._waiting: dict[Hashable, tuple[int, Callable[[], None]]] = {}
+        """Chains that are not captured, the oldest first, and how often they ran."""
 
     def __len__(self) -> int:
         """Graphs captured so far."""
@@ -43,10 +41,10 @@ class Graphs:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            runs = self._runs[key] = self._runs.get(key, 0) + 1
-            if runs <= self._patience:
+            runs, _ = self._waiting.get(key, (0, chain))
+            if runs < self._patience:
                 chain()
-                self._waiting[key] = chain
+                self._waiting[key] = runs + 1, chain
                 return
             graph = self._capture(key, chain)
         graph.replay()
@@ -55,13 +53,12 @@ class Graphs:
         """Captures a chain that ran; whether there was any."""
         if not self._waiting or len(self) >= MOST_GRAPHS:
             return False
-        key = next(iter(self._waiting))
-        self._capture(key, self._waiting[key])
+        key, (_, chain) = next(iter(self._waiting.items()))
+        self._capture(key, chain)
         return True
 
     def _capture(self, key: Hashable, chain: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = self._graphs[key] = self._graph(key, chain)
-        self._runs.pop(key, None)
         self._waiting.pop(key, None)
         log.debug("captured %s", key)
         return graph
